@@ -1,0 +1,138 @@
+"""Mistakes are told in one line that names what was found and what is allowed."""
+
+import re
+
+import pytest
+import torch
+
+from kd_det import losses
+
+A, B, ROWS = torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 4, 4), torch.ones(2, 3)
+SAME_SHAPE = [
+    losses.hint_loss,
+    losses.hierarchical_context_loss,
+    losses.activation_boundary_loss,
+    losses.factor_transfer_loss,
+    losses.inheritance_loss,
+    losses.exploration_loss,
+    losses.binary_soft_target_loss,
+    losses.mutual_loss,
+    losses.softmax_regression_loss,
+    losses.born_again_loss,
+    lambda s, t: losses.soft_target_loss(s, t, temperature=1.0),
+    lambda s, t: losses.overhaul_loss(s, t, margin=torch.zeros(3)),
+]
+
+
+@pytest.mark.parametrize("loss", SAME_SHAPE)
+def test_different_shapes(loss):
+    message = "_loss: student and teacher must have the same shape, got (2, 3, 4, 4) and (2, 5, 4, 4)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        loss(A, B)
+
+
+MISTAKES = [
+    (
+        lambda: losses.feature_matching_loss(A, B),
+        "feature_matching_loss: student and teacher must have the same shape, got (2, 3) and (2, 5)",
+    ),
+    (
+        lambda: losses.feature_matching_loss(A[0], A[0]),
+        "feature_matching_loss: expected a shape (N, C) or (N, C, H, W), got (3, 4, 4)",
+    ),
+    (lambda: losses.attention_map(ROWS), "attention_map: expected a feature map of shape (N, C, H, W), got (2, 3)"),
+    (lambda: losses.attention_map(A, power=0), "attention_map: power must be above 0, got 0"),
+    (
+        lambda: losses.attention_transfer_loss(A, B[:1]),
+        "attention_transfer_loss: student and teacher must have the same number of samples, got 2 and 1",
+    ),
+    (
+        lambda: losses.attention_transfer_loss(A, B, reduction="sum"),
+        "attention_transfer_loss: reduction must be one of 'mean', 'sum_hw', got 'sum'",
+    ),
+    (
+        lambda: losses.inheritance_loss(A, B[..., :2], kind="at"),
+        "inheritance_loss: student and teacher must have the same number of samples, height and width, "
+        "got (2, 3, 4, 4) and (2, 5, 4, 2)",
+    ),
+    (
+        lambda: losses.exploration_loss(A, A, kind="l2"),
+        "exploration_loss: kind must be one of 'at', 'ft', 'od', got 'l2'",
+    ),
+    (lambda: losses.factor_transfer_loss(A, A, p=0.5), "factor_transfer_loss: p must be 1 or more, got 0.5"),
+    (
+        lambda: losses.hierarchical_context_loss(ROWS, ROWS),
+        "hierarchical_context_loss: expected a feature map of shape (N, C, H, W), got (2, 3)",
+    ),
+    (
+        lambda: losses.hint_loss(A, A, mask=torch.ones(2, 4, 4, dtype=torch.bool)),
+        "hint_loss: mask must have the shape (2, 1, 4, 4), got (2, 4, 4)",
+    ),
+    (
+        lambda: losses.hint_loss(A, A, mask=torch.ones(2, 1, 4, 4)),
+        "hint_loss: mask must be boolean, true where a cell is valid, got torch.float32",
+    ),
+    (
+        lambda: losses.overhaul_loss(A, A, margin=torch.zeros(5)),
+        "overhaul_loss: margin must have the shape (3,), got (5,)",
+    ),
+    (
+        lambda: losses.margin_from_batch_norm(torch.ones(3), torch.ones(2)),
+        "margin_from_batch_norm: weight and bias must have the same shape (C,), got (3,) and (2,)",
+    ),
+    (
+        lambda: losses.soft_target_loss(ROWS, ROWS, temperature=0),
+        "soft_target_loss: temperature must be above 0, got 0",
+    ),
+    (
+        lambda: losses.soft_target_loss(ROWS, ROWS, temperature=torch.ones(3)),
+        "soft_target_loss: temperature must have the shape (2,), got (3,)",
+    ),
+    (
+        lambda: losses.soft_target_loss(ROWS, ROWS, temperature=1, weights=torch.ones(7)),
+        "soft_target_loss: weights must have the shape (2,), got (7,)",
+    ),
+    (
+        lambda: losses.binary_soft_target_loss(ROWS, ROWS, weights=torch.ones(2)),
+        "binary_soft_target_loss: weights must have the shape (2, 3), got (2,)",
+    ),
+    (
+        lambda: losses.softmax_regression_loss(ROWS, ROWS, kind="kl"),
+        "softmax_regression_loss: kind must be one of 'mse', 'ce', got 'kl'",
+    ),
+    (lambda: losses.confidence_weights(A), "confidence_weights: expected a tensor of shape (N, K), got (2, 3, 4, 4)"),
+    (
+        lambda: losses.permute_dark_knowledge(ROWS, permutations=torch.zeros(2, 3, dtype=torch.long)),
+        "permute_dark_knowledge: permutations must have the shape (2, 2), got (2, 3)",
+    ),
+    (
+        lambda: losses.permute_dark_knowledge(ROWS, permutations=torch.zeros(2, 2, dtype=torch.long)),
+        "permute_dark_knowledge: each row of permutations must hold every class but the most probable one once",
+    ),
+    (
+        lambda: losses.adjust_probability_shift(ROWS, torch.zeros(3, dtype=torch.long)),
+        "adjust_probability_shift: labels must have the shape (2,), got (3,)",
+    ),
+    (
+        lambda: losses.adjust_label_smoothing(ROWS, torch.zeros(2, dtype=torch.long), correct_prob=1.5),
+        "adjust_label_smoothing: correct_prob must be above 0 and at most 1, got 1.5",
+    ),
+    (
+        lambda: losses.adjust_label_smoothing(ROWS[:, :1], torch.zeros(2, dtype=torch.long)),
+        "adjust_label_smoothing: expected two classes or more, got a tensor of shape (2, 1)",
+    ),
+    (
+        lambda: losses.dynamic_temperature(ROWS, ROWS, kind="ls", base=4, beta=1),
+        "dynamic_temperature: kind must be one of 'flsw', 'cwsm', got 'ls'",
+    ),
+    (
+        lambda: losses.dynamic_temperature(ROWS, ROWS, base=4, beta=1, bounds=(5, 2)),
+        "dynamic_temperature: bounds must be above 0 and in increasing order, got (5, 2)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), MISTAKES, ids=[message.split(", got")[0] for _, message in MISTAKES])
+def test_mistakes(call, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call()
