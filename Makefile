@@ -1,0 +1,36 @@
+# The README's commands. Each first builds .venv where it is missing or older than what it is built from; a build that
+# was interrupted goes on at the next call. Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip install --disable-pip-version-check --no-warn-conflicts -c constraints.txt
+fail = { echo "setup: $(1)" >&2; exit 1; }
+RETRY := pip failed for the reason above. It needs network access and room for 6 GB and the downloads. Run make again \
+to go on; if that does not help, delete .venv first
+
+.PHONY: quickstart test lint
+
+quickstart: .venv/.ready
+	.venv/bin/python tools/quickstart.py
+
+# One thread in each of two processes: on two cores, two processes of two threads are 30 times slower.
+test: .venv/.ready
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests
+
+lint: .venv/.ready
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+
+# Without build isolation, fvcore and kd_det are built with the setuptools of constraints.txt, not with the newest.
+.venv/.ready: constraints.txt setup.py tools/install_detectron2.py
+	@echo "setup: building .venv; it takes 6 GB and the first time some minutes"
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || $(call fail,$(PYTHON) is not Python 3.10 or newer; name one that is: make $(MAKECMDGOALS) PYTHON=python3.12); \
+	  $(PYTHON) -c 'import ensurepip; import venv' 2>/dev/null \
+	    || $(call fail,this Python has no venv module. On Debian and Ubuntu: apt install python3-venv); \
+	  $(PYTHON) -m venv .venv || $(call fail,could not create .venv; delete it and run make again); }
+	@$(PIP) 'pip>=23.1' setuptools || $(call fail,$(RETRY))
+	@$(PIP) --no-build-isolation -e '.[dev]' || $(call fail,$(RETRY))
+	@.venv/bin/python tools/install_detectron2.py
+	@touch $@
+	@echo "setup: .venv is ready"

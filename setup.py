@@ -1,0 +1,50 @@
+"""Packaging of kd_det: `pip install -e .` beside your own Detectron2; `make` builds an environment from nothing."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# What `make` adds: Detectron2's own requirements, because the wheel of tools/install_detectron2.py comes without them,
+# and a developer's tools. setuptools 81 dropped pkg_resources, with which Detectron2 finds its model zoo.
+DETECTRON2 = [
+    "cloudpickle",
+    "hydra-core>=1.1",
+    "iopath>=0.1.7",
+    "matplotlib",
+    "omegaconf>=2.1,<2.4",
+    "packaging",
+    "Pillow>=7.1",
+    "setuptools<81",
+    "tensorboard",
+    "termcolor>=1.1",
+    "yacs>=0.1.8",
+]
+TOOLS = ["pytest>=7", "pytest-xdist>=3", "ruff"]
+
+readme = Path(__file__).with_name("README.md")
+
+setup(
+    name="kd_det",
+    version="0.1.0",
+    description="Knowledge distillation for Detectron2: any config trains a better student from a teacher",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    author="The kd_det authors",
+    packages=find_packages(include=["kd_det", "kd_det.*"]),
+    python_requires=">=3.10",
+    # Not Detectron2 itself: no index has it under its own name. Wide ranges: a build of it is tied to its own torch.
+    install_requires=[
+        "fvcore>=0.1.5",
+        "numpy",
+        "opencv-python",
+        "pycocotools>=2.0.2",
+        "tabulate",
+        "timm>=1.0",
+        # The first to load checkpoints with weights_only by default.
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "tqdm",
+    ],
+    extras_require={"dev": DETECTRON2 + TOOLS},
+)
