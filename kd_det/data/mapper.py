@@ -1,0 +1,52 @@
+"""Detectron2's mapper, telling which file is at fault."""
+
+from typing import Any
+
+from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as utils
+
+from kd_det.errors import InputError
+
+
+class DetectionMapper(DatasetMapper):
+    """The stock mapper, with errors that name the image and with images that have no objects.
+
+    An image without annotations becomes empty instances, also with cropping, where the stock mapper fails.
+
+    Raises:
+        InputError: When called, if the image cannot be read or has another size than its annotation says, or if masks
+            are asked for and an annotation has none. A worker of a data loader raises it with its traceback as text.
+    """
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return super().__call__(dataset_dict)
+        except utils.SizeMismatchError as error:
+            raise InputError(str(error)) from error  # names the file and both sizes
+        except InputError:
+            raise
+        except Exception:
+            # Broken files raise anything from OSError to SyntaxError. Whether it was the file, a second look tells.
+            _check_readable(dataset_dict["file_name"], self.image_format)
+            raise
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
+    ) -> None:
+        things = [a for a in dataset_dict["annotations"] if not a.get("iscrowd", 0)]
+        if self.use_instance_mask and not all("segmentation" in a for a in things):
+            raise InputError(
+                f"{dataset_dict['file_name']}: an annotation has no segmentation, but MODEL.MASK_ON asks for masks."
+            )
+        if things:
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+        else:
+            dataset_dict.pop("annotations")
+            dataset_dict["instances"] = utils.annotations_to_instances([], image_shape)
+
+
+def _check_readable(file_name: str, image_format: str) -> None:
+    try:
+        utils.read_image(file_name, image_format)
+    except Exception as error:
+        raise InputError(f"{file_name}: not an image that can be read: {error}") from error

@@ -1,0 +1,86 @@
+"""A folder of synthetic scenes, in COCO and in Pascal VOC layout at once."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from kd_det.data.shapes import CLASSES, VERSION, make_scene
+from kd_det.data.writers import coco_annotation, write_coco, write_voc
+from kd_det.errors import InputError
+
+MIN_SIZE = 64
+
+
+def write_shapes(output: str | Path, *, train: int = 600, test: int = 150, size: int = 160, seed: int = 0) -> bool:
+    """Write JPEGImages, Annotations and ImageSets (VOC), coco/instances_{train,test}.json and parameters.json.
+
+    All of the folder appears at once, or nothing. An image depends on the seed, its split, its number and the size
+    alone: with more images, the first ones stay as they are.
+
+    Args:
+        output: The folder.
+        train: Number of images to train on.
+        test: Number of images to test on.
+        size: Side of the images in pixels.
+        seed: Seed of everything random.
+
+    Returns:
+        False if the folder is there already, made with the same parameters.
+
+    Raises:
+        InputError: If the folder holds anything else, or a parameter is too small.
+    """
+    # Detectron2 reads no VOC split of a single image.
+    for name, value, least in (("train", train, 2), ("test", test, 2), ("size", size, MIN_SIZE), ("seed", seed, 0)):
+        if value < least:
+            raise InputError(f"{name}: {value} found; {least} or more is allowed.")
+    output = Path(output)
+    parameters = {"train": train, "test": test, "size": size, "seed": seed, "version": VERSION}
+    if output.exists():
+        _check_existing(output, parameters)
+        return False
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
+        folder = Path(temporary, output.name)
+        for name in ("JPEGImages", "Annotations", "ImageSets/Main", "coco"):
+            (folder / name).mkdir(parents=True)
+        with tqdm(total=train + test, unit="image", desc=str(output), disable=None) as progress:
+            for index, (split, count) in enumerate({"train": train, "test": test}.items()):
+                _write_split(folder, split, count, size, [seed, index], progress)
+        (folder / "parameters.json").write_text(json.dumps(parameters), encoding="utf-8")
+        folder.rename(output)
+    return True
+
+
+def _write_split(folder: Path, split: str, count: int, size: int, seed: list[int], progress: tqdm) -> None:
+    images, annotations = [], []
+    for number in range(count):
+        scene, objects = make_scene(np.random.default_rng([*seed, number]), size)
+        name = f"{split}_{number:05}"
+        cv2.imwrite(str(folder / "JPEGImages" / f"{name}.jpg"), scene, [cv2.IMWRITE_JPEG_QUALITY, 92])
+        image = {"id": number + 1, "file_name": f"{name}.jpg", "width": size, "height": size}
+        own = [
+            coco_annotation(mask, id=len(annotations) + i, image_id=image["id"], category_id=class_index + 1)
+            for i, (class_index, mask) in enumerate(objects, 1)
+        ]
+        boxes = [(CLASSES[annotation["category_id"] - 1], annotation["bbox"]) for annotation in own]
+        write_voc(folder / "Annotations" / f"{name}.xml", image, boxes)
+        images.append(image)
+        annotations += own
+        progress.update()
+    names = (Path(image["file_name"]).stem for image in images)
+    (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    write_coco(folder / "coco" / f"instances_{split}.json", images, annotations, CLASSES)
+
+
+def _check_existing(output: Path, parameters: dict[str, int]) -> None:
+    try:
+        found = json.loads((output / "parameters.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = "something else"
+    if found != parameters:
+        raise InputError(f"{output}: holds {found}, not {parameters}; delete {output} or choose another folder.")
