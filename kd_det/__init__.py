@@ -1,0 +1,28 @@
+"""Knowledge distillation of object detectors and instance segmenters for Detectron2.
+
+Importing this package registers its meta-architectures, distillation heads, taps and backbones.
+"""
+
+from kd_det import backbones as _  # noqa: F401  registration
+from kd_det.config import add_kd_config
+from kd_det.errors import InputError
+from kd_det.heads import build_kd_heads
+from kd_det.meta_arch import TeacherStudent
+from kd_det.registry import KD_HEAD_REGISTRY, TAP_REGISTRY
+from kd_det.signals import Batch, Signals
+from kd_det.teacher import Teacher, build_teacher
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KD_HEAD_REGISTRY",
+    "TAP_REGISTRY",
+    "Batch",
+    "InputError",
+    "Signals",
+    "Teacher",
+    "TeacherStudent",
+    "add_kd_config",
+    "build_kd_heads",
+    "build_teacher",
+]

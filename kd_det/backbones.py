@@ -1,0 +1,114 @@
+"""Backbones that Detectron2 lacks: timm's networks, and narrow ResNets of basic blocks."""
+
+import timm
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, ResNet
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
+from torch import Tensor, nn
+
+from kd_det.errors import InputError
+
+BASIC_BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+
+
+class TimmBackbone(Backbone):
+    """A network of the timm library as a backbone; its stages are named by stride, ``res2`` (4) to ``res5`` (32).
+
+    Args:
+        name: timm's name of the network.
+        pretrained: Whether to start from timm's ImageNet weights.
+        norm: "BN", "FrozenBN" or "SyncBN": what batch normalisations become.
+        in_channels: Channels of the image.
+        out_features: Stages to give out.
+    """
+
+    def __init__(self, name: str, *, pretrained: bool, norm: str, in_channels: int, out_features: list[str]):
+        super().__init__()
+        try:
+            self.net = timm.create_model(name, pretrained=pretrained, features_only=True, in_chans=in_channels)
+        except RuntimeError as error:
+            raise InputError(f"MODEL.TIMM.NAME: {name!r}: {error}") from error
+        stages = {
+            f"res{reduction.bit_length() - 1}": (i, ShapeSpec(channels=channels, stride=reduction))
+            for i, (channels, reduction) in enumerate(
+                zip(self.net.feature_info.channels(), self.net.feature_info.reduction(), strict=True)
+            )
+        }
+        missing = [feature for feature in out_features if feature not in stages]
+        if missing:
+            raise InputError(f"MODEL.FPN.IN_FEATURES: {name} has no {', '.join(missing)}; it has {', '.join(stages)}.")
+        self._stages = {feature: stages[feature] for feature in out_features}
+        if norm not in NORMS:
+            raise InputError(f"MODEL.TIMM.NORM: got {norm!r}; allowed are {', '.join(NORMS)}.")
+        self.net = NORMS[norm](self.net)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.net(x)
+        return {name: features[i] for name, (i, _) in self._stages.items()}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {name: shape for name, (_, shape) in self._stages.items()}
+
+
+NORMS = {
+    "BN": lambda net: net,
+    "FrozenBN": FrozenBatchNorm2d.convert_frozen_batchnorm,
+    "SyncBN": nn.SyncBatchNorm.convert_sync_batchnorm,
+}
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The network that ``MODEL.TIMM`` names, below an FPN as ``MODEL.FPN`` describes it."""
+    bottom_up = TimmBackbone(
+        cfg.MODEL.TIMM.NAME,
+        pretrained=cfg.MODEL.TIMM.PRETRAINED,
+        norm=cfg.MODEL.TIMM.NORM,
+        in_channels=input_shape.channels,
+        out_features=cfg.MODEL.FPN.IN_FEATURES,
+    )
+    return add_fpn(cfg, bottom_up)
+
+
+@BACKBONE_REGISTRY.register()
+def build_basic_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """A ResNet of basic blocks and any width below an FPN, for small data: Detectron2's own must be 64 wide.
+
+    ``MODEL.RESNETS``: DEPTH 10, 18 or 34; STEM_OUT_CHANNELS; RES2_OUT_CHANNELS, doubled at each later stage; NORM.
+    """
+    node = cfg.MODEL.RESNETS
+    if node.DEPTH not in BASIC_BLOCKS:
+        raise InputError(
+            f"MODEL.RESNETS.DEPTH: got {node.DEPTH}; allowed here are {', '.join(map(str, BASIC_BLOCKS))}."
+        )
+    stem = BasicStem(input_shape.channels, node.STEM_OUT_CHANNELS, norm=node.NORM)
+    stages, channels = [], node.STEM_OUT_CHANNELS
+    for i, blocks in enumerate(BASIC_BLOCKS[node.DEPTH]):
+        out_channels = node.RES2_OUT_CHANNELS * 2**i
+        stages.append(
+            ResNet.make_stage(
+                BasicBlock,
+                blocks,
+                stride_per_block=[1 if i == 0 else 2] + [1] * (blocks - 1),
+                in_channels=channels,
+                out_channels=out_channels,
+                norm=node.NORM,
+            )
+        )
+        channels = out_channels
+    bottom_up = ResNet(stem, stages, out_features=cfg.MODEL.FPN.IN_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
+    return add_fpn(cfg, bottom_up)
+
+
+def add_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
+    """Put an FPN on a backbone, as Detectron2's ResNet-FPN has it."""
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

@@ -1,0 +1,168 @@
+"""Checkpoints: loaded without running code from the file, strictly where asked, written in one piece."""
+
+import os
+import pickle
+import re
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from kd_det.errors import InputError
+
+
+class KDCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer with safe loading and atomic writing.
+
+    Given the student as `model` and the heads as the checkpointable ``kd_heads``, ``"model"`` in every file is
+    the plain student. Loads what Detectron2 loads (``.pkl`` of its zoos, ``.pth``), and torchvision's ResNets as they
+    come.
+
+    Raises:
+        InputError: When loading, if the file does not exist, cannot be read, holds anything but arrays and plain
+            containers, shares no key with the model, or lacks a checkpointable that is to be loaded.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write a checkpoint beside its target and rename it: a reader sees all of it, or the file before it."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        torch.save(data | kwargs, f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        self._required = list(self.checkpointables) if checkpointables is None else checkpointables
+        return super().load(find_file(path, "MODEL.WEIGHTS") if path else path, checkpointables)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            loaded = load_zoo_pickle(filename) if filename.endswith(".pkl") else super()._load_file(filename)
+        except Exception as error:  # whatever a broken or hostile file provokes
+            raise InputError(f"{filename}: not a checkpoint that can be loaded safely: {reason(error)}") from error
+        if "layer1.0.conv1.weight" in loaded["model"]:
+            loaded = {"model": rename_torchvision_resnet(loaded["model"]), "matching_heuristics": True}
+        lacking = [key for key in self._required if key not in loaded]
+        if lacking:
+            raise InputError(f"{filename}: cannot be resumed: it has {', '.join(loaded)}, but no {', '.join(lacking)}.")
+        return loaded
+
+    def _load_model(self, checkpoint: dict[str, Any]):
+        offered = list(checkpoint["model"])
+        incompatible = super()._load_model(checkpoint)
+        own = set(self.model.state_dict())
+        matched = len(own - set(incompatible.missing_keys))
+        self.logger.info("%d of the model's %d keys were in the checkpoint.", matched, len(own))
+        if not matched:
+            raise InputError(
+                f"MODEL.WEIGHTS: the checkpoint has none of the {len(own)} keys of {type(self.model).__name__}; "
+                f"it has {shorten(offered)}."
+            )
+        return incompatible
+
+
+class _StrictCheckpointer(KDCheckpointer):
+    def _log_incompatible_keys(self, incompatible) -> None:
+        shapes = [f"{key} {found} instead of {own}" for key, found, own in incompatible.incorrect_shapes]
+        wrong = {key for key, *_ in incompatible.incorrect_shapes}
+        missing = [key for key in incompatible.missing_keys if key not in wrong]
+        # Older zoo files hold the pixel statistics, which come from the config.
+        unexpected = [key for key in incompatible.unexpected_keys if key not in ("pixel_mean", "pixel_std")]
+        if not (missing or unexpected or shapes):
+            return
+        total = len(self.model.state_dict())
+        matched = total - len(incompatible.missing_keys)
+        parts = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        told = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in parts.items() if keys)
+        raise InputError(f"{matched} of {total} keys ({matched / total:.0%}) match; {told}.")
+
+
+def load_strictly(model: nn.Module, path: str, *, key: str) -> None:
+    """Load weights that must fit a model key for key.
+
+    Args:
+        model: A model as :func:`build_model` makes it.
+        path: Path or URL of a detector's checkpoint, ``.pth`` or ``.pkl``.
+        key: The config key that names the file, for messages.
+
+    Raises:
+        InputError: If there is no such file, it cannot be read, or keys are missing, unexpected or of another shape.
+    """
+    find_file(path, key)
+    try:
+        _StrictCheckpointer(model).load(path)
+    except InputError as error:
+        raise InputError(f"{key}: {path} does not fit the config's {type(model).__name__}: {error}") from error
+
+
+def find_file(path: str, key: str) -> str:
+    """Local path of a file or URL, downloaded if need be; a query after ``?`` is kept.
+
+    Raises:
+        InputError: If it does not exist or cannot be fetched.
+    """
+    name, mark, query = path.partition("?")
+    try:
+        local = PathManager.get_local_path(name)
+    except Exception as error:  # each handler of the path manager has its own
+        raise InputError(f"{key}: {path} cannot be fetched: {reason(error)}") from error
+    if not os.path.isfile(local):
+        raise InputError(f"{key}: there is no file {path}.")
+    return local + mark + query
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds numpy arrays and plain containers, the contents of the zoos' files, and nothing else."""
+
+    def find_class(self, module: str, name: str):
+        module = module.replace("numpy.core", "numpy._core")
+        if (module, name) in {
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "scalar"),
+            ("collections", "OrderedDict"),
+            ("_codecs", "encode"),
+        }:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def load_zoo_pickle(filename: str) -> dict[str, Any]:
+    """Read a ``.pkl`` of Detectron2's or Caffe2's zoo: "model", and what the checkpointer needs to match it."""
+    with open(filename, "rb") as file:
+        data = _ArrayUnpickler(file, encoding="latin1").load()
+    if "model" in data and "__author__" in data:
+        return data
+    blobs = data.get("blobs", data)
+    model = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
+    return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def rename_torchvision_resnet(state: dict[str, Any]) -> dict[str, Any]:
+    """Give torchvision's ResNet weights Detectron2's names: ``layer1.0.bn1.weight`` to ``res2.0.conv1.norm.weight``."""
+    renamed = {}
+    for key, value in state.items():
+        key = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
+        key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        key = re.sub(r"bn(\d)", r"conv\1.norm", key)
+        renamed[key if key.startswith(("res", "fc")) else f"stem.{key}"] = value
+    return renamed
+
+
+def reason(error: Exception) -> str:
+    """The line of an error's message that tells most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "Unsupported" in line), lines[0])
+
+
+def shorten(names: list[str], shown: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -1,0 +1,227 @@
+"""The trainer, and the set-up that every tool shares."""
+
+import argparse
+import importlib.util
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import detectron2.utils.comm as comm
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    default_setup,
+    launch,
+)
+from detectron2.evaluation import DatasetEvaluator
+
+from kd_det.checkpoint import KDCheckpointer
+from kd_det.config import add_kd_config, merge_file, merge_list
+from kd_det.data import DetectionMapper, check_files, check_num_classes, register_datasets
+from kd_det.errors import InputError
+from kd_det.evaluation import build_evaluator
+from kd_det.meta_arch import TeacherStudent
+from kd_det.registry import config_key
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's trainer, for plain and for distilled students.
+
+    ``"model"`` in its checkpoints is the plain student; the heads' weights lie beside it as ``kd_heads``.
+
+    Args:
+        cfg: The whole config, of a plain detector or of a ``TeacherStudent``.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        # As DefaultTrainer.__init__, but for the checkpointer, which is the student's, and DDP, which may be on CPUs.
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        devices = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        wrapped = create_ddp_model(model, broadcast_buffers=False, **devices)
+        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(wrapped, loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        student, heads = (
+            (model.student, {"kd_heads": model.heads}) if isinstance(model, TeacherStudent) else (model, {})
+        )
+        self.checkpointer = KDCheckpointer(student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **heads)
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_detection_train_loader(cfg, mapper=DetectionMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        return build_detection_test_loader(cfg, dataset_name, mapper=DetectionMapper(cfg, is_train=False))
+
+
+def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that turn any Detectron2 config into a distillation run."""
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--teacher", metavar="CONFIG", help="the teacher's config: a file, or a name of the model zoo")
+    group.add_argument(
+        "--teacher-weights", metavar="FILE", help="the teacher's checkpoint, if its config names another"
+    )
+    group.add_argument(
+        "--kd-heads", metavar="HEAD,...", help="distillation heads, for example ReviewKDHead,SoftTargetHead"
+    )
+    group.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file to import first: registers heads of yours",
+    )
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Make the config of a run from the command line, check its data sets, and start logging.
+
+    Args:
+        args: Of Detectron2's ``default_argument_parser`` with :func:`add_distillation_arguments`.
+
+    Raises:
+        InputError: If a file, a key or a data set is wrong.
+    """
+    for path in args.plugin:
+        import_plugin(path)
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    if args.config_file:
+        args.config_file = find_config(args.config_file)
+        merge_file(cfg, args.config_file)
+    apply_distillation_arguments(cfg, args)
+    merge_list(cfg, args.opts, "command line")
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        logger.warning("MODEL.DEVICE: this machine has no GPU, going on with cpu instead of cuda.")
+        cfg.MODEL.DEVICE = "cpu"
+    register_datasets(cfg)
+    check_files(cfg, train=not args.eval_only)
+    check_num_classes(cfg, train=not args.eval_only)
+    cfg.freeze()
+    default_setup(cfg, args)
+    return cfg
+
+
+def apply_distillation_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Turn a config into that of a distillation run, as ``--teacher``, ``--teacher-weights`` and ``--kd-heads`` say."""
+    if args.teacher:
+        cfg.KD.TEACHER.CONFIG_FILE = args.teacher
+        cfg.KD.TEACHER.WEIGHTS = ""
+    if args.teacher_weights:
+        cfg.KD.TEACHER.WEIGHTS = args.teacher_weights
+    if args.kd_heads is not None:
+        cfg.KD.HEADS = [name for name in args.kd_heads.split(",") if name]
+    if cfg.MODEL.META_ARCHITECTURE == "TeacherStudent" or not (args.teacher or args.teacher_weights or args.kd_heads):
+        return
+    if not (cfg.KD.TEACHER.CONFIG_FILE and cfg.KD.HEADS):
+        raise InputError(
+            "--teacher and --kd-heads: a config that names neither teacher nor heads needs both arguments."
+        )
+    cfg.KD.STUDENT_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE, "TeacherStudent"
+    # A detector other than an R-CNN with FPN has other levels than the heads' defaults.
+    dense = cfg.KD.STUDENT_ARCHITECTURE == "RetinaNet"
+    levels = list(cfg.MODEL.RETINANET.IN_FEATURES if dense else cfg.MODEL.RPN.IN_FEATURES)
+    for name in cfg.KD.HEADS:
+        node = cfg.KD.get(config_key(name), {})
+        if "IN_FEATURES" in node and not set(node.IN_FEATURES) <= set(levels):
+            node.IN_FEATURES = levels
+        if dense and "SOURCES" in node:
+            node.SOURCES = ["dense"]
+
+
+def find_config(path: str) -> str:
+    """Path of a config file, or of the model zoo's config of that name.
+
+    Raises:
+        InputError: If there is neither.
+    """
+    if os.path.isfile(path):
+        return path
+    try:
+        return model_zoo.get_config_file(path)
+    except RuntimeError as error:
+        raise InputError(f"--config-file: there is no such file, and {error}") from error
+
+
+def import_plugin(path: str) -> None:
+    """Import a Python file for what it registers.
+
+    Raises:
+        InputError: If there is no such file.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"--plugin: there is no file {path}.")
+    name = f"kd_det_plugin_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Run a tool; a user's mistake or a diverged loss ends it with one line and status 1, without a traceback."""
+    logging.getLogger("detectron2.engine.train_loop").addFilter(is_defect)
+    try:
+        main()
+    except (InputError, FloatingPointError) as error:
+        # From a worker process the message comes with the worker's traceback before it.
+        line = str(error).strip().splitlines()[-1].removeprefix("kd_det.errors.InputError: ")
+        sys.exit(f"error: {line}")
+
+
+def is_defect(record: logging.LogRecord) -> bool:
+    """Whether a log record tells of anything but what :func:`run_tool` tells itself."""
+    return not (record.exc_info and isinstance(record.exc_info[1], InputError | FloatingPointError))
+
+
+def launch_workers(main: Callable, args: argparse.Namespace) -> None:
+    """Run `main(args)` on each GPU that ``--num-gpus`` asks for, or as one rank of ``torchrun``.
+
+    Raises:
+        InputError: If the machine has fewer GPUs.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(local_rank)
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        comm.create_local_process_group(local_size)
+        try:
+            main(args)
+        finally:
+            torch.distributed.destroy_process_group()
+        return
+    if args.num_gpus > 1 and args.num_gpus > torch.cuda.device_count():
+        raise InputError(f"--num-gpus: {args.num_gpus} asked for, but this machine has {torch.cuda.device_count()}.")
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )

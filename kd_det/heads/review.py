@@ -1,0 +1,118 @@
+"""ReviewKD: each student level, fused with the deeper ones, resembles the teacher's level."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from kd_det.errors import InputError
+from kd_det.heads.build import check_signals
+from kd_det.losses import hierarchical_context_loss
+from kd_det.registry import KD_HEAD_REGISTRY
+from kd_det.signals import Batch, Signals
+
+NORMS = ("BN", "SyncBN", "GN")
+
+
+class AttentionFusion(nn.Module):
+    """Attention-based fusion of a student's level with what came from the deeper levels (ABF).
+
+    Args:
+        in_channels: Channels of the student's level.
+        mid_channels: Channels of what is passed on to the next finer level.
+        out_channels: Channels of the teacher's level.
+        norm: Normalisation behind both convolutions.
+        fuse: Whether there is a deeper level to fuse with.
+    """
+
+    def __init__(self, in_channels: int, mid_channels: int, out_channels: int, *, norm: str, fuse: bool):
+        super().__init__()
+        self.reduce = Conv2d(in_channels, mid_channels, 1, bias=False, norm=get_norm(norm, mid_channels))
+        self.expand = Conv2d(mid_channels, out_channels, 3, padding=1, bias=False, norm=get_norm(norm, out_channels))
+        self.attention = Conv2d(2 * mid_channels, 2, 1) if fuse else None
+        for conv in (self.reduce, self.expand):
+            weight_init.c2_xavier_fill(conv)
+
+    def forward(self, x: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Fuse a level (N, C, H, W) with the residual of the deeper level (N, mid, h, w).
+
+        Returns:
+            What is compared with the teacher (N, out, H, W), and the residual for the next finer level (N, mid, H, W).
+        """
+        x = self.reduce(x)
+        if self.attention is not None:
+            deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
+            own, other = self.attention(torch.cat([x, deeper], dim=1)).sigmoid().split(1, dim=1)
+            x = x * own + deeper * other
+        return self.expand(x), x
+
+
+@KD_HEAD_REGISTRY.register()
+class ReviewKDHead(nn.Module):
+    """Knowledge review (Chen et al., CVPR 2021, https://arxiv.org/abs/2104.09044).
+
+    From the deepest level on, attention-based fusion joins each student level with the deeper ones; the hierarchical
+    context loss compares the result with the teacher's level, summed over levels.
+
+    Args:
+        student_spec: Name to shape of each level in the student, finest first.
+        teacher_spec: The same in the teacher.
+        mid_channels: Channels inside the fusion modules (published code: 256 for detectors).
+        norm: "BN" (published code), "SyncBN" or "GN".
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student_spec: Mapping[str, ShapeSpec],
+        teacher_spec: Mapping[str, ShapeSpec],
+        mid_channels: int = 256,
+        norm: str = "BN",
+    ):
+        super().__init__()
+        self.signals = tuple(student_spec)
+        self.strides = {name: shape.stride for name, shape in student_spec.items()}
+        self.fusions = nn.ModuleDict(
+            {
+                name: AttentionFusion(
+                    shape.channels,
+                    mid_channels,
+                    teacher_spec[name].channels,
+                    norm=norm,
+                    fuse=name != self.signals[-1],
+                )
+                for name, shape in student_spec.items()
+            }
+        )
+
+    @classmethod
+    def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
+        node = cfg.KD.REVIEW
+        check_signals("KD.REVIEW.IN_FEATURES", node.IN_FEATURES, student_spec, teacher_spec)
+        if node.NORM not in NORMS:
+            raise InputError(f"KD.REVIEW.NORM: got {node.NORM!r}; allowed are {', '.join(NORMS)}.")
+        strides = [student_spec[name].stride for name in node.IN_FEATURES]
+        if strides != sorted(strides):
+            raise InputError(
+                f"KD.REVIEW.IN_FEATURES: must go from the finest level to the coarsest, but the strides of "
+                f"{', '.join(node.IN_FEATURES)} are {strides}."
+            )
+        return {
+            "student_spec": {name: student_spec[name] for name in node.IN_FEATURES},
+            "teacher_spec": {name: teacher_spec[name] for name in node.IN_FEATURES},
+            "mid_channels": node.MID_CHANNELS,
+            "norm": node.NORM,
+        }
+
+    def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        losses, residual = [], None
+        for name in reversed(self.signals):
+            fused, residual = self.fusions[name](student[name], residual)
+            mask = batch.valid_mask(fused, self.strides[name])
+            losses.append(hierarchical_context_loss(fused, teacher[name], mask=mask))
+        return {"loss_kd_review": sum(losses)}

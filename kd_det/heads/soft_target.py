@@ -1,0 +1,138 @@
+"""Soft targets: the student's predictions resemble the teacher's, on the same boxes and anchors."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from torch import Tensor, nn
+
+from kd_det.errors import InputError
+from kd_det.heads.build import check_signals
+from kd_det.losses import binary_soft_target_loss, soft_target_loss
+from kd_det.registry import KD_HEAD_REGISTRY
+from kd_det.signals import Batch, Signals
+
+SOURCES = {"roi": "roi_logits", "rpn": "rpn_logits", "mask": "mask_logits", "dense": "dense_logits"}
+ROIS = ("all", "foreground")
+
+
+@KD_HEAD_REGISTRY.register()
+class SoftTargetHead(nn.Module):
+    """Soft targets on a detector's predictions (Hinton et al., 2015, https://arxiv.org/abs/1503.02531).
+
+    The teacher predicts on the student's sampled boxes, so rows stand for the same box:
+
+    * ``roi``: T^2 KL of the softmax over classes and background, mean over boxes;
+    * ``mask``: binary KL per pixel of the labelled class's mask, mean over foreground boxes and pixels;
+    * ``rpn``, ``dense``: binary KL per anchor (and class), averaged with the weight max(p_teacher, p_student), because
+      nearly all of an image's anchors are background on which both agree, and a plain mean would drown the rest;
+    * box regression, if asked for: smooth L1 between the deltas of the labelled class, mean over foreground boxes.
+
+    Args:
+        sources: Any of "roi", "rpn", "mask", "dense".
+        temperature: T of the softmax over ROI classes. The sigmoids are compared at 1.
+        rois: Boxes whose classes are compared: "all" or "foreground" (as labelled).
+        background_weight: Weight of the boxes labelled background, as in Chen et al. (NeurIPS 2017), who take 1.5.
+        box_regression: Whether box deltas are compared.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        sources: Sequence[str] = ("roi",),
+        temperature: float = 1.0,
+        rois: str = "all",
+        background_weight: float = 1.0,
+        box_regression: bool = False,
+    ):
+        super().__init__()
+        self.sources = tuple(sources)
+        self.temperature = temperature
+        self.rois = rois
+        self.background_weight = background_weight
+        self.box_regression = box_regression
+        # The number of ROI logits tells the class that means background.
+        box_signals = ("roi_logits", "roi_deltas") if box_regression else ()
+        self.signals = tuple(dict.fromkeys([*(SOURCES[source] for source in sources), *box_signals]))
+
+    @classmethod
+    def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
+        node = cfg.KD.SOFT_TARGET
+        unknown = [source for source in node.SOURCES if source not in SOURCES]
+        if unknown or not (node.SOURCES or node.BOX_REGRESSION):
+            raise InputError(f"KD.SOFT_TARGET.SOURCES: got {node.SOURCES}; allowed are {', '.join(SOURCES)}.")
+        if node.ROIS not in ROIS:
+            raise InputError(f"KD.SOFT_TARGET.ROIS: got {node.ROIS!r}; allowed are {', '.join(ROIS)}.")
+        if node.TEMPERATURE <= 0:
+            raise InputError(f"KD.SOFT_TARGET.TEMPERATURE: must be above 0, got {node.TEMPERATURE}.")
+        for source in node.SOURCES:
+            check_class_counts("KD.SOFT_TARGET.SOURCES", SOURCES[source], student_spec, teacher_spec)
+        if node.BOX_REGRESSION:
+            check_class_counts("KD.SOFT_TARGET.BOX_REGRESSION", "roi_deltas", student_spec, teacher_spec)
+        return {
+            "sources": node.SOURCES,
+            "temperature": node.TEMPERATURE,
+            "rois": node.ROIS,
+            "background_weight": node.BACKGROUND_WEIGHT,
+            "box_regression": node.BOX_REGRESSION,
+        }
+
+    def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        compare = {"roi": self._roi, "rpn": self._anchors, "mask": self._mask, "dense": self._anchors}
+        losses = {
+            f"loss_kd_soft_target_{source}": compare[source](student, teacher, SOURCES[source])
+            for source in self.sources
+        }
+        if self.box_regression:
+            losses["loss_kd_soft_target_box"] = self._box(student, teacher)
+        return losses
+
+    def _roi(self, student: Signals, teacher: Signals, name: str) -> Tensor:
+        own, other = student[name], teacher[name]
+        background = student["roi_classes"] == own.shape[1] - 1
+        if self.rois == "foreground":
+            return soft_target_loss(own[~background], other[~background], temperature=self.temperature)
+        weights = 1.0 + (self.background_weight - 1.0) * background
+        return soft_target_loss(own, other, temperature=self.temperature, weights=weights)
+
+    def _anchors(self, student: Signals, teacher: Signals, name: str) -> Tensor:
+        weights = torch.maximum(student[name].detach().sigmoid(), teacher[name].sigmoid())
+        return binary_soft_target_loss(student[name], teacher[name], weights=weights)
+
+    def _mask(self, student: Signals, teacher: Signals, name: str) -> Tensor:
+        classes = student["mask_classes"]
+        return binary_soft_target_loss(
+            select_class(student[name], classes, per_class=1), select_class(teacher[name], classes, per_class=1)
+        )
+
+    def _box(self, student: Signals, teacher: Signals) -> Tensor:
+        own, other, classes = student["roi_deltas"].float(), teacher["roi_deltas"].float(), student["roi_classes"]
+        kept = classes < student["roi_logits"].shape[1] - 1
+        own = select_class(own[kept], classes[kept], per_class=4)
+        other = select_class(other[kept], classes[kept], per_class=4)
+        return F.smooth_l1_loss(own, other, reduction="sum") / max(own.numel(), 1)
+
+
+def select_class(x: Tensor, classes: Tensor, *, per_class: int) -> Tensor:
+    """Each row's channels of its class: (R, K * per_class, ...) to (R, per_class, ...); one class is all there is."""
+    if x.shape[1] == per_class:
+        return x
+    x = x.unflatten(1, (-1, per_class))
+    return x[torch.arange(len(x), device=x.device), classes]
+
+
+def check_class_counts(key: str, name: str, student_spec, teacher_spec) -> None:
+    """Check that a signal of logits exists on both sides, for equally many classes.
+
+    Raises:
+        InputError: Naming both sides' number of channels.
+    """
+    check_signals(key, [name], student_spec, teacher_spec)
+    channels = student_spec[name].channels, teacher_spec[name].channels
+    if channels[0] != channels[1]:
+        raise InputError(
+            f"{key}: student and teacher must know the same classes, but {name} has {channels[0]} channels in the "
+            f"student and {channels[1]} in the teacher{' (background included)' if name == 'roi_logits' else ''}."
+        )

@@ -1,0 +1,33 @@
+"""The registries that users extend."""
+
+import re
+
+from detectron2.utils.registry import Registry
+
+KD_HEAD_REGISTRY = Registry("KD_HEAD")
+KD_HEAD_REGISTRY.__doc__ = """
+Registry of distillation heads: one paper, one module, adapters and loss together.
+
+The registered object will be called with ``obj(cfg, student_spec, teacher_spec)``, where a spec maps the name of each
+signal that a network has to its :class:`ShapeSpec`. It is expected to return a ``nn.Module`` with
+
+* ``signals``: the names of the signals that it needs of both networks;
+* ``forward(student, teacher, batch)``: both networks' signals and the :class:`kd_det.signals.Batch` to a dict of
+  unweighted scalar losses, in float32, with names ``loss_kd_<head>[_<part>]``.
+
+Its keys live in the config node ``KD.<CONFIG_KEY>`` (see :func:`config_key`), with WEIGHT and SCHEDULE in every one.
+The defaults of a head outside this package are its class attribute ``config``, a dict.
+"""
+
+TAP_REGISTRY = Registry("TAP")
+TAP_REGISTRY.__doc__ = """
+Registry of taps: ``XTap`` reads the signals of the meta-architecture ``X`` and of its subclasses.
+
+The registered object will be called with ``obj(model)`` and is expected to be a :class:`kd_det.taps.BackboneTap`.
+"""
+
+
+def config_key(head_name: str) -> str:
+    """Name of a head's config node: ``AttentionTransferHead`` has ``KD.ATTENTION_TRANSFER``."""
+    stem = re.sub(r"(KD)?Head$", "", head_name) or head_name
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", stem).upper()

@@ -1,0 +1,65 @@
+"""What passes between networks and heads: named tensors, and the batch they were computed on.
+
+A *signal* is one tensor that a network computed on one batch. The names are the same for every network:
+
+=================== ==================================================================================
+``p2`` ... ``p7``    outputs of the backbone, (N, C, H, W); for a C4 backbone ``res4``
+``res2`` ... ``res5`` outputs of the bottom-up network below an FPN, (N, C, H, W)
+``rpn_logits``      objectness of all anchors of all levels, (N, anchors, 1)
+``rpn_deltas``      their box deltas, (N, anchors, 4)
+``roi_features``    pooled features of the sampled boxes, (R, C, h, w)
+``roi_box_features`` input of the box predictor, (R, D)
+``roi_logits``      class logits, background last, (R, K + 1)
+``roi_deltas``      box deltas, (R, 4 K), or (R, 4) if class-agnostic
+``mask_logits``     mask logits of the foreground boxes, (F, K or 1, m, m)
+``dense_logits``    class logits of a one-stage detector, (N, anchors, K)
+``dense_deltas``    its box deltas, (N, anchors, 4)
+=================== ==================================================================================
+
+ROI signals come with the boxes they stand for, row by row: ``roi_boxes`` (R, 5) as (image, x0, y0, x1, y1) in
+pixels of the network's input and ``roi_classes`` (R,), K for background; likewise ``mask_boxes`` and ``mask_classes``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Signals = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch that student and teacher saw.
+
+    Attributes:
+        inputs: The dicts that the data loader made, one per image.
+        image_sizes: (height, width) of each image before padding, in pixels.
+        mask_padding: Whether feature losses leave out the cells that lie in the padding.
+    """
+
+    inputs: list[dict]
+    image_sizes: list[tuple[int, int]]
+    mask_padding: bool = False
+
+    @classmethod
+    def from_inputs(cls, inputs: list[dict], *, mask_padding: bool = False) -> "Batch":
+        return cls(inputs, [tuple(x["image"].shape[-2:]) for x in inputs], mask_padding)
+
+    def valid_mask(self, feature: Tensor, stride: int) -> Tensor | None:
+        """Mark the cells of a feature map that see a part of the image.
+
+        Args:
+            feature: Map of the whole batch, (N, C, H, W).
+            stride: Pixels per cell.
+
+        Returns:
+            Booleans (N, 1, H, W), or None where padding is not masked.
+        """
+        if not self.mask_padding:
+            return None
+        height, width = feature.shape[-2:]
+        sizes = torch.tensor(self.image_sizes, device=feature.device)
+        rows = torch.arange(height, device=feature.device) * stride < sizes[:, :1]
+        columns = torch.arange(width, device=feature.device) * stride < sizes[:, 1:]
+        return (rows[:, :, None] & columns[:, None, :])[:, None]

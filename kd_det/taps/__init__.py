@@ -1,0 +1,8 @@
+"""Taps: how the signals of each family of models are read."""
+
+from kd_det.taps.backbone import BackboneTap
+from kd_det.taps.build import build_tap
+from kd_det.taps.dense import RetinaNetTap
+from kd_det.taps.rcnn import GeneralizedRCNNTap
+
+__all__ = ["BackboneTap", "GeneralizedRCNNTap", "RetinaNetTap", "build_tap"]

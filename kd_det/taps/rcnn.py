@@ -1,0 +1,197 @@
+"""The tap of Faster and Mask R-CNN, with FPN or C4, and of Cascade R-CNN."""
+
+from contextlib import ExitStack
+
+import torch
+from detectron2.layers import ShapeSpec, cat
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+
+from kd_det.errors import InputError
+from kd_det.registry import TAP_REGISTRY
+from kd_det.signals import Signals
+from kd_det.taps.backbone import BackboneTap, hook, wrap
+
+
+@TAP_REGISTRY.register()
+class GeneralizedRCNNTap(BackboneTap):
+    """Taps the backbone, the RPN, the box head and the mask head of a ``GeneralizedRCNN``.
+
+    ROI heads must be ``StandardROIHeads``, ``Res5ROIHeads``, ``CascadeROIHeads`` (last stage) or a subclass; of others
+    the backbone and the RPN are tapped. The sampled boxes and their classes are read where the predictor is given them
+    to compute its losses, the one place that all these share.
+    """
+
+    def spec(self) -> dict[str, ShapeSpec]:
+        spec = super().spec()
+        if hasattr(self.model.proposal_generator, "rpn_head"):
+            spec |= {"rpn_logits": ShapeSpec(channels=1), "rpn_deltas": ShapeSpec(channels=4)}
+        heads = self.model.roi_heads
+        if self._has_boxes:
+            predictor = self._predictor
+            height, width = self._pooler.output_size
+            channels = spec[
+                heads.box_in_features[0] if hasattr(heads, "box_in_features") else heads.in_features[0]
+            ].channels
+            spec |= {
+                "roi_features": ShapeSpec(channels=channels, height=height, width=width),
+                "roi_box_features": ShapeSpec(channels=predictor.cls_score.in_features),
+                "roi_logits": ShapeSpec(channels=predictor.cls_score.out_features),
+                "roi_deltas": ShapeSpec(channels=predictor.bbox_pred.out_features),
+            }
+        if self._has_masks:
+            spec["mask_logits"] = ShapeSpec(channels=heads.mask_head.predictor.out_channels)
+        return spec
+
+    def check_alignment(self, teacher: BackboneTap, names) -> None:
+        super().check_alignment(teacher, names)
+        if any(name.startswith("rpn_") for name in names):
+            check_anchors(
+                self.model.proposal_generator.anchor_generator, teacher.model.proposal_generator.anchor_generator
+            )
+        if "roi_deltas" in names:
+            weights = [tap._predictor.box2box_transform.weights for tap in (self, teacher)]
+            if tuple(weights[0]) != tuple(weights[1]):
+                raise InputError(
+                    "KD.SOFT_TARGET.BOX_REGRESSION: the box deltas of student and teacher are scaled by different "
+                    f"MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS: {weights[0]} and {weights[1]}."
+                )
+
+    @property
+    def _has_boxes(self) -> bool:
+        heads = self.model.roi_heads
+        return isinstance(heads, StandardROIHeads | Res5ROIHeads) and isinstance(self._predictor, FastRCNNOutputLayers)
+
+    @property
+    def _has_masks(self) -> bool:
+        head = getattr(self.model.roi_heads, "mask_head", None)
+        return self._has_boxes and isinstance(head, BaseMaskRCNNHead) and hasattr(head, "predictor")
+
+    @property
+    def _predictor(self) -> nn.Module:
+        predictor = self.model.roi_heads.box_predictor
+        return predictor[-1] if isinstance(self.model.roi_heads, CascadeROIHeads) else predictor
+
+    @property
+    def _pooler(self) -> nn.Module:
+        heads = self.model.roi_heads
+        return heads.pooler if isinstance(heads, Res5ROIHeads) else heads.box_pooler
+
+    def _attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
+        super()._attach(stack, signals, names)
+
+        def keep(**found: Tensor) -> None:
+            signals.update({name: value for name, value in found.items() if name in names})
+
+        if names & {"rpn_logits", "rpn_deltas"}:
+            hook(stack, self.model.proposal_generator.rpn_head, lambda _, out: keep(**flatten_rpn(*out)))
+        if "roi_features" in names:
+            hook(stack, self._pooler, lambda _, out: keep(roi_features=out))
+        if any(name.startswith("roi_") for name in names):
+            hook(
+                stack,
+                self._predictor,
+                lambda args, out: keep(roi_box_features=args[0], roi_logits=out[0], roi_deltas=out[1]),
+            )
+            wrap(
+                stack,
+                self._predictor,
+                "losses",
+                lambda args, _: signals.update(roi_boxes=join_boxes(args[1]), roi_classes=join_classes(args[1])),
+            )
+        if "mask_logits" in names:
+            head = self.model.roi_heads.mask_head
+            wrap(stack, head, "layers", lambda _, out: keep(mask_logits=out))
+            hook(
+                stack,
+                head,
+                lambda args, _: signals.update(mask_boxes=join_boxes(args[1]), mask_classes=join_classes(args[1])),
+            )
+
+    def _run(self, features: dict[str, Tensor], names: set[str], student: Signals) -> None:
+        if names & {"rpn_logits", "rpn_deltas"}:
+            rpn = self.model.proposal_generator
+            rpn.rpn_head([features[f] for f in rpn.in_features])
+        images = len(next(iter(features.values())))
+        if any(name.startswith("roi_") for name in names):
+            self._run_boxes(features, split_boxes(student["roi_boxes"], images))
+        if "mask_logits" in names:
+            self._run_masks(features, split_boxes(student["mask_boxes"], images))
+
+    def _run_boxes(self, features: dict[str, Tensor], boxes: list[Boxes]) -> None:
+        heads = self.model.roi_heads
+        if isinstance(heads, Res5ROIHeads):
+            box_features = heads.res5(heads.pooler([features[f] for f in heads.in_features], boxes)).mean(dim=[2, 3])
+        else:
+            box_head = heads.box_head[-1] if isinstance(heads, CascadeROIHeads) else heads.box_head
+            box_features = box_head(heads.box_pooler([features[f] for f in heads.box_in_features], boxes))
+        self._predictor(box_features)
+
+    def _run_masks(self, features: dict[str, Tensor], boxes: list[Boxes]) -> None:
+        heads = self.model.roi_heads
+        if isinstance(heads, Res5ROIHeads):
+            mask_features = heads.res5(heads.pooler([features[f] for f in heads.in_features], boxes))
+        else:
+            mask_features = heads.mask_pooler([features[f] for f in heads.mask_in_features], boxes)
+        heads.mask_head.layers(mask_features)
+
+
+def flatten_rpn(logits: list[Tensor], deltas: list[Tensor]) -> Signals:
+    """Join the levels of an RPN head's outputs.
+
+    Args:
+        logits: Per level (N, A, H, W).
+        deltas: Per level (N, 4 A, H, W).
+
+    Returns:
+        ``rpn_logits`` (N, anchors, 1) and ``rpn_deltas`` (N, anchors, 4), level by level, row by row, then anchor.
+    """
+    return {
+        "rpn_logits": cat([permute_to_N_HWA_K(x, 1) for x in logits], dim=1),
+        "rpn_deltas": cat([permute_to_N_HWA_K(x, 4) for x in deltas], dim=1),
+    }
+
+
+def check_anchors(student: nn.Module, teacher: nn.Module) -> None:
+    """Check that two anchor generators make the same anchors, up to a hundredth of a pixel.
+
+    Raises:
+        InputError: If they do not.
+    """
+    cells = [[len(level) for level in generator.cell_anchors] for generator in (student, teacher)]
+    if (
+        list(student.strides) != list(teacher.strides)
+        or cells[0] != cells[1]
+        or any(
+            not torch.allclose(a.cpu(), b.cpu(), atol=0.01)
+            for a, b in zip(student.cell_anchors, teacher.cell_anchors, strict=True)
+        )
+    ):
+        raise InputError(
+            "KD.SOFT_TARGET.SOURCES: student and teacher have different anchors (MODEL.ANCHOR_GENERATOR): "
+            f"strides {list(student.strides)} and {list(teacher.strides)}, "
+            f"anchors per cell {cells[0]} and {cells[1]}."
+        )
+
+
+def join_boxes(instances) -> Tensor:
+    """Proposal boxes of all images as (R, 5): image, x0, y0, x1, y1."""
+    return cat(
+        [
+            torch.cat([x.proposal_boxes.tensor.new_full((len(x), 1), i), x.proposal_boxes.tensor.detach()], dim=1)
+            for i, x in enumerate(instances)
+        ]
+    )
+
+
+def join_classes(instances) -> Tensor:
+    """Labelled classes of all images' proposals, (R,)."""
+    return cat([x.gt_classes for x in instances])
+
+
+def split_boxes(boxes: Tensor, images: int) -> list[Boxes]:
+    """Inverse of :func:`join_boxes`."""
+    return [Boxes(boxes[boxes[:, 0] == i, 1:]) for i in range(images)]

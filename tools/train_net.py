@@ -1,0 +1,41 @@
+#!/usr/bin/env python
+"""Train, resume or evaluate a detector: plain, or distilled from a teacher.
+
+    tools/train_net.py --config-file configs/reviewkd_r101_r18.yaml
+    tools/train_net.py --config-file configs/reviewkd_r101_r18.yaml --resume
+    tools/train_net.py --config-file configs/reviewkd_r101_r18.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
+
+Any Detectron2 config becomes a distillation run with a teacher and heads named beside it:
+
+    tools/train_net.py --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml \\
+        --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml --kd-heads ReviewKDHead
+
+Under torchrun: torchrun --nproc-per-node 8 tools/train_net.py --config-file ...
+"""
+
+import argparse
+
+from detectron2.engine import default_argument_parser
+
+from kd_det.checkpoint import KDCheckpointer
+from kd_det.config import student_config
+from kd_det.engine import Trainer, add_distillation_arguments, launch_workers, run_tool, setup
+
+
+def main(args: argparse.Namespace) -> None:
+    cfg = setup(args)
+    if args.eval_only:
+        cfg = student_config(cfg)
+        model = Trainer.build_model(cfg)
+        KDCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        Trainer.test(cfg, model)
+        return
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser(epilog=__doc__)
+    add_distillation_arguments(parser)
+    run_tool(lambda: launch_workers(main, parser.parse_args()))
