@@ -15,9 +15,9 @@ from kd_det.errors import InputError
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("datasets/shapes"), help="folder to write (%(default)s)")
-    parser.add_argument("--train", type=int, default=600, help="images to train on (%(default)s)")
-    parser.add_argument("--test", type=int, default=150, help="images to test on (%(default)s)")
-    parser.add_argument("--size", type=int, default=160, help="side of the images in pixels (%(default)s)")
+    parser.add_argument("--train", type=int, default=1000, help="images to train on (%(default)s)")
+    parser.add_argument("--test", type=int, default=200, help="images to test on (%(default)s)")
+    parser.add_argument("--size", type=int, default=128, help="side of the images in pixels (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other images (%(default)s)")
     return parser.parse_args()
 

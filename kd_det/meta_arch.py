@@ -55,11 +55,17 @@ class TeacherStudent(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
+        name = cfg.KD.STUDENT_ARCHITECTURE
+        if name not in META_ARCH_REGISTRY or name == cls.__name__:
+            known = ", ".join(sorted(known for known, _ in META_ARCH_REGISTRY if known != cls.__name__))
+            raise InputError(
+                f"KD.STUDENT_ARCHITECTURE: {name!r} is not a student's meta-architecture; registered: {known}."
+            )
         student = build_model(student_config(cfg))
         parts = {"student": student, "teacher": None, "heads": {}, "mask_padding": cfg.KD.MASK_PADDING}
         if cfg.KD.HEADS:
             # With the same seed the student's training must draw the same random numbers with and without a teacher.
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 parts["teacher"] = build_teacher(cfg)
                 parts["heads"] = build_kd_heads(cfg, build_tap(student).spec(), parts["teacher"].tap.spec())
         keys = {name: config_key(name) for name in parts["heads"]}
@@ -70,7 +76,7 @@ class TeacherStudent(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.student.device
+        return next(self.student.parameters()).device
 
     def forward(self, batched_inputs: list[dict]):
         """See the student's forward; in training its losses are joined by the heads' weighted ones.

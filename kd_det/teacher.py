@@ -36,9 +36,14 @@ class Teacher:
         self.flip_channels = flip_channels
         self.dtype = dtype
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def to(self, device: torch.device) -> "Teacher":
-        """Move the model."""
-        self.model.to(device)
+        """Move the model, unless it is there."""
+        if self.device != device:
+            self.model.to(device)
         return self
 
     @torch.no_grad()
@@ -52,8 +57,7 @@ class Teacher:
         """
         if self.flip_channels:
             batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return self.tap.compute(batched_inputs, names, student)
 
 

@@ -19,17 +19,17 @@ def make_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[tu
 
     Args:
         rng: Source of everything random.
-        size: Side of the image in pixels. Shapes measure 10 to 70 pixels at 160 and scale with it.
+        size: Side of the image in pixels. Shapes measure 16 to 72 pixels at 160 and scale with it.
 
     Returns:
         The image, (size, size, 3) uint8 in BGR; for each object its class index and visible mask, (size, size) bool.
     """
-    image = _texture(rng, size, size, rng.uniform(0, 255, 3), contrast=110)
+    image = _texture(rng, size, size, rng.uniform(0, 255, 3), contrast=45)
     objects = []
     occupied = np.zeros((size, size), bool)
-    for _ in range(rng.integers(4, 13)):
+    for _ in range(rng.integers(3, 9)):
         class_index = int(rng.integers(len(CLASSES)))
-        is_clutter = rng.random() < 0.25
+        is_clutter = rng.random() < 0.12
         contours = _place(rng, size, _clutter(rng) if is_clutter else _outline(rng, CLASSES[class_index]))
         alpha = _rasterise(contours, size)
         mask = alpha >= 0.5
@@ -41,14 +41,14 @@ def make_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[tu
         if not is_clutter:
             outer, *holes = (cv2.contourArea(contour.astype(np.float32)) for contour in contours)
             objects.append((class_index, mask, outer - sum(holes)))
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(0, 2)):
         start, end = rng.integers(0, size, (2, 2)).tolist()
         line = np.zeros((size, size), np.float32)
         cv2.line(line, start, end, 1.0, int(rng.integers(1, 2 + size // 80)))
         _paint(rng, image, line)
         _hide(objects, line > 0)
     image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9))
-    image += rng.normal(0, rng.uniform(2, 12), image.shape)
+    image += rng.normal(0, rng.uniform(1, 6), image.shape)
     seen = [(c, m) for c, m, area in objects if m.sum() >= max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE * area)]
     return image.clip(0, 255).astype(np.uint8), seen
 
@@ -90,7 +90,7 @@ def _clutter(rng: np.random.Generator) -> list[np.ndarray]:
 
 def _place(rng: np.random.Generator, size: int, contours: list[np.ndarray]) -> list[np.ndarray]:
     """Squeeze a little, turn, scale and move contours of the unit circle into the image."""
-    radius = size / 160 * np.exp(rng.uniform(np.log(10), np.log(70))) / 2
+    radius = size / 160 * np.exp(rng.uniform(np.log(16), np.log(72))) / 2
     squeeze = np.diag([1, rng.uniform(0.8, 1)])
     angle = rng.uniform(0, 2 * np.pi)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
@@ -106,15 +106,15 @@ def _rasterise(contours: list[np.ndarray], size: int) -> np.ndarray:
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, alpha: np.ndarray) -> None:
-    """Fill a region of the image with a texture; every third one resembles what is beneath."""
+    """Fill a region of the image with a texture; one in eight resembles what is beneath."""
     x, y, width, height = cv2.boundingRect((alpha > 0).astype(np.uint8))
     patch, alpha = image[y : y + height, x : x + width], alpha[y : y + height, x : x + width, None]
     if not patch.size:
         return
     colour = rng.uniform(0, 255, 3)
-    if rng.random() < 0.35:
+    if rng.random() < 0.12:
         colour = patch.mean((0, 1)) + rng.choice([-1, 1], 3) * rng.uniform(12, 40, 3)
-    patch += alpha * (_texture(rng, height, width, colour, contrast=rng.uniform(0, 70)) - patch)
+    patch += alpha * (_texture(rng, height, width, colour, contrast=rng.uniform(0, 40)) - patch)
 
 
 def _texture(rng: np.random.Generator, height: int, width: int, colour: np.ndarray, contrast: float) -> np.ndarray:

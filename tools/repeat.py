@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""Train a teacher, then plain and distilled students over several seeds, and compare them: mean and spread.
+
+    tools/repeat.py --teacher configs/BCCD/teacher.yaml --student plain=configs/BCCD/student.yaml \\
+        --student ReviewKD=configs/BCCD/reviewkd.yaml --seeds 1 2 3 --output output/bccd --jobs 2
+
+Each run is a call of tools/train_net.py in a folder of its own, OUTPUT/teacher and OUTPUT/NAME_seedK. Run again after an
+interruption, it goes on where it was: finished runs are kept, half-finished ones are resumed.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+TOOLS = Path(__file__).resolve().parent
+
+
+def call(tool: str, *arguments: str, log: Path | None = None, threads: int | None = None) -> None:
+    """Print a command and run it; its output goes on, or into a file.
+
+    Raises:
+        subprocess.CalledProcessError: If it fails.
+    """
+    tqdm.write(f"$ python {tool} {shlex.join(arguments)}" + (f" > {log}" if log else ""))
+    sys.stdout.flush()
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    command = [sys.executable, "-W", "ignore", str(TOOLS / tool), *arguments]
+    if log is None:
+        subprocess.run(command, env=environment, check=True)
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=True)
+
+
+def train(config: str, output: Path, options: list[str], *, log: bool, threads: int | None) -> None:
+    """Train a run to its end, unless it has ended already."""
+    if (output / "model_final.pth").is_file():
+        tqdm.write(f"{output}: trained already.")
+        return
+    arguments = ["--config-file", config, "--resume", "OUTPUT_DIR", str(output), *options]
+    call("train_net.py", *arguments, log=output / "output.txt" if log else None, threads=threads)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, metavar="CONFIG")
+    parser.add_argument("--student", required=True, action="append", metavar="NAME=CONFIG", help="plain or distilled")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="students trained at a time; the cores are shared out")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides for every run")
+    args = parser.parse_args()
+    for student in args.student:
+        if "=" not in student:
+            parser.error(f"--student {student}: not of the form NAME=CONFIG")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    begin = time.monotonic()
+    teacher = args.output / "teacher"
+    train(args.teacher, teacher, ["SEED", "0", *args.opts], log=False, threads=None)
+    taught = ["KD.TEACHER.CONFIG_FILE", args.teacher, "KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")]
+    runs = [
+        (name, config, args.output / f"{name}_seed{seed}", ["SEED", str(seed), *taught, *args.opts])
+        for seed in args.seeds
+        for name, config in (student.split("=", 1) for student in args.student)
+    ]
+    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs) if args.jobs > 1 else None
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(train, *run[1:], log=args.jobs > 1, threads=threads) for run in runs]
+        try:
+            for job in tqdm(jobs, desc="students", disable=args.jobs == 1):
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    names = [("teacher", teacher), *((name, output) for name, _, output, _ in runs)]
+    call(
+        "compare.py",
+        *(x for name, path in names for x in ("--run", f"{name}={path}")),
+        "--output",
+        str(args.output / "comparison"),
+    )
+    print(f"Done in {(time.monotonic() - begin) / 60:.1f} minutes.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"error: this command ended with status {error.returncode}: {shlex.join(map(str, error.cmd))}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; the same command goes on.")
