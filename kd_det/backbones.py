@@ -2,11 +2,12 @@
 
 import timm
 from detectron2.config import CfgNode
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
-from torch import Tensor, nn
+from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from torch import Tensor
 
 from kd_det.errors import InputError
 
@@ -52,11 +53,8 @@ class TimmBackbone(Backbone):
         return {name: shape for name, (_, shape) in self._stages.items()}
 
 
-NORMS = {
-    "BN": lambda net: net,
-    "FrozenBN": FrozenBatchNorm2d.convert_frozen_batchnorm,
-    "SyncBN": nn.SyncBatchNorm.convert_sync_batchnorm,
-}
+# timm's own conversions: its normalisations may hold the activation, which those of torch and Detectron2 would drop.
+NORMS = {"BN": lambda net: net, "FrozenBN": freeze_batch_norm_2d, "SyncBN": convert_sync_batchnorm}
 
 
 @BACKBONE_REGISTRY.register()

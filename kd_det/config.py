@@ -124,8 +124,10 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name}, line {mark.line + 1}" if mark else path
         raise InputError(f"{place}: not a safe YAML file: {getattr(error, 'problem', error)}") from error
-    except (AssertionError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: {error.args[0] if error.args else error}") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: _BASE_ names {error.filename}, which does not exist.") from error
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: {one_line(error)}") from error
 
 
 def merge_list(cfg: CfgNode, options: list, key: str) -> None:
@@ -140,7 +142,12 @@ def merge_list(cfg: CfgNode, options: list, key: str) -> None:
     try:
         cfg.merge_from_list(list(options))
     except (AssertionError, KeyError, ValueError) as error:
-        raise InputError(f"{key}: {error.args[0] if error.args else error}") from error
+        raise InputError(f"{key}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error of yacs, which may have several lines."""
+    return " ".join(str(error.args[0] if error.args else type(error).__name__).split())
 
 
 def student_config(cfg: CfgNode) -> CfgNode:

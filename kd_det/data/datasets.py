@@ -8,11 +8,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from kd_det.config import student_config
 from kd_det.data.coco_format import CocoFormat
 from kd_det.data.voc_format import VocFormat
 from kd_det.errors import InputError
 
-WRAPPERS = ("TeacherStudent", "MutualStudents")
 NUM_CLASSES = {
     "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
     "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
@@ -83,8 +83,7 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
     Raises:
         InputError: If a data set has more classes than the model, or orders them otherwise than another data set.
     """
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    key = NUM_CLASSES.get(cfg.KD.STUDENT_ARCHITECTURE if architecture in WRAPPERS else architecture)
+    key = NUM_CLASSES.get(student_config(cfg).MODEL.META_ARCHITECTURE)
     if key is None:
         return
     model_classes = _look_up(cfg, key)
