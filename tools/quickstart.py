@@ -31,8 +31,10 @@ def main() -> None:
     students = [x for name in ("plain", "distilled") for x in ("--student", f"{name}={configs[name]}")]
     for command in (
         ["datasets/prepare_shapes.py", "--output", str(shapes)],
-        ["tools/repeat.py", "--teacher", configs["teacher"], *students, "--seeds", *args.seeds, "--jobs", args.jobs]
-        + ["--output", "output/quickstart"],
+        [
+            *("tools/repeat.py", "--output", "output/quickstart", "--jobs", args.jobs, "--seeds", *args.seeds),
+            *("--teacher", configs["teacher"], *students),
+        ],
     ):
         print(f"$ python {shlex.join(command)}", flush=True)
         status = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=ROOT).returncode

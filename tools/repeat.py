@@ -4,8 +4,8 @@
     tools/repeat.py --teacher configs/BCCD/teacher.yaml --student plain=configs/BCCD/student.yaml \\
         --student ReviewKD=configs/BCCD/reviewkd.yaml --seeds 1 2 3 --output output/bccd --jobs 2
 
-Each run is a call of tools/train_net.py in a folder of its own, OUTPUT/teacher and OUTPUT/NAME_seedK. Run again after an
-interruption, it goes on where it was: finished runs are kept, half-finished ones are resumed.
+Each run is a call of tools/train_net.py in a folder of its own, OUTPUT/teacher and OUTPUT/NAME_seedK. Run again after
+an interruption, it goes on where it was: finished runs are kept, others resume from their last checkpoint.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,22 +23,29 @@ from tqdm import tqdm
 TOOLS = Path(__file__).resolve().parent
 
 
+class CallError(Exception):
+    """A command that failed."""
+
+
 def call(tool: str, *arguments: str, log: Path | None = None, threads: int | None = None) -> None:
     """Print a command and run it; its output goes on, or into a file.
 
     Raises:
-        subprocess.CalledProcessError: If it fails.
+        CallError: If it fails.
     """
-    tqdm.write(f"$ python {tool} {shlex.join(arguments)}" + (f" > {log}" if log else ""))
+    told = f"python {TOOLS / tool} {shlex.join(arguments)}"
+    tqdm.write(f"$ {told}" + (f" > {log}" if log else ""))
     sys.stdout.flush()
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    command = [sys.executable, "-W", "ignore", str(TOOLS / tool), *arguments]
-    if log is None:
-        subprocess.run(command, env=environment, check=True)
-        return
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=True)
+    with ExitStack() as stack:
+        file = None
+        if log:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(log.open("a"))
+        command = [sys.executable, "-W", "ignore", str(TOOLS / tool), *arguments]
+        status = subprocess.run(command, env=environment, stdout=file, stderr=file and subprocess.STDOUT).returncode
+    if status:
+        raise CallError(f"status {status} of: {told}" + (f"; the reason is at the end of {log}" if log else ""))
 
 
 def train(config: str, output: Path, options: list[str], *, log: bool, threads: int | None) -> None:
@@ -75,7 +83,7 @@ def main() -> None:
         for seed in args.seeds
         for name, config in (student.split("=", 1) for student in args.student)
     ]
-    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs) if args.jobs > 1 else None
+    threads = max(1, os.cpu_count() // args.jobs) if args.jobs > 1 else None
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(train, *run[1:], log=args.jobs > 1, threads=threads) for run in runs]
         try:
@@ -97,7 +105,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"error: this command ended with status {error.returncode}: {shlex.join(map(str, error.cmd))}")
+    except CallError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; the same command goes on.")
