@@ -5,10 +5,11 @@ import pickle
 import re
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
-from torch import nn
+from torch import Tensor, nn
 
 from kd_det.errors import InputError
 
@@ -46,17 +47,23 @@ class KDCheckpointer(DetectionCheckpointer):
             loaded = load_zoo_pickle(filename) if filename.endswith(".pkl") else super()._load_file(filename)
         except Exception as error:  # whatever a broken or hostile file provokes
             raise InputError(f"{filename}: not a checkpoint that can be loaded safely: {reason(error)}") from error
-        if "layer1.0.conv1.weight" in loaded["model"]:
-            loaded = {"model": rename_torchvision_resnet(loaded["model"]), "matching_heuristics": True}
+        model = loaded["model"]
+        if not isinstance(model, dict) or not all(isinstance(value, Tensor | np.ndarray) for value in model.values()):
+            raise InputError(f"{filename}: not a checkpoint: neither it nor its 'model' maps names to tensors.")
+        if "layer1.0.conv1.weight" in model:
+            loaded = {"model": rename_torchvision_resnet(model), "matching_heuristics": True}
         lacking = [key for key in self._required if key not in loaded]
         if lacking:
             raise InputError(f"{filename}: cannot be resumed: it has {', '.join(loaded)}, but no {', '.join(lacking)}.")
         return loaded
 
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        return torch.load(f, map_location="cpu", weights_only=True)  # the default is another before torch 2.6
+
     def _load_model(self, checkpoint: dict[str, Any]):
         offered = list(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
-        own = set(self.model.state_dict())
+        own = counted_keys(self.model)
         matched = len(own - set(incompatible.missing_keys))
         self.logger.info("%d of the model's %d keys were in the checkpoint.", matched, len(own))
         if not matched:
@@ -76,7 +83,7 @@ class _StrictCheckpointer(KDCheckpointer):
         unexpected = [key for key in incompatible.unexpected_keys if key not in ("pixel_mean", "pixel_std")]
         if not (missing or unexpected or shapes):
             return
-        total = len(self.model.state_dict())
+        total = len(counted_keys(self.model))
         matched = total - len(incompatible.missing_keys)
         parts = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
         told = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in parts.items() if keys)
@@ -156,10 +163,15 @@ def rename_torchvision_resnet(state: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
+def counted_keys(model: nn.Module) -> set[str]:
+    """Keys that a checkpoint can match. Of BatchNorm's counters torch never tells that they are missing."""
+    return {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
+
+
 def reason(error: Exception) -> str:
     """The line of an error's message that tells most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if "Unsupported" in line), lines[0])
+    return next((line for line in lines if "unsupported" in line.lower()), lines[0])
 
 
 def shorten(names: list[str], shown: int = 5) -> str:

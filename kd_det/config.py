@@ -110,24 +110,32 @@ def add_kd_config(cfg: CfgNode) -> None:
 
 
 def merge_file(cfg: CfgNode, path: str) -> None:
-    """Merge a YAML file into a config; tags that would run Python code are refused.
-
-    Only the files that Detectron2 itself installs may have such tags: its Base-RetinaNet.yaml does.
+    """Merge a YAML file, with its bases, into a config; tags that would run Python code are refused.
 
     Raises:
         InputError: If the file does not exist, is no YAML, or has a key or a value that the config does not know.
     """
-    installed = Path(model_zoo.__file__).resolve().parent in Path(path).resolve().parents
     try:
-        cfg.merge_from_file(path, allow_unsafe=installed)
+        cfg.merge_from_other_cfg(_SafeReader(_SafeReader.load_yaml_with_base(path)))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name}, line {mark.line + 1}" if mark else path
         raise InputError(f"{place}: not a safe YAML file: {getattr(error, 'problem', error)}") from error
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: _BASE_ names {error.filename}, which does not exist.") from error
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    except (AttributeError, TypeError) as error:
+        raise InputError(f"{path}: something else stands where a mapping of keys belongs: {one_line(error)}") from error
+    except (AssertionError, KeyError, ValueError) as error:
         raise InputError(f"{path}: {one_line(error)}") from error
+
+
+class _SafeReader(CfgNode):
+    """Reads YAML without running code from it, but for Detectron2's own files: Base-RetinaNet.yaml needs that."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
+        installed = Path(model_zoo.__file__).resolve().parent in Path(filename).resolve().parents
+        return super().load_yaml_with_base(filename, allow_unsafe=installed)
 
 
 def merge_list(cfg: CfgNode, options: list, key: str) -> None:

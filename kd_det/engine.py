@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import logging
 import os
+import re
 import sys
 import weakref
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from detectron2.engine import (
     launch,
 )
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessRaisedException
 
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import add_kd_config, merge_file, merge_list
@@ -123,6 +126,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_num_classes(cfg, train=not args.eval_only)
     cfg.freeze()
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
     return cfg
 
 
@@ -187,9 +191,17 @@ def run_tool(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, FloatingPointError) as error:
-        # From a worker process the message comes with the worker's traceback before it.
-        line = str(error).strip().splitlines()[-1].removeprefix("kd_det.errors.InputError: ")
-        sys.exit(f"error: {line}")
+        sys.exit(f"error: {tell(str(error))}")
+    except ProcessRaisedException as error:
+        if not re.search(r"^(kd_det\.errors\.InputError|FloatingPointError): ", str(error), re.MULTILINE):
+            raise
+        sys.exit(f"error: {tell(str(error))}")
+
+
+def tell(message: str) -> str:
+    """The message of an error in one line; from another process it comes behind that one's traceback."""
+    own = re.split(r"^(?:kd_det\.errors\.InputError|FloatingPointError): ", message, flags=re.MULTILINE)[-1]
+    return " ".join(own.split())
 
 
 def is_defect(record: logging.LogRecord) -> bool:

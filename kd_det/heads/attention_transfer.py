@@ -6,7 +6,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
-from kd_det.heads.build import check_signals
+from kd_det.heads.build import check_feature_maps
 from kd_det.losses import attention_transfer_loss
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
@@ -39,7 +39,7 @@ class AttentionTransferHead(nn.Module):
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         node = cfg.KD.ATTENTION_TRANSFER
-        check_signals("KD.ATTENTION_TRANSFER.IN_FEATURES", node.IN_FEATURES, student_spec, teacher_spec)
+        check_feature_maps("KD.ATTENTION_TRANSFER.IN_FEATURES", node.IN_FEATURES, student_spec, teacher_spec)
         if node.REDUCTION not in REDUCTIONS:
             raise InputError(
                 f"KD.ATTENTION_TRANSFER.REDUCTION: {node.REDUCTION!r} is not one of {', '.join(REDUCTIONS)}."

@@ -39,6 +39,26 @@ def build_kd_heads(
     return heads
 
 
+def check_feature_maps(
+    key: str, names: Sequence[str], student_spec: Mapping[str, ShapeSpec], teacher_spec: Mapping[str, ShapeSpec]
+) -> None:
+    """Check that names are given, and that both networks have feature maps of these names, at equal strides.
+
+    Args:
+        key: The config key that holds the names, for messages.
+
+    Raises:
+        InputError: If not.
+    """
+    maps = [name for name, shape in student_spec.items() if shape.stride is not None]
+    if not names:
+        raise InputError(f"{key}: no feature is named; the student's backbone has {', '.join(maps)}.")
+    check_signals(key, names, student_spec, teacher_spec)
+    for name in names:
+        if name not in maps:
+            raise InputError(f"{key}: {name!r} is not a feature map of the backbone, which has {', '.join(maps)}.")
+
+
 def check_signals(
     key: str, names: Sequence[str], student_spec: Mapping[str, ShapeSpec], teacher_spec: Mapping[str, ShapeSpec]
 ) -> None:

@@ -6,7 +6,7 @@ from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec
 from torch import Tensor, nn
 
-from kd_det.heads.build import check_signals
+from kd_det.heads.build import check_feature_maps
 from kd_det.losses import hint_loss
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
@@ -40,7 +40,7 @@ class HintHead(nn.Module):
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         names = cfg.KD.HINT.IN_FEATURES
-        check_signals("KD.HINT.IN_FEATURES", names, student_spec, teacher_spec)
+        check_feature_maps("KD.HINT.IN_FEATURES", names, student_spec, teacher_spec)
         return {
             "student_spec": {name: student_spec[name] for name in names},
             "teacher_spec": {name: teacher_spec[name] for name in names},

@@ -10,7 +10,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
-from kd_det.heads.build import check_signals
+from kd_det.heads.build import check_feature_maps
 from kd_det.losses import hierarchical_context_loss
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
@@ -93,9 +93,14 @@ class ReviewKDHead(nn.Module):
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         node = cfg.KD.REVIEW
-        check_signals("KD.REVIEW.IN_FEATURES", node.IN_FEATURES, student_spec, teacher_spec)
+        check_feature_maps("KD.REVIEW.IN_FEATURES", node.IN_FEATURES, student_spec, teacher_spec)
         if node.NORM not in NORMS:
             raise InputError(f"KD.REVIEW.NORM: got {node.NORM!r}; allowed are {', '.join(NORMS)}.")
+        channels = {node.MID_CHANNELS, *(teacher_spec[name].channels for name in node.IN_FEATURES)}
+        if node.NORM == "GN" and any(c % 32 for c in channels):
+            raise InputError(
+                f"KD.REVIEW.NORM: GN has 32 groups, which do not divide {sorted(channels)} channels evenly."
+            )
         strides = [student_spec[name].stride for name in node.IN_FEATURES]
         if strides != sorted(strides):
             raise InputError(

@@ -98,7 +98,7 @@ class SoftTargetHead(nn.Module):
         return soft_target_loss(own, other, temperature=self.temperature, weights=weights)
 
     def _anchors(self, student: Signals, teacher: Signals, name: str) -> Tensor:
-        weights = torch.maximum(student[name].detach().sigmoid(), teacher[name].sigmoid())
+        weights = torch.maximum(student[name].detach().sigmoid(), teacher[name].detach().sigmoid())
         return binary_soft_target_loss(student[name], teacher[name], weights=weights)
 
     def _mask(self, student: Signals, teacher: Signals, name: str) -> Tensor:
@@ -108,7 +108,8 @@ class SoftTargetHead(nn.Module):
         )
 
     def _box(self, student: Signals, teacher: Signals) -> Tensor:
-        own, other, classes = student["roi_deltas"].float(), teacher["roi_deltas"].float(), student["roi_classes"]
+        own, other = student["roi_deltas"].float(), teacher["roi_deltas"].detach().float()
+        classes = student["roi_classes"]
         kept = classes < student["roi_logits"].shape[1] - 1
         own = select_class(own[kept], classes[kept], per_class=4)
         other = select_class(other[kept], classes[kept], per_class=4)

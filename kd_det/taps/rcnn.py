@@ -116,10 +116,11 @@ class GeneralizedRCNNTap(BackboneTap):
             rpn = self.model.proposal_generator
             rpn.rpn_head([features[f] for f in rpn.in_features])
         images = len(next(iter(features.values())))
-        if any(name.startswith("roi_") for name in names):
-            self._run_boxes(features, split_boxes(student["roi_boxes"], images))
+        # Boxes last: in a C4 model both go through one pooler, and roi_features are the boxes'.
         if "mask_logits" in names:
             self._run_masks(features, split_boxes(student["mask_boxes"], images))
+        if any(name.startswith("roi_") for name in names):
+            self._run_boxes(features, split_boxes(student["roi_boxes"], images))
 
     def _run_boxes(self, features: dict[str, Tensor], boxes: list[Boxes]) -> None:
         heads = self.model.roi_heads

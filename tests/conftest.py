@@ -1,0 +1,40 @@
+import logging
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from helpers import WIDE, save_teacher, tiny_cfg, tiny_inputs, write_coco_folder
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """Options that name the config and the weights of a Mask R-CNN, wider than the students."""
+    return save_teacher(tmp_path_factory.mktemp("teacher"), tiny_cfg(options=WIDE))
+
+
+@pytest.fixture(scope="session")
+def coco_folder(tmp_path_factory):
+    """A COCO-format data set of four images."""
+    return write_coco_folder(tmp_path_factory.mktemp("coco") / "data")
+
+
+@pytest.fixture
+def inputs():
+    """A batch of two images of different sizes, two objects each."""
+    return tiny_inputs()
+
+
+@pytest.fixture
+def in_process():
+    """For tests that run a tool in this process: what it registers and how it logs is forgotten afterwards."""
+    known = set(DatasetCatalog)
+    loggers = [
+        logging.getLogger(name) for name in ("", "detectron2", "fvcore", "kd_det", "detectron2.engine.train_loop")
+    ]
+    before = [(x, x.level, x.propagate, x.handlers[:], x.filters[:]) for x in loggers]
+    yield
+    for name in set(DatasetCatalog) - known:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    for logger, level, propagate, handlers, filters in before:
+        logger.setLevel(level)
+        logger.propagate, logger.handlers[:], logger.filters[:] = propagate, handlers, filters

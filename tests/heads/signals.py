@@ -1,0 +1,50 @@
+"""Signals of noise, in the shapes that a network would give."""
+
+import torch
+from detectron2.layers import ShapeSpec
+
+STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
+CLASSES = 3
+BOXES, FOREGROUND, ANCHORS = 6, 3, 20
+
+
+def make_spec(channels: int) -> dict[str, ShapeSpec]:
+    """The signals of a Mask R-CNN and a RetinaNet in one, whose feature maps have so many channels."""
+    return {
+        **{name: ShapeSpec(channels=channels, stride=stride) for name, stride in STRIDES.items()},
+        **{f"res{i}": ShapeSpec(channels=channels * 2**i, stride=2**i) for i in range(2, 6)},
+        "roi_features": ShapeSpec(channels=channels, height=4, width=4),
+        "roi_box_features": ShapeSpec(channels=channels),
+        "roi_logits": ShapeSpec(channels=CLASSES + 1),
+        "roi_deltas": ShapeSpec(channels=4 * CLASSES),
+        "rpn_logits": ShapeSpec(channels=1),
+        "rpn_deltas": ShapeSpec(channels=4),
+        "mask_logits": ShapeSpec(channels=CLASSES),
+        "dense_logits": ShapeSpec(channels=CLASSES),
+        "dense_deltas": ShapeSpec(channels=4),
+    }
+
+
+def make_signals(spec: dict[str, ShapeSpec], *, seed: int, size=(64, 128), dtype=torch.float32) -> dict:
+    """Noise of the shapes that two images of a size give; half of the boxes are labelled background."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "roi_features": (BOXES, spec["roi_features"].channels, 4, 4),
+        "roi_box_features": (BOXES, spec["roi_box_features"].channels),
+        "roi_logits": (BOXES, CLASSES + 1),
+        "roi_deltas": (BOXES, 4 * CLASSES),
+        "rpn_logits": (2, ANCHORS, 1),
+        "rpn_deltas": (2, ANCHORS, 4),
+        "mask_logits": (FOREGROUND, CLASSES, 8, 8),
+        "dense_logits": (2, ANCHORS, CLASSES),
+        "dense_deltas": (2, ANCHORS, 4),
+    }
+    for name, shape in spec.items():
+        if shape.stride:
+            shapes[name] = (2, shape.channels, -(-size[0] // shape.stride), -(-size[1] // shape.stride))
+    signals = {name: torch.randn(shapes[name], generator=generator).to(dtype) for name in spec}
+    signals["roi_classes"] = torch.tensor([0, 1, 2, CLASSES, CLASSES, CLASSES])
+    signals["mask_classes"] = signals["roi_classes"][:FOREGROUND]
+    signals["roi_boxes"] = torch.tensor([[i % 2, 4.0, 4.0, 40.0, 40.0] for i in range(BOXES)])
+    signals["mask_boxes"] = signals["roi_boxes"][:FOREGROUND]
+    return signals

@@ -1,0 +1,182 @@
+"""What must hold for every registered head."""
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+
+from kd_det import KD_HEAD_REGISTRY, InputError, add_kd_config, build_kd_heads
+from kd_det.registry import config_key
+
+from .signals import make_signals, make_spec
+
+STUDENT, TEACHER = make_spec(6), make_spec(32)
+# Every option of a head that makes it look at more, or at less, than its defaults do.
+VARIANTS = {
+    "ReviewKDHead": {
+        "BN": {"MID_CHANNELS": 8},
+        "GN": {"MID_CHANNELS": 32, "NORM": "GN", "IN_FEATURES": ["p3"]},
+        "bottom_up": {"MID_CHANNELS": 8, "IN_FEATURES": ["res3", "res5"]},
+    },
+    "AttentionTransferHead": {"sum": {}, "mean": {"REDUCTION": "mean", "POWER": 4}},
+    "HintHead": {"fpn": {}, "bottom_up": {"IN_FEATURES": ["res4", "res5"]}},
+    "SoftTargetHead": {
+        "default": {},
+        "everything": {"SOURCES": ["roi", "rpn", "mask", "dense"], "TEMPERATURE": 3.0, "BOX_REGRESSION": True},
+        "foreground": {"ROIS": "foreground"},
+        "background": {"BACKGROUND_WEIGHT": 1.5},
+        "boxes": {"SOURCES": [], "BOX_REGRESSION": True},
+    },
+}
+# Of a head that gets registered without a row here, the defaults are tried.
+NAMES = [name for name, head in KD_HEAD_REGISTRY if head.__module__.startswith("kd_det.")]
+CASES = [(name, variant, options) for name in NAMES for variant, options in VARIANTS.get(name, {"": {}}).items()]
+each_head = pytest.mark.parametrize(
+    ("name", "options"), [(n, o) for n, _, o in CASES], ids=[f"{n}-{v}" for n, v, _ in CASES]
+)
+
+
+def make_cfg(name, options):
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    cfg.KD.HEADS = [name]
+    for key, value in options.items():
+        cfg.KD[config_key(name)][key] = value
+    return cfg
+
+
+def make(name, options, seed=0):
+    torch.manual_seed(seed)
+    return build_kd_heads(make_cfg(name, options), STUDENT, TEACHER)[name].train()
+
+
+def pair(dtype=torch.float32):
+    """Signals of both sides; gradient is asked of all that floats."""
+    sides = [make_signals(spec, seed=seed, dtype=dtype) for seed, spec in enumerate((STUDENT, TEACHER))]
+    for signals in sides:
+        for name, x in signals.items():
+            x.requires_grad_(x.is_floating_point() and not name.endswith("_boxes"))
+    return sides
+
+
+def total(losses):
+    return sum(losses.values())
+
+
+@each_head
+def test_losses(name, options, batch):
+    head = make(name, options)
+    losses = head(*pair(), batch)
+    prefix = f"loss_kd_{config_key(name).lower()}"
+    assert losses
+    for key, loss in losses.items():
+        assert key == prefix or key.startswith(f"{prefix}_"), key
+        assert loss.shape == ()
+        assert loss.dtype == torch.float32
+        assert loss.isfinite()
+        assert loss > 0  # noise on both sides
+
+
+@each_head
+def test_gradients(name, options, batch):
+    head, (student, teacher) = make(name, options), pair()
+    total(head(student, teacher, batch)).backward()
+    assert [key for key, p in head.named_parameters() if p.grad is None or not p.grad.any()] == []
+    for signal in head.signals:
+        if (name, signal) != ("SoftTargetHead", "roi_logits") or "roi" in options.get("SOURCES", ["roi"]):
+            assert student[signal].grad.abs().sum() > 0, signal
+    assert [key for key, x in teacher.items() if x.grad is not None] == []
+
+
+@each_head
+def test_needs_no_more_than_its_signals(name, options, batch):
+    """It takes what it has named, and the boxes and classes that come with it."""
+    head, (student, teacher) = make(name, options), pair()
+    families = {signal.split("_")[0] for signal in head.signals}
+    companions = {f"{family}_{what}" for family in families for what in ("boxes", "classes")}
+    own = {key: x for key, x in student.items() if key in {*head.signals, *companions}}
+    other = {key: x for key, x in teacher.items() if key in head.signals}
+    assert total(head(own, other, batch)).isfinite()
+
+
+@each_head
+def test_state_dict_round_trip(name, options, batch):
+    student, teacher = pair()
+    first, second = make(name, options, seed=0), make(name, options, seed=1)
+    second.load_state_dict(first.state_dict(), strict=True)
+    losses, again = first(student, teacher, batch), second(student, teacher, batch)
+    assert losses.keys() == again.keys()
+    assert all(torch.equal(losses[key], again[key]) for key in losses)
+
+
+@each_head
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(name, options, batch, dtype):
+    """As under AMP: signals of half precision, 200 times as large; the head's own layers under autocast."""
+    head, sides = make(name, options), pair(dtype)
+    large = [{key: 200 * x if x.is_floating_point() else x for key, x in signals.items()} for signals in sides]
+    with torch.autocast("cpu", dtype=dtype):
+        losses = head(*large, batch)
+    assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
+    total(losses).backward()
+    assert all(p.grad.isfinite().all() for p in head.parameters())
+
+
+@each_head
+def test_masking_of_padding_keeps_the_gradients(name, options, batch):
+    masked = type(batch)(batch.inputs, batch.image_sizes, mask_padding=True)
+    head, (student, teacher) = make(name, options), pair()
+    losses = head(student, teacher, masked)
+    assert all(loss.isfinite() for loss in losses.values())
+    total(losses).backward()
+    assert [key for key, p in head.named_parameters() if p.grad is None] == []
+
+
+@each_head
+def test_batch_without_boxes_and_objects(name, options, batch):
+    head = make(name, options)
+    sides = [
+        {key: x[:0] if key.startswith(("roi_", "mask_")) else x for key, x in signals.items()} for signals in pair()
+    ]
+    losses = head(*sides, batch)
+    assert all(loss.isfinite() for loss in losses.values())
+    total(losses).backward()
+
+
+@each_head
+def test_a_signal_that_a_side_lacks(name, options):
+    signal = make(name, options).signals[-1]
+    lacking = {key: shape for key, shape in STUDENT.items() if key != signal}
+    for sides, told in (((STUDENT, lacking), "teacher"), ((lacking, TEACHER), "student")):
+        with pytest.raises(InputError, match=f"^KD.*: '{signal}' is not a signal of the {told}, which has p2, .*dense"):
+            build_kd_heads(make_cfg(name, options), *sides)
+
+
+@each_head
+def test_strides_that_differ(name, options):
+    for signal in [signal for signal in make(name, options).signals if STUDENT[signal].stride]:
+        other = {**TEACHER, signal: ShapeSpec(channels=32, stride=2)}
+        told = f"^KD.*: '{signal}' has stride {STUDENT[signal].stride} in the student but 2 in the teacher; "
+        with pytest.raises(InputError, match=told):
+            build_kd_heads(make_cfg(name, options), STUDENT, other)
+
+
+def test_unknown_head():
+    with pytest.raises(InputError, match=r"^KD.HEADS: 'ReviewHead' is not a .* registered are .*ReviewKDHead"):
+        build_kd_heads(_named(["ReviewHead"]), STUDENT, TEACHER)
+
+
+def test_head_named_twice():
+    with pytest.raises(InputError, match=r"^KD.HEADS: 'HintHead' is named twice; a head may stand there once"):
+        build_kd_heads(_named(["HintHead", "HintHead"]), STUDENT, TEACHER)
+
+
+def test_heads_come_in_the_order_of_the_config():
+    names = ["SoftTargetHead", "HintHead", "AttentionTransferHead"]
+    assert list(build_kd_heads(_named(names), STUDENT, TEACHER)) == names
+
+
+def _named(names):
+    cfg = make_cfg("HintHead", {})
+    cfg.KD.HEADS = names
+    return cfg

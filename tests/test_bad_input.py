@@ -1,0 +1,271 @@
+"""A user's mistakes end a run with status 1 and one line that names the key or the file, and no traceback."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from helpers import WIDE, distilled_cfg, run_train_net, save_teacher, tiny_cfg, train_net, with_data, write_yaml
+
+pytestmark = pytest.mark.usefixtures("in_process")
+
+
+@pytest.fixture
+def run(teacher, coco_folder, tmp_path):
+    """Runs the tool in this process with a distilled config; gives the line that it ends with."""
+
+    def run(options=None, *, heads=("HintHead",), data=coco_folder, family="mask_rcnn", text="", arguments=()):
+        cfg = distilled_cfg(teacher, list(heads), options, family)
+        path = write_yaml(tmp_path / "config.yaml", with_data(cfg, data, tmp_path / "output"))
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+        with pytest.raises(SystemExit) as end:
+            train_net("--config-file", path, *arguments)
+        assert isinstance(end.value.code, str)  # Python prints it on stderr and exits with status 1
+        assert end.value.code.startswith("error: ")
+        assert "\n" not in end.value.code
+        return end.value.code.removeprefix("error: ")
+
+    return run
+
+
+@pytest.fixture
+def own_data(coco_folder, tmp_path):
+    """A copy of the data set, and a function that changes its annotations."""
+    root = tmp_path / "data"
+    shutil.copytree(coco_folder, root)
+
+    def change(function):
+        data = json.loads((root / "instances.json").read_text())
+        function(data)
+        (root / "instances.json").write_text(json.dumps(data))
+        return root
+
+    return change
+
+
+def ends_run(process, told):
+    """Exactly one line of stderr tells the error, and there is no traceback anywhere."""
+    lines = [line for line in process.stderr.splitlines() if line.startswith("error:")]
+    assert process.returncode == 1, process.stderr
+    assert len(lines) == 1
+    assert told in lines[0]
+    assert process.stderr.splitlines()[-1] == lines[0]
+    assert "Traceback" not in process.stderr + process.stdout
+
+
+# ---- The config ----
+@pytest.mark.parametrize(
+    ("options", "heads", "told"),
+    [
+        ({}, ["RevewKDHead"], "KD.HEADS: 'RevewKDHead' is not a distillation head; registered are "),
+        ({}, ["HintHead", "HintHead"], "KD.HEADS: 'HintHead' is named twice"),
+        (
+            {"KD.HINT.IN_FEATURES": ["p2", "p7"]},
+            ["HintHead"],
+            "KD.HINT.IN_FEATURES: 'p7' is not a signal of the student",
+        ),
+        (
+            {"KD.HINT.IN_FEATURES": []},
+            ["HintHead"],
+            "KD.HINT.IN_FEATURES: no feature is named; the student's backbone has",
+        ),
+        (
+            {"KD.REVIEW.IN_FEATURES": ["p2", "roi_features"]},
+            ["ReviewKDHead"],
+            "KD.REVIEW.IN_FEATURES: 'roi_features' is not a feature map of the backbone, which has",
+        ),
+        (
+            {"KD.REVIEW.NORM": "GN", "KD.REVIEW.MID_CHANNELS": 24},
+            ["ReviewKDHead"],
+            "KD.REVIEW.NORM: GN has 32 groups, which do not divide",
+        ),
+        ({"KD.SOFT_TARGET.SOURCES": ["dense"]}, ["SoftTargetHead"], "'dense_logits' is not a signal of the student"),
+        ({"KD.HINT.SCHEDULE.DECAY": "steps"}, ["HintHead"], "KD.HINT.SCHEDULE.DECAY: got 'steps'; allowed are"),
+        ({"KD.HINT.WEIGHT": -1.0}, ["HintHead"], "KD.HINT.WEIGHT: must be finite and 0 or more, got -1.0"),
+        ({"KD.HINT.WEIGHT": 1e38}, ["HintHead"], "iteration 0: loss_kd_hint is inf"),
+    ],
+)
+def test_values_that_cannot_be(run, options, heads, told):
+    assert told in run(options, heads=heads)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "told"),
+    [
+        ("\nKD_HEADS: [HintHead]", [], "Non-existent config key: KD_HEADS"),
+        ("", ["KD.HINT.WEIGTH", "2"], "command line: Non-existent key: KD.HINT.WEIGTH"),
+        ("\nX: !!python/object/apply:os.mkdir [canary]", [], "not a safe YAML file"),
+        ("", ["--plugin", "no_such.py"], "--plugin: there is no file no_such.py."),
+    ],
+)
+def test_keys_and_files_that_cannot_be(run, tmp_path, monkeypatch, text, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    assert told in run(text=text, arguments=arguments)
+    assert not (tmp_path / "canary").exists()
+
+
+# ---- The teacher ----
+def other_teacher(tmp_path, options=None, family="mask_rcnn"):
+    return save_teacher(tmp_path / "other", tiny_cfg(family, options))
+
+
+def test_teacher_that_lacks_a_feature(run, tmp_path):
+    other = other_teacher(tmp_path, family="c4")
+    told = run(other | {"KD.HINT.IN_FEATURES": ["p2"]})
+    assert told == (
+        "KD.HINT.IN_FEATURES: 'p2' is not a signal of the teacher, which has res4, rpn_logits, rpn_deltas, "
+        "roi_features, roi_box_features, roi_logits, roi_deltas, mask_logits."
+    )
+
+
+def test_strides_that_differ(run, tmp_path):
+    """A dilated res5 has the stride of res4."""
+    both = {"MODEL.RESNETS.OUT_FEATURES": ["res4", "res5"]}
+    other = other_teacher(tmp_path, both | {"MODEL.RESNETS.RES5_DILATION": 2}, "c4")
+    told = run(other | both | {"KD.HINT.IN_FEATURES": ["res5"]}, family="c4")
+    assert told.startswith("KD.HINT.IN_FEATURES: 'res5' has stride 32 in the student but 16 in the teacher")
+
+
+@pytest.mark.parametrize("heads", [["SoftTargetHead"]])
+def test_class_counts_that_differ(run, tmp_path, heads):
+    other = other_teacher(tmp_path, WIDE | {"MODEL.ROI_HEADS.NUM_CLASSES": 7})
+    told = run(other, heads=heads)
+    assert "roi_logits has 4 channels in the student and 8 in the teacher (background included)." in told
+
+
+def test_teacher_that_is_not_there(run):
+    assert run({"KD.TEACHER.WEIGHTS": "/no/such.pth"}) == "KD.TEACHER.WEIGHTS: there is no file /no/such.pth."
+
+
+def test_teacher_that_is_truncated(run, teacher, tmp_path):
+    path = tmp_path / "half.pth"
+    with open(teacher["KD.TEACHER.WEIGHTS"], "rb") as file:
+        path.write_bytes(file.read()[: 20 * 1024])
+    told = run({"KD.TEACHER.WEIGHTS": str(path)})
+    assert f"KD.TEACHER.WEIGHTS: {path} does not fit" in told or "not a checkpoint that can be loaded safely" in told
+
+
+def test_teacher_of_another_architecture(run, tmp_path):
+    other = other_teacher(tmp_path, family="retinanet")
+    told = run({"KD.TEACHER.WEIGHTS": other["KD.TEACHER.WEIGHTS"]})
+    assert told.startswith("KD.TEACHER.WEIGHTS: ")
+    assert "does not fit the config's GeneralizedRCNN: " in told
+    assert " missing: " in told
+    assert " unexpected: " in told
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("canary",)
+
+
+@pytest.mark.parametrize("key", ["KD.TEACHER.WEIGHTS", "MODEL.WEIGHTS"])
+@pytest.mark.parametrize("name", ["a.pkl", "a.pth"])
+def test_weights_that_are_code(run, tmp_path, monkeypatch, key, name):
+    monkeypatch.chdir(tmp_path)
+    data = {"model": {"weight": Hostile()}, "__author__": "x"}
+    if name == "a.pkl":
+        (tmp_path / name).write_bytes(pickle.dumps(data))
+    else:
+        torch.save(data, tmp_path / name)
+    told = run({key: str(tmp_path / name)})
+    assert f"{name}: not a checkpoint that can be loaded safely: " in told
+    assert not (tmp_path / "canary").exists()
+
+
+# ---- The data ----
+def set_box(box):
+    return lambda data: data["annotations"][2].update(bbox=box)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (set_box([90, 10, 40, 20]), "1 boxes are empty or leave their image, the first is [90, 10, 40, 20]"),
+        (set_box([-9, 10, 40, 20]), "1 boxes are empty or leave their image, the first is [-9, 10, 40, 20]"),
+        (set_box([9, 10, 0, 20]), "1 boxes are empty or leave their image, the first is [9, 10, 0, 20]"),
+        (
+            lambda data: data["annotations"][0].update(category_id=9),
+            "annotation 1 has category_id 9; categories has 1, 2, 3",
+        ),
+        (
+            lambda data: data["categories"].append({"id": 4, "name": "x"}),
+            "MODEL.ROI_HEADS.NUM_CLASSES: 3 found, but data",
+        ),
+        (lambda data: data["images"][0].update(file_name="gone.png"), "1 of 4 image files not found, the first is "),
+    ],
+)
+def test_annotations_that_cannot_be(run, own_data, change, told):
+    assert told in run(data=own_data(change))
+
+
+def test_image_folder_that_is_not_there(run, own_data):
+    root = own_data(lambda data: None)
+    shutil.rmtree(root / "images")
+    assert f"{root / 'images'}: folder not found; DATASETS.COCO_FORMAT." in run(data=root)
+
+
+def test_image_that_is_corrupt(run, own_data):
+    root = own_data(lambda data: None)
+    for image in (root / "images").iterdir():
+        image.write_bytes(image.read_bytes()[:100])
+    told = run(data=root)
+    assert told.startswith(str(root / "images"))
+    assert ".png: not an image that can be read: " in told
+
+
+def test_images_without_objects_train_on(teacher, own_data, tmp_path):
+    """Every second image has none: with two images per batch, every batch has one."""
+    root = own_data(lambda data: data.update(annotations=[x for x in data["annotations"] if x["image_id"] % 2]))
+    heads = ["ReviewKDHead", "AttentionTransferHead", "HintHead", "SoftTargetHead"]
+    options = {"KD.SOFT_TARGET.SOURCES": ["roi", "rpn", "mask"], "KD.SOFT_TARGET.BOX_REGRESSION": True}
+    cfg = with_data(distilled_cfg(teacher, heads, options), root, tmp_path / "output")
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    train_net("--config-file", write_yaml(tmp_path / "config.yaml", cfg))
+    assert (tmp_path / "output" / "model_final.pth").is_file()
+
+
+# ---- In a process of its own ----
+def test_unknown_head_in_a_process(teacher, coco_folder, tmp_path):
+    cfg = with_data(distilled_cfg(teacher, ["NoSuchHead"]), coco_folder, tmp_path / "output")
+    process = run_train_net("--config-file", write_yaml(tmp_path / "config.yaml", cfg))
+    ends_run(process, "error: KD.HEADS: 'NoSuchHead' is not a distillation head; registered are ")
+
+
+def test_corrupt_image_in_a_worker_of_a_process(teacher, own_data, tmp_path):
+    root = own_data(lambda data: None)
+    for image in (root / "images").iterdir():
+        image.write_bytes(b"")
+    cfg = with_data(distilled_cfg(teacher, ["HintHead"], {"DATALOADER.NUM_WORKERS": 1}), root, tmp_path / "output")
+    process = run_train_net("--config-file", write_yaml(tmp_path / "config.yaml", cfg))
+    ends_run(process, ".png: not an image that can be read: ")
+
+
+PLUGIN = """
+import torch
+from kd_det import KD_HEAD_REGISTRY
+
+
+@KD_HEAD_REGISTRY.register()
+class NanHead(torch.nn.Module):
+    signals = ("p2",)
+
+    def __init__(self, cfg, student_spec, teacher_spec):
+        super().__init__()
+
+    def forward(self, student, teacher, batch):
+        return {"loss_kd_nan": student["p2"].float().mean() * float("nan")}
+"""
+
+
+def test_loss_that_is_not_a_number_in_a_process(teacher, coco_folder, tmp_path):
+    (tmp_path / "nan.py").write_text(PLUGIN, encoding="utf-8")
+    cfg = with_data(tiny_cfg(), coco_folder, tmp_path / "output")
+    arguments = ["--teacher", teacher["KD.TEACHER.CONFIG_FILE"], "--teacher-weights", teacher["KD.TEACHER.WEIGHTS"]]
+    arguments += ["--plugin", tmp_path / "nan.py", "--kd-heads", "NanHead"]
+    process = run_train_net("--config-file", write_yaml(tmp_path / "config.yaml", cfg), *arguments)
+    ends_run(process, "error: iteration 0: loss_kd_nan is nan")
+    assert not (tmp_path / "output" / "model_final.pth").exists()

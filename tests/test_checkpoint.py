@@ -1,0 +1,318 @@
+"""Checkpoints: the plain student key for key, whatever it started from; nothing in a file is executed."""
+
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from helpers import WIDE, build, distilled_cfg, save_teacher, tiny_cfg
+
+from kd_det import InputError
+from kd_det.checkpoint import KDCheckpointer, load_strictly
+
+HEADS = ["ReviewKDHead", "HintHead"]
+
+
+@pytest.fixture
+def model(teacher):
+    return build(distilled_cfg(teacher, HEADS))
+
+
+@pytest.fixture
+def plain():
+    """The stock model, with other weights than those of `model`."""
+    return build(tiny_cfg(), seed=5)
+
+
+def checkpointer(model, folder=""):
+    return KDCheckpointer(model.student, str(folder), kd_heads=model.heads)
+
+
+def filled(state, value):
+    return {key: torch.full_like(tensor, value) for key, tensor in state.items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ---- What is written ----
+def test_model_is_the_stock_student_key_for_key(model, plain, tmp_path):
+    checkpointer(model, tmp_path).save("model_0000001", iteration=1)
+    data = torch.load(tmp_path / "model_0000001.pth", weights_only=True)
+    assert data.keys() == {"model", "kd_heads", "iteration"}
+    assert data["kd_heads"].keys() == model.heads.state_dict().keys()
+    plain.load_state_dict(data["model"], strict=True)
+    assert equal(plain.state_dict(), model.student.state_dict())
+    assert list(data["model"]) == list(plain.state_dict())
+
+
+def test_stock_detectron2_reads_it(model, plain, tmp_path):
+    checkpointer(model, tmp_path).save("model_final")
+    found = DetectionCheckpointer(plain)._load_model(torch.load(tmp_path / "model_final.pth", weights_only=True))
+    assert [found.missing_keys, found.unexpected_keys, found.incorrect_shapes] == [[], [], []]
+
+
+def test_a_write_that_fails_leaves_the_file_before_it(model, tmp_path, monkeypatch):
+    own = checkpointer(model, tmp_path)
+    own.save("model_final")
+    before = (tmp_path / "model_final.pth").read_bytes()
+
+    def half(_, path):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        own.save("model_final")
+    assert (tmp_path / "model_final.pth").read_bytes() == before
+
+
+# ---- What a student starts from ----
+@pytest.mark.parametrize("wrapped", [True, False], ids=["model", "bare"])
+def test_starts_from_a_plain_detector(model, plain, tmp_path, wrapped):
+    state = plain.state_dict()
+    torch.save({"model": state} if wrapped else state, tmp_path / "plain.pth")
+    checkpointer(model).load(str(tmp_path / "plain.pth"), checkpointables=[])
+    assert equal(model.student.state_dict(), state)
+
+
+def caffe2_resnet(depth_blocks=(3, 4, 6, 3), stem=8, res2=16):
+    """A Caffe2 ResNet-50 as ``ImageNetPretrained/MSRA/R-50.pkl`` has it: its names, arrays, momentum, classifier."""
+    rng = np.random.default_rng(0)
+
+    def conv(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    def norm(name, channels):
+        return {f"{name}_s": conv(channels), f"{name}_b": conv(channels)}
+
+    blobs = {"conv1_w": conv(stem, 3, 7, 7), **norm("res_conv1_bn", stem), "fc1000_w": conv(10, 8 * res2)}
+    inputs = stem
+    for stage, blocks in enumerate(depth_blocks, 2):
+        out = res2 * 2 ** (stage - 2)
+        inner = 4 * 2 ** (stage - 2)
+        for block in range(blocks):
+            name = f"res{stage}_{block}"
+            for branch, shape in {
+                "branch2a": (inner, inputs, 1, 1),
+                "branch2b": (inner, inner, 3, 3),
+                "branch2c": (out, inner, 1, 1),
+            }.items():
+                blobs |= {f"{name}_{branch}_w": conv(*shape), **norm(f"{name}_{branch}_bn", shape[0])}
+            if block == 0:
+                blobs |= {f"{name}_branch1_w": conv(out, inputs, 1, 1), **norm(f"{name}_branch1_bn", out)}
+            inputs = out
+    return blobs | {"conv1_w_momentum": conv(1)}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_starts_from_caffe2s_imagenet_weights(tmp_path, protocol):
+    """Numpy arrays under Caffe2's names; a C4 detector has res2 to res4 in its backbone and res5 in its ROI heads."""
+    blobs = caffe2_resnet()
+    with open(tmp_path / "R-50.pkl", "wb") as file:
+        pickle.dump({"blobs": blobs}, file, protocol=protocol)
+    model = build(tiny_cfg("c4", {"MODEL.RESNETS.NORM": "FrozenBN", "MODEL.RESNETS.RES2_OUT_CHANNELS": 16}))
+    KDCheckpointer(model).load(str(tmp_path / "R-50.pkl"))
+    state = model.state_dict()
+    for own, theirs in {
+        "backbone.stem.conv1.weight": "conv1_w",
+        "backbone.stem.conv1.norm.weight": "res_conv1_bn_s",
+        "backbone.res2.0.shortcut.weight": "res2_0_branch1_w",
+        "backbone.res4.5.conv2.weight": "res4_5_branch2b_w",
+        "backbone.res4.5.conv3.norm.bias": "res4_5_branch2c_bn_b",
+        "roi_heads.res5.2.conv3.weight": "res5_2_branch2c_w",
+    }.items():
+        assert np.array_equal(state[own].numpy(), blobs[theirs]), own
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_starts_from_a_zoo_pickle(model, plain, tmp_path, protocol):
+    arrays = {key: value.numpy() for key, value in plain.state_dict().items()}
+    with open(tmp_path / "model_final.pkl", "wb") as file:
+        pickle.dump({"model": arrays, "__author__": "Detectron2 Model Zoo"}, file, protocol=protocol)
+    checkpointer(model).load(str(tmp_path / "model_final.pkl"), checkpointables=[])
+    assert equal(model.student.state_dict(), plain.state_dict())
+
+
+def test_starts_from_torchvisions_resnet(tmp_path):
+    """A ResNet-18 as ``torchvision.models.resnet18().state_dict()`` comes, without conversion."""
+    source = torchvision.models.resnet18().state_dict()
+    for i, value in enumerate(source.values()):
+        value.fill_(i)  # each tensor another number
+    torch.save(source, tmp_path / "resnet18.pth")
+    cfg = tiny_cfg(
+        options={
+            "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+            "MODEL.RESNETS.DEPTH": 18,
+            "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+            "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+            "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+            "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+        }
+    )
+    model = build_model(cfg)
+    KDCheckpointer(model).load(str(tmp_path / "resnet18.pth"))
+    state = model.backbone.bottom_up.state_dict()
+    for own, theirs in {
+        "stem.conv1.weight": "conv1.weight",
+        "stem.conv1.norm.running_var": "bn1.running_var",
+        "res2.0.conv1.weight": "layer1.0.conv1.weight",
+        "res3.0.shortcut.weight": "layer2.0.downsample.0.weight",
+        "res3.0.shortcut.norm.bias": "layer2.0.downsample.1.bias",
+        "res5.1.conv2.norm.running_mean": "layer4.1.bn2.running_mean",
+    }.items():
+        assert torch.equal(state[own], source[theirs]), own
+    loaded = {float(value.flatten()[0]) for value in state.values() if value.unique().numel() == 1}
+    assert len(loaded) == len(state) == len(source) - 2  # all but torchvision's classifier
+
+
+# ---- A file that does not fit ----
+def test_none_of_the_keys_fit(model, tmp_path):
+    torch.save({"model": {"a": torch.zeros(1), "b": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(
+        InputError, match=r"^MODEL.WEIGHTS: the checkpoint has none of the \d+ keys of .*; it has a, b\.$"
+    ):
+        checkpointer(model).load(str(tmp_path / "other.pth"), checkpointables=[])
+
+
+def test_no_such_file(model):
+    with pytest.raises(InputError, match=r"^MODEL.WEIGHTS: there is no file /no/such.pth\.$"):
+        checkpointer(model).load("/no/such.pth")
+
+
+def test_a_plain_checkpoint_cannot_be_resumed_with_heads(model, plain, tmp_path):
+    torch.save({"model": plain.state_dict()}, tmp_path / "plain.pth")
+    with pytest.raises(InputError, match=r"plain.pth: cannot be resumed: it has model, .*but no kd_heads\.$"):
+        checkpointer(model).load(str(tmp_path / "plain.pth"))
+
+
+@pytest.mark.parametrize("name", ["truncated.pth", "truncated.pkl", "empty.pth", "text.pth"])
+def test_a_file_that_is_no_checkpoint(model, plain, tmp_path, name):
+    path = tmp_path / name
+    if name.endswith(".pkl"):
+        path.write_bytes(pickle.dumps({"model": {}, "__author__": "x"})[:-9])
+    else:
+        torch.save({"model": plain.state_dict()}, path)
+        content = {"truncated.pth": path.read_bytes()[:3000], "empty.pth": b"", "text.pth": b"<html>404</html>"}[name]
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}: not a checkpoint that can be loaded safely: ") as e:
+        checkpointer(model).load(str(path), checkpointables=[])
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {"weight": torch.zeros(1)}, "meta": {}}, {"model": None}])
+def test_a_file_of_something_else(model, tmp_path, content):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"a.pth: not a checkpoint: neither it nor its 'model' maps names to tensors"):
+        checkpointer(model).load(str(tmp_path / "a.pth"), checkpointables=[])
+
+
+# ---- Strict loading: a teacher ----
+def test_strict_loading_fits_or_lists_what_does_not(plain, tmp_path):
+    state = plain.state_dict()
+    keys = [key for key in state if not key.endswith("num_batches_tracked")]  # torch fills these in
+    missing, reshaped = "backbone.fpn_output2.weight", "roi_heads.box_predictor.cls_score.weight"
+    del state[missing]
+    state[reshaped] = torch.zeros(9, 24)
+    state["surplus.weight"] = torch.zeros(1)
+    torch.save({"model": state}, tmp_path / "teacher.pth")
+    with pytest.raises(InputError) as error:
+        load_strictly(build_model(tiny_cfg()), str(tmp_path / "teacher.pth"), key="KD.TEACHER.WEIGHTS")
+    share = f"{len(keys) - 2} of {len(keys)} keys ({(len(keys) - 2) / len(keys):.0%}) match"
+    assert str(error.value) == (
+        f"KD.TEACHER.WEIGHTS: {tmp_path / 'teacher.pth'} does not fit the config's GeneralizedRCNN: {share}; "
+        f"1 missing: {missing}; 1 unexpected: surplus.weight; "
+        f"1 of another shape: {reshaped} (9, 24) instead of (4, 24)."
+    )
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_strict_loading_accepts_no_difference(plain, tmp_path, change):
+    state = plain.state_dict()
+    key = "roi_heads.box_head.fc1.bias"
+    if change == "missing":
+        del state[key]
+    else:
+        state[key if change == "shape" else "surplus"] = torch.zeros(3)
+    torch.save({"model": state}, tmp_path / "teacher.pth")
+    with pytest.raises(InputError, match=key if change != "unexpected" else "surplus"):
+        load_strictly(build_model(tiny_cfg()), str(tmp_path / "teacher.pth"), key="K")
+
+
+def test_strict_loading_needs_no_pixel_statistics_and_no_anchors(plain, tmp_path):
+    """Old files of the zoo hold these; they come from the config."""
+    state = plain.state_dict() | {"pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
+    state["proposal_generator.anchor_generator.cell_anchors.0"] = torch.zeros(1, 4)
+    torch.save({"model": state}, tmp_path / "old.pth")
+    model = build_model(tiny_cfg())
+    load_strictly(model, str(tmp_path / "old.pth"), key="K")
+    assert equal(model.state_dict(), plain.state_dict())
+
+
+def test_another_architecture(tmp_path):
+    named = save_teacher(tmp_path, tiny_cfg("retinanet", {"MODEL.FPN.OUT_CHANNELS": 24}))
+    with pytest.raises(InputError, match=r"^KD.TEACHER.WEIGHTS: .* does not fit the config's GeneralizedRCNN: \d+ of"):
+        load_strictly(build_model(tiny_cfg(options=WIDE)), named["KD.TEACHER.WEIGHTS"], key="KD.TEACHER.WEIGHTS")
+
+
+# ---- Hostile files ----
+class Hostile:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+def write_hostile(path, canary):
+    data = {"model": {"weight": Hostile(canary)}, "__author__": "x", "model_state": {}}
+    if path.suffix == ".pkl" or path.stem == "legacy":
+        path.write_bytes(pickle.dumps(data, protocol=2))
+    else:
+        torch.save(data, path)
+
+
+def load_as_teacher(model, path):
+    load_strictly(model, path, key="KD.TEACHER.WEIGHTS")
+
+
+def load_as_student(model, path):
+    KDCheckpointer(model).load(path)
+
+
+@pytest.mark.parametrize("name", ["a.pkl", "a.pth", "legacy.pth", "a.pyth", "legacy.pyth", "legacy.tar"])
+@pytest.mark.parametrize("load", [load_as_teacher, load_as_student])
+def test_no_code_of_a_file_runs(plain, tmp_path, name, load):
+    canary = tmp_path / "canary"
+    path = tmp_path / name
+    write_hostile(path, canary)
+    with pytest.raises(InputError, match="not a checkpoint that can be loaded safely: ") as error:
+        load(plain, str(path))
+    assert not canary.exists()
+    assert "mkdir" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "legacy.pth"])
+def test_no_code_runs_with_the_default_of_torch_before_2_6(plain, tmp_path, name, monkeypatch):
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, weights_only=False, **k: load(*a, weights_only=weights_only, **k))
+    write_hostile(tmp_path / name, tmp_path / "canary")
+    with pytest.raises(InputError, match="mkdir"):
+        KDCheckpointer(plain).load(str(tmp_path / name))
+    assert not (tmp_path / "canary").exists()
+
+
+def test_the_canary_works(tmp_path):
+    write_hostile(tmp_path / "a.pkl", tmp_path / "canary")
+    pickle.loads((tmp_path / "a.pkl").read_bytes())
+    assert (tmp_path / "canary").exists()

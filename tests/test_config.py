@@ -1,0 +1,148 @@
+"""The config: every head has its node, and what is read runs no code."""
+
+import re
+
+import pytest
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
+from torch import nn
+
+from kd_det import KD_HEAD_REGISTRY, InputError, add_kd_config
+from kd_det.config import merge_file, merge_list, student_config
+from kd_det.registry import config_key
+
+
+@pytest.fixture
+def cfg():
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    return cfg
+
+
+def write(folder, text, name="config.yaml"):
+    (folder / name).write_text(text, encoding="utf-8")
+    return str(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("head", "key"),
+    [
+        ("ReviewKDHead", "REVIEW"),
+        ("AttentionTransferHead", "ATTENTION_TRANSFER"),
+        ("HintHead", "HINT"),
+        ("Head", "HEAD"),
+        ("Plain", "PLAIN"),
+        ("MyV2Head", "MY_V2"),
+    ],
+)
+def test_config_keys(head, key):
+    assert config_key(head) == key
+
+
+def test_every_head_has_weight_and_schedule(cfg):
+    for name, _ in KD_HEAD_REGISTRY:
+        node = cfg.KD[config_key(name)]
+        assert node.WEIGHT > 0
+        assert dict(node.SCHEDULE) == {"START": 0, "WARMUP": 0, "STOP": -1, "DECAY": "constant"}
+
+
+def test_a_head_of_a_user_has_its_own_defaults():
+    @KD_HEAD_REGISTRY.register()
+    class UsersOwnHead(nn.Module):
+        config = {"WEIGHT": 3.0, "POWER": 2}  # noqa: RUF012
+
+    try:
+        cfg = get_cfg()
+        add_kd_config(cfg)
+        assert (cfg.KD.USERS_OWN.WEIGHT, cfg.KD.USERS_OWN.POWER, cfg.KD.USERS_OWN.SCHEDULE.STOP) == (3.0, 2, -1)
+        assert UsersOwnHead.config == {"WEIGHT": 3.0, "POWER": 2}
+    finally:
+        KD_HEAD_REGISTRY._obj_map.pop("UsersOwnHead")
+
+
+def test_configs_share_no_node(cfg):
+    cfg.KD.HINT.SCHEDULE.START = 5
+    other = get_cfg()
+    add_kd_config(other)
+    assert other.KD.HINT.SCHEDULE.START == cfg.KD.ATTENTION_TRANSFER.SCHEDULE.START == 0
+
+
+def test_the_students_config_is_a_plain_detectors(cfg):
+    cfg.MODEL.META_ARCHITECTURE, cfg.KD.STUDENT_ARCHITECTURE = "TeacherStudent", "RetinaNet"
+    cfg.freeze()
+    assert student_config(cfg).MODEL.META_ARCHITECTURE == "RetinaNet"
+    assert cfg.MODEL.META_ARCHITECTURE == "TeacherStudent"
+    cfg = student_config(cfg)
+    assert student_config(cfg).MODEL.META_ARCHITECTURE == "RetinaNet"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["OUTPUT_DIR: !!python/object/apply:os.mkdir [{canary}]", "X: !!python/name:os.system", "X: !!python/tuple [1, 2]"],
+)
+def test_a_config_runs_no_code(cfg, tmp_path, text):
+    canary = tmp_path / "canary"
+    path = write(tmp_path, text.format(canary=canary))
+    with pytest.raises(InputError, match=r"config.yaml, line 1: not a safe YAML file: could not determine") as error:
+        merge_file(cfg, path)
+    assert not canary.exists()
+    assert "\n" not in str(error.value)
+
+
+def test_nor_does_a_base_of_it(cfg, tmp_path):
+    canary = tmp_path / "canary"
+    write(tmp_path, f"OUTPUT_DIR: !!python/object/apply:os.mkdir [{canary}]", "base.yaml")
+    with pytest.raises(InputError, match="not a safe YAML file"):
+        merge_file(cfg, write(tmp_path, "_BASE_: base.yaml\nSEED: 1"))
+    assert not canary.exists()
+
+
+def test_nor_does_a_value_of_the_command_line(cfg, tmp_path):
+    canary = tmp_path / "canary"
+    merge_list(cfg, ["OUTPUT_DIR", f"!!python/object/apply:os.mkdir [{canary}]"], "command line")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_detectron2s_own_files_may_have_tags(cfg, tmp_path, below):
+    """Its Base-RetinaNet.yaml computes the anchors' sizes with !!python/object/apply:eval."""
+    path = model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    merge_file(cfg, write(tmp_path, f"_BASE_: {path}") if below else path)
+    assert cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES[0][0] == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("KD: {HEAD: [HintHead]}", "Non-existent config key: KD.HEAD"),
+        ("KD: {HINT: {WEIGTH: 1.0}}", "Non-existent config key: KD.HINT.WEIGTH"),
+        ("KD: {HINT: {WEIGHT: heavy}}", "Type mismatch"),
+        ("KD: [1", "not a safe YAML file"),
+        ("MODEL: 3", "config.yaml"),
+        ("_BASE_: nowhere.yaml", "nowhere.yaml"),
+        ("- a\n- b", "config.yaml"),
+        ("", "config.yaml"),
+    ],
+)
+def test_files_that_cannot_be(cfg, tmp_path, text, told):
+    with pytest.raises(InputError, match=re.escape(told)) as error:
+        merge_file(cfg, write(tmp_path, text))
+    assert "config.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["KD.HINT.WEIGTH", "2"], "K: Non-existent key: KD.HINT.WEIGTH"),
+        (["KD.HINT.WEIGHT", "heavy"], "K: Type mismatch"),
+        (["KD.HINT.WEIGHT"], "K: "),
+        (["KD", "2"], "K: "),
+        (["KD.HEADS.X", "2"], "K: "),
+    ],
+)
+def test_options_that_cannot_be(cfg, options, told):
+    with pytest.raises(InputError, match=f"^{re.escape(told)}") as error:
+        merge_list(cfg, options, "K")
+    assert "\n" not in str(error.value)

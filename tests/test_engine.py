@@ -1,0 +1,296 @@
+"""Runs: resumed where they ended, evaluated without a teacher, and any Detectron2 config distilled as it is."""
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import DefaultTrainer
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+from helpers import build, distilled_cfg, parse, step, tiny_cfg, train_net, with_data, write_yaml
+
+from kd_det import InputError, add_kd_config
+from kd_det.config import merge_file, student_config
+from kd_det.data import register_datasets
+from kd_det.engine import (
+    Trainer,
+    apply_distillation_arguments,
+    find_config,
+    import_plugin,
+    launch_workers,
+    run_tool,
+    setup,
+)
+
+HEADS = ["ReviewKDHead", "HintHead"]
+pytestmark = pytest.mark.usefixtures("in_process")
+
+
+@pytest.fixture
+def run(teacher, coco_folder, tmp_path):
+    """Makes the config of a distilled run of two iterations."""
+
+    def make(output="output", heads=HEADS, **options):
+        cfg = with_data(distilled_cfg(teacher, heads, options), coco_folder, tmp_path / output)
+        (tmp_path / output).mkdir(exist_ok=True)
+        return cfg
+
+    return make
+
+
+def start(cfg, kind=Trainer):
+    """A trainer as ``tools/train_net.py`` makes it."""
+    register_datasets(cfg)
+    seed_all_rng(cfg.SEED)
+    return kind(cfg)
+
+
+def same(a, b):
+    """Whether two nested states are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def state(trainer):
+    """All that a run goes on from, beside the iteration."""
+    model = trainer._trainer.model
+    return {
+        "student": dict(model.student.state_dict()),
+        "heads": dict(model.heads.state_dict()),
+        "optimizer": trainer._trainer.optimizer.state_dict(),
+        "scheduler": trainer.scheduler.state_dict(),
+    }
+
+
+# ---- Resuming ----
+def test_resume_restores_everything(run):
+    first = start(run())
+    first.resume_or_load(resume=False)
+    first.train()
+    assert first._trainer.optimizer.state  # momentum
+
+    second = start(run(**{"SOLVER.MAX_ITER": 4}))
+    assert not same(state(first)["heads"], state(second)["heads"])
+    second.resume_or_load(resume=True)
+    saved, restored = state(first), state(second)
+    for key in saved:
+        assert same(saved[key], restored[key]), key
+    assert second.start_iter == 2
+    second.train()
+    assert (tag := torch.load(f"{second.cfg.OUTPUT_DIR}/model_final.pth", weights_only=True))["iteration"] == 3
+    assert not same(saved["student"], tag["model"])
+
+
+def test_a_run_that_was_not_begun_is_not_resumed(run):
+    trainer = start(run())
+    before = {key: value.clone() for key, value in trainer._trainer.model.state_dict().items()}
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 0
+    assert same(before, dict(trainer._trainer.model.state_dict()))
+
+
+def test_the_checkpoint_of_a_run_is_the_plain_student(run):
+    trainer = start(run())
+    trainer.train()
+    data = torch.load(f"{trainer.cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
+    assert data.keys() == {"model", "kd_heads", "trainer", "iteration"}
+    stock = build_model(tiny_cfg())
+    stock.load_state_dict(data["model"], strict=True)
+    assert same(dict(stock.state_dict()), dict(trainer._trainer.model.student.state_dict()))
+
+
+def test_the_optimizer_has_no_parameter_of_the_teacher(run):
+    trainer = start(run())
+    model = trainer._trainer.model
+    trained = {id(p) for group in trainer._trainer.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for part in (model.student, model.heads) for p in part.parameters()}
+    assert trained.isdisjoint(id(p) for p in model.teacher.model.parameters())
+
+
+# ---- The same entry point trains a plain detector ----
+def test_a_plain_run_is_detectron2s(coco_folder, tmp_path):
+    """The same weights as DefaultTrainer's after two iterations, bit for bit."""
+    weights = []
+    for kind in (Trainer, DefaultTrainer):
+        (tmp_path / kind.__name__).mkdir()
+        trainer = start(with_data(tiny_cfg(), coco_folder, tmp_path / kind.__name__), kind)
+        untrained = build(tiny_cfg(), seed=7).state_dict()
+        trainer.train()
+        weights.append(dict(trainer._trainer.model.state_dict()))
+        assert not same(weights[-1], dict(untrained))
+    assert same(*weights)
+
+
+# ---- Evaluation ----
+def test_evaluation_needs_no_teacher(teacher, run, tmp_path):
+    """Neither its config nor its weights are there any more, and the heads are not registered."""
+    gone = {key: str(tmp_path / "gone") for key in teacher}
+    trained = start(run())
+    trained.train()
+    config = run("evaluated", ["NoSuchHead"], **gone)
+    path = write_yaml(tmp_path / "config.yaml", config)
+    weights = f"{trained.cfg.OUTPUT_DIR}/model_final.pth"
+    train_net("--config-file", path, "--eval-only", "MODEL.WEIGHTS", weights)
+    assert (tmp_path / "evaluated" / "inference" / "coco_instances_results.json").is_file()
+
+
+# ---- Any config becomes a distillation run ----
+ZOO = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+
+
+def applied(*arguments, config=None):
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    if config:
+        merge_file(cfg, find_config(config))
+    apply_distillation_arguments(cfg, parse(*arguments))
+    return cfg
+
+
+def test_without_the_arguments_a_config_stays_as_it_is():
+    assert applied(config=ZOO).dump() == applied("--config-file", "x", config=ZOO).dump()
+    assert applied(config=ZOO).MODEL.META_ARCHITECTURE == "RetinaNet"
+
+
+def test_a_zoo_config_with_teacher_and_heads():
+    cfg = applied(
+        "--teacher", "t.yaml", "--teacher-weights", "t.pth", "--kd-heads", "ReviewKDHead,SoftTargetHead", config=ZOO
+    )
+    assert cfg.MODEL.META_ARCHITECTURE == "TeacherStudent"
+    assert cfg.KD.STUDENT_ARCHITECTURE == "RetinaNet"
+    assert (cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS) == ("t.yaml", "t.pth")
+    assert cfg.KD.HEADS == ["ReviewKDHead", "SoftTargetHead"]
+    assert cfg.KD.REVIEW.IN_FEATURES == ["p3", "p4", "p5", "p6", "p7"]
+    assert cfg.KD.SOFT_TARGET.SOURCES == ["dense"]
+    # beside them it is the config that it was
+    assert student_config(cfg).MODEL == applied(config=ZOO).MODEL
+
+
+def test_an_rcnn_keeps_the_levels_of_the_heads():
+    cfg = applied(
+        "--teacher", "t.yaml", "--kd-heads", "ReviewKDHead", config="COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    )
+    assert cfg.KD.REVIEW.IN_FEATURES == ["p2", "p3", "p4", "p5", "p6"]
+    assert cfg.KD.SOFT_TARGET.SOURCES == ["roi"]
+
+
+def test_a_c4_model_has_one_level():
+    cfg = applied("--teacher", "t.yaml", "--kd-heads", "HintHead", config="COCO-Detection/faster_rcnn_R_50_C4_1x.yaml")
+    assert cfg.KD.HINT.IN_FEATURES == ["res4"]
+
+
+def test_arguments_change_a_config_that_distils(teacher):
+    cfg = distilled_cfg(teacher, ["HintHead"])
+    apply_distillation_arguments(cfg, parse("--kd-heads", "ReviewKDHead"))
+    assert cfg.KD.HEADS == ["ReviewKDHead"]
+    assert teacher["KD.TEACHER.WEIGHTS"] == cfg.KD.TEACHER.WEIGHTS
+    apply_distillation_arguments(cfg, parse("--teacher", "other.yaml"))
+    assert (cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS) == ("other.yaml", "")
+
+
+@pytest.mark.parametrize("arguments", [["--teacher", "t.yaml"], ["--kd-heads", "HintHead"], ["--teacher-weights", "x"]])
+def test_one_argument_without_the_other(arguments):
+    with pytest.raises(InputError, match=r"^--teacher and --kd-heads: .* needs both arguments\.$"):
+        applied(*arguments, config=ZOO)
+
+
+def test_a_zoo_config_trains(coco_folder, tmp_path, inputs):
+    """The zoo's RetinaNet on a data set of one's own, made small from the command line; its twin is the teacher."""
+    small = ["MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.RESNETS.RES2_OUT_CHANNELS", 8, "MODEL.FPN.OUT_CHANNELS", 16]
+    small += ["MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RETINANET.NUM_CLASSES", 3, "MODEL.RETINANET.NUM_CONVS", 1]
+    small += ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
+    twin = get_cfg()
+    merge_file(twin, find_config(ZOO))
+    twin.merge_from_list(small)
+    torch.save(build_model(twin).state_dict(), tmp_path / "twin.pth")
+
+    register_coco_instances("own_data", {}, str(coco_folder / "instances.json"), str(coco_folder / "images"))
+    overrides = ["DATASETS.TRAIN", "('own_data',)", "DATASETS.TEST", "('own_data',)", "OUTPUT_DIR", tmp_path / "output"]
+    overrides += ["KD.REVIEW.MID_CHANNELS", 8, "KD.TEACHER.OPTS", small, "SEED", 1]
+    teacher = ["--teacher", ZOO, "--teacher-weights", tmp_path / "twin.pth"]
+    heads = ["--kd-heads", "ReviewKDHead,SoftTargetHead"]
+    cfg = setup(parse("--config-file", ZOO, *teacher, *heads, *small, *overrides))
+    losses = step(build(cfg), inputs)
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_kd_review", "loss_kd_soft_target_dense"}
+
+
+# ---- Set-up, and how a tool ends ----
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("KD.X: got 1; allowed is 2."), "error: KD.X: got 1; allowed is 2."),
+        # as a worker of a data loader passes it on
+        (
+            InputError("Caught InputError in worker 0.\nTraceback:\nkd_det.errors.InputError: a.png: broken"),
+            "error: a.png: broken",
+        ),
+        # as Detectron2 tells of a plain detector's loss
+        (
+            FloatingPointError("NaN at iteration=3!\nloss_dict = {'a': nan}"),
+            "error: NaN at iteration=3! loss_dict = {'a': nan}",
+        ),
+    ],
+)
+def test_a_users_mistake_ends_a_tool_with_one_line(error, line):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_tool(main)
+    assert end.value.code == line
+
+
+def test_a_defect_keeps_its_traceback():
+    def main():
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        run_tool(main)
+
+
+def _refuse(rank):
+    raise InputError(f"KD.HEADS: rank {rank} cannot")
+
+
+def _break(rank):
+    raise KeyError("a defect")
+
+
+def test_a_mistake_in_a_spawned_rank_is_told_in_one_line():
+    with pytest.raises(SystemExit, match=r"^error: KD.HEADS: rank 0 cannot$"):
+        run_tool(lambda: torch.multiprocessing.spawn(_refuse, nprocs=1))
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="a defect"):
+        run_tool(lambda: torch.multiprocessing.spawn(_break, nprocs=1))
+
+
+def test_a_diverged_plain_run_tells_the_iteration(coco_folder, tmp_path, monkeypatch):
+    cfg = with_data(tiny_cfg(options={"SOLVER.MAX_ITER": 1}), coco_folder, tmp_path / "output")
+    monkeypatch.setattr(
+        "detectron2.modeling.roi_heads.fast_rcnn.cross_entropy", lambda *a, **k: torch.tensor(torch.nan)
+    )
+    with pytest.raises(SystemExit, match=r"^error: .*at iteration=0! loss_dict = .*'loss_cls': .*nan") as end:
+        train_net("--config-file", write_yaml(tmp_path / "config.yaml", cfg))
+    assert "\n" not in end.value.code
+
+
+def test_a_machine_without_gpu_goes_on_with_the_cpu(coco_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = write_yaml(tmp_path / "c.yaml", with_data(tiny_cfg(options={"MODEL.DEVICE": "cuda"}), coco_folder, tmp_path))
+    assert setup(parse("--config-file", path)).MODEL.DEVICE == "cpu"
+
+
+def test_more_gpus_than_there_are():
+    with pytest.raises(InputError, match=r"^--num-gpus: 99 asked for, but this machine has \d+\.$"):
+        launch_workers(lambda args: None, parse("--num-gpus", "99"))
+
+
+def test_files_that_are_not_there():
+    with pytest.raises(InputError, match=r"^--config-file: there is no such file, and no/such.yaml not available"):
+        find_config("no/such.yaml")
+    with pytest.raises(InputError, match=r"^--plugin: there is no file no/such.py\.$"):
+        import_plugin("no/such.py")

@@ -1,0 +1,325 @@
+"""Taps: what is recorded is what the model computed, rows line up between networks, and nothing runs in vain."""
+
+import copy
+import math
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.backbone import Backbone
+from detectron2.structures import ImageList
+from helpers import FAMILIES, WIDE, build, distilled_cfg, save_teacher, step, tiny_cfg, tiny_inputs
+from torch import nn
+
+from kd_det import InputError, Teacher, TeacherStudent
+from kd_det.heads import SoftTargetHead
+from kd_det.taps import BackboneTap, GeneralizedRCNNTap, RetinaNetTap, build_tap
+
+MAPS = {"p2", "p3", "p4", "p5", "p6", "res2", "res3", "res4", "res5"}
+RPN = {"rpn_logits", "rpn_deltas"}
+ROI = {"roi_features", "roi_box_features", "roi_logits", "roi_deltas"}
+BOXES = {"roi_boxes", "roi_classes", "mask_boxes", "mask_classes"}
+SIGNALS = {
+    "mask_rcnn": MAPS | RPN | ROI | {"mask_logits"},
+    "c4": {"res4", "mask_logits"} | RPN | ROI,
+    "cascade": MAPS | RPN | ROI | {"mask_logits"},
+    "retinanet": MAPS | {"dense_logits", "dense_deltas"},
+}
+# With FrozenBN a model computes the same in training and in evaluation.
+SAME_IN_BOTH_MODES = {"MODEL.RESNETS.NORM": "FrozenBN"}
+PARTS = ["backbone", "proposal_generator.rpn_head", "roi_heads.box_head", "roi_heads.box_predictor",
+         "roi_heads.mask_head.predictor"]  # fmt: skip
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def make(family, options=None, seed=0):
+    return build(tiny_cfg(family, SAME_IN_BOTH_MODES | (options or {})), seed=seed)
+
+
+def record(model, inputs, names=None):
+    """Signals of a model in training."""
+    tap = build_tap(model)
+    with tap.record(names or set(tap.spec())) as signals:
+        step(model, inputs)
+    return signals
+
+
+def counts(model):
+    """Fills with how often each part of a model runs."""
+    found = dict.fromkeys(PARTS, 0)
+    for name in PARTS:
+        part = model.get_submodule(name)
+
+        def count(*_, name=name):
+            found[name] += 1
+
+        part.register_forward_hook(count)
+    return found
+
+
+# ---- What a tap tells is what it gives ----
+@each_family
+def test_spec_is_what_is_recorded(family, inputs):
+    model = make(family)
+    spec = build_tap(model).spec()
+    assert set(spec) == SIGNALS[family]
+    signals = record(model, inputs)
+    assert set(signals) - BOXES == set(spec)
+    for name, shape in spec.items():
+        axis = -1 if name.startswith(("rpn_", "dense_")) else 1
+        assert signals[name].shape[axis] == shape.channels, name
+        if shape.stride:
+            assert signals[name].shape[2:] == (math.ceil(64 / shape.stride), math.ceil(96 / shape.stride)), name
+        if shape.height:
+            assert signals[name].shape[2:] == (shape.height, shape.width), name
+
+
+@each_family
+def test_each_signal_alone(family, inputs):
+    """A signal is the same whether the others are recorded or not."""
+    model = make(family)
+    together = record(model, inputs)
+    for name in build_tap(model).spec():
+        alone = record(model, inputs, {name})
+        assert torch.equal(alone[name], together[name]), name
+        assert set(alone) - BOXES == {name}
+
+
+def test_signals_carry_gradient(inputs):
+    model = make("mask_rcnn")
+    signals = record(model, inputs)
+    signals["p2"].sum().backward()
+    assert model.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
+    assert not signals["roi_boxes"].requires_grad
+
+
+# ---- Rows line up ----
+@each_family
+def test_a_teacher_with_the_students_weights_gives_the_students_signals(family, inputs):
+    model = make(family)
+    signals = record(model, inputs)
+    names = set(build_tap(model).spec())
+    teacher = Teacher(copy.deepcopy(model))(inputs, names, signals)
+    for name in names:
+        torch.testing.assert_close(teacher[name], signals[name].detach(), rtol=1e-5, atol=1e-5, msg=name)
+    assert not any(x.requires_grad for x in teacher.values())
+
+
+@each_family
+def test_soft_targets_of_a_copy_are_zero(family, inputs):
+    model = make(family)
+    sources = ["dense"] if family == "retinanet" else ["roi", "rpn", "mask"]
+    head = SoftTargetHead(sources=sources, box_regression=family != "retinanet")
+    wrapped = TeacherStudent(student=model, teacher=Teacher(copy.deepcopy(model)), heads={"a": head}).train()
+    losses = {key: loss for key, loss in step(wrapped, inputs).items() if key.startswith("loss_kd")}
+    assert len(losses) == len(sources) + (family != "retinanet")
+    assert all(loss.item() == pytest.approx(0, abs=1e-6) for loss in losses.values())
+
+
+def test_rows_that_are_shuffled_would_be_seen(inputs):
+    """That the test above can fail: on other boxes the same network predicts something else."""
+    model = make("mask_rcnn")
+    signals = record(model, inputs)
+    signals["roi_boxes"] = signals["roi_boxes"].flip(0)
+    other = Teacher(copy.deepcopy(model))(inputs, {"roi_logits"}, signals)
+    assert (other["roi_logits"] - signals["roi_logits"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["mask_rcnn", "c4", "cascade"])
+def test_classes_and_boxes_are_those_that_the_losses_use(family, inputs, monkeypatch):
+    model = make(family)
+    tap = build_tap(model)
+    used = {}
+    losses = tap._predictor.losses
+    monkeypatch.setattr(
+        tap._predictor, "losses", lambda p, proposals: used.update(roi=proposals) or losses(p, proposals)
+    )
+    signals = record(model, inputs)
+    proposals = used["roi"]
+    assert torch.equal(signals["roi_classes"], torch.cat([x.gt_classes for x in proposals]))
+    assert torch.equal(signals["roi_boxes"][:, 1:], torch.cat([x.proposal_boxes.tensor for x in proposals]))
+    assert signals["roi_boxes"][:, 0].tolist() == [i for i, x in enumerate(proposals) for _ in range(len(x))]
+    foreground = signals["roi_classes"] < 3
+    assert signals["mask_classes"].tolist() == signals["roi_classes"][foreground].tolist()
+    if family != "cascade":  # whose masks are of the first stage's boxes
+        assert torch.equal(signals["mask_boxes"], signals["roi_boxes"][foreground])
+    assert 0 < foreground.sum() < len(foreground)
+
+
+def test_classes_are_those_of_the_objects(inputs):
+    """Boxes that are an object's own have its class: the proposals contain the objects."""
+    signals = record(make("mask_rcnn"), inputs)
+    for image, x in enumerate(inputs):
+        for box, label in zip(x["instances"].gt_boxes.tensor, x["instances"].gt_classes, strict=True):
+            row = (signals["roi_boxes"] == torch.cat([torch.tensor([float(image)]), box])).all(dim=1)
+            assert signals["roi_classes"][row].tolist() == [label]
+
+
+# ---- Nothing runs in vain ----
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"p2"}, [1, 0, 0, 0, 0]),
+        ({"res5"}, [1, 0, 0, 0, 0]),
+        ({"rpn_logits"}, [1, 1, 0, 0, 0]),
+        ({"roi_logits"}, [1, 0, 1, 1, 0]),
+        ({"mask_logits"}, [1, 0, 0, 0, 1]),
+        ({"p2", "rpn_deltas", "roi_features", "roi_deltas", "mask_logits"}, [1, 1, 1, 1, 1]),
+    ],
+)
+def test_the_teacher_runs_what_is_asked_for(inputs, names, expected):
+    student, other = make("mask_rcnn"), make("mask_rcnn", seed=1)
+    signals = record(student, inputs)
+    found = counts(other)
+    assert set(Teacher(other)(inputs, names, signals)) == names
+    assert list(found.values()) == expected
+
+
+def test_the_student_runs_once(inputs, teacher):
+    found, model = [], None
+    for cfg in (tiny_cfg(), distilled_cfg(teacher, ["HintHead", "SoftTargetHead"])):
+        model = build(cfg)
+        found.append(counts(getattr(model, "student", model)))
+        step(model, inputs)
+    assert found[0] == found[1] == dict.fromkeys(PARTS, 1)
+
+
+def test_the_teachers_head_of_a_dense_detector(inputs):
+    student, other = make("retinanet"), make("retinanet", seed=1)
+    signals = record(student, inputs)
+    ran = []
+    other.head.register_forward_hook(lambda *_: ran.append(1))
+    Teacher(other)(inputs, {"p3"}, signals)
+    assert not ran
+    Teacher(other)(inputs, {"dense_logits", "dense_deltas"}, signals)
+    assert len(ran) == 1
+
+
+def test_images_without_objects(inputs):
+    signals = record(make("mask_rcnn"), tiny_inputs(empty=(0, 1)))
+    assert (signals["roi_classes"] == 3).all()
+    assert signals["mask_logits"].shape == (0, 3, 8, 8)
+    other = Teacher(make("mask_rcnn", seed=1))(tiny_inputs(empty=(0, 1)), {"mask_logits", "roi_logits"}, signals)
+    assert other["mask_logits"].shape == (0, 3, 8, 8)
+    assert other["roi_logits"].shape == signals["roi_logits"].shape
+
+
+# ---- What cannot line up is refused when it is built ----
+@pytest.mark.parametrize(
+    ("options", "source", "told"),
+    [
+        ({"MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [48]]}, "rpn", "strides .4, 8, 16, 32. and"),
+        ({"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[0.5, 1.0]]}, "rpn", r"anchors per cell \[1, 1, 1, 1\] and \[2, 2"),
+        ({"MODEL.RPN.IN_FEATURES": ["p3", "p4", "p5", "p6"]}, "rpn", r"and \[8, 16, 32, 64\]"),
+    ],
+)
+def test_anchors_that_differ(tmp_path, options, source, told):
+    named = save_teacher(tmp_path, tiny_cfg(options=WIDE | options))
+    with pytest.raises(
+        InputError, match=f"^KD.SOFT_TARGET.SOURCES: student and teacher have different anchors.*{told}"
+    ):
+        build(distilled_cfg(named, ["SoftTargetHead"], {"KD.SOFT_TARGET.SOURCES": [source]}))
+    build(distilled_cfg(named, ["SoftTargetHead"], {"KD.SOFT_TARGET.SOURCES": ["roi"]}))  # needs no anchors
+
+
+def test_anchors_of_dense_detectors_that_differ(tmp_path):
+    named = save_teacher(tmp_path, tiny_cfg("retinanet", {"MODEL.ANCHOR_GENERATOR.SIZES": [[9], [16], [32], [64]]}))
+    with pytest.raises(InputError, match=r"^KD.SOFT_TARGET.SOURCES: student and teacher have different anchors"):
+        build(distilled_cfg(named, ["SoftTargetHead"], {"KD.SOFT_TARGET.SOURCES": ["dense"]}, "retinanet"))
+
+
+def test_box_deltas_of_another_scale(tmp_path):
+    named = save_teacher(tmp_path, tiny_cfg(options={"MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0)}))
+    with pytest.raises(InputError, match=r"BBOX_REG_WEIGHTS: \(10.0, 10.0, 5.0, 5.0\) and \(1.0, 1.0, 1.0, 1.0\)\.$"):
+        build(distilled_cfg(named, ["SoftTargetHead"], {"KD.SOFT_TARGET.BOX_REGRESSION": True}))
+
+
+# ---- Other models ----
+class Pyramid(Backbone):
+    """One convolution of stride 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 4, stride=4)
+
+    def forward(self, x):
+        return {"p2": self.conv(x)}
+
+    def output_shape(self):
+        return {"p2": ShapeSpec(channels=5, stride=4)}
+
+
+class OnlyBackbone(nn.Module):
+    """A meta-architecture that no tap knows: its loss is the mean of p2."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    def preprocess_image(self, batched_inputs):
+        images = [x["image"].float() / 255 for x in batched_inputs]
+        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+
+    def forward(self, batched_inputs):
+        return {"loss_mean": self.backbone(self.preprocess_image(batched_inputs).tensor)["p2"].square().mean()}
+
+
+def test_an_unknown_model_is_distilled_by_its_backbone(inputs):
+    torch.manual_seed(0)
+    student, other = OnlyBackbone(Pyramid()), OnlyBackbone(Pyramid())
+    assert type(build_tap(student)) is BackboneTap
+    assert set(build_tap(student).spec()) == set(record(student, inputs)) == {"p2"}
+    assert torch.equal(
+        Teacher(copy.deepcopy(student))(inputs, {"p2"}, {})["p2"], record(student, inputs)["p2"].detach()
+    )
+    assert not torch.equal(Teacher(other)(inputs, {"p2"}, {})["p2"], record(student, inputs)["p2"])
+
+
+def test_an_unknown_model_through_the_config(tmp_path, inputs):
+    @META_ARCH_REGISTRY.register()
+    class Unheard(OnlyBackbone):
+        def __init__(self, cfg):
+            super().__init__(build_backbone(cfg))
+
+    try:
+        named = save_teacher(tmp_path, tiny_cfg(options=WIDE | {"MODEL.META_ARCHITECTURE": "Unheard"}))
+        options = {"KD.STUDENT_ARCHITECTURE": "Unheard"}
+        losses = step(build(distilled_cfg(named, ["HintHead"], options)), inputs)
+        assert set(losses) == {"loss_mean", "loss_kd_hint"}
+        told = r"^KD.SOFT_TARGET.SOURCES: 'roi_logits' is not a signal of the student, which has res2, .*p6\.$"
+        with pytest.raises(InputError, match=told):
+            build(distilled_cfg(named, ["SoftTargetHead"], options))
+    finally:
+        META_ARCH_REGISTRY._obj_map.pop("Unheard")
+
+
+def test_a_subclass_has_the_tap_of_its_base():
+    model = make("mask_rcnn")
+    model.__class__ = type("Renamed", (type(model),), {})
+    assert type(build_tap(model)) is GeneralizedRCNNTap
+    assert type(build_tap(make("retinanet"))) is RetinaNetTap
+
+
+def test_a_model_without_backbone():
+    with pytest.raises(InputError, match=r"^Linear cannot be distilled: it has no tap \(registered are .*RetinaNetTap"):
+        build_tap(nn.Linear(1, 1))
+
+
+class Square(Pyramid):
+    size_divisibility = 32
+
+
+def test_images_that_are_padded_differently(inputs):
+    student, other = OnlyBackbone(Pyramid()), OnlyBackbone(Square())
+    head = nn.Module()
+    head.signals = ("p2",)
+    with pytest.raises(
+        InputError, match=r"^KD.HEADS: the student pads images to multiples of 0 pixels, the teacher of 32"
+    ):
+        TeacherStudent(student=student, teacher=Teacher(other), heads={"a": head})
