@@ -109,6 +109,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Raises:
         InputError: If a file, a key or a data set is wrong.
     """
+    late = [option for option in args.opts if option.startswith("--")]
+    if late:
+        raise InputError(f"command line: {late[0]} must come before the overrides, {' '.join(args.opts[:2])} ...")
     for path in args.plugin:
         import_plugin(path)
     cfg = get_cfg()
