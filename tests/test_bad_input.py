@@ -99,7 +99,11 @@ def test_values_that_cannot_be(run, options, heads, told):
         ("", ["KD.HINT.WEIGTH", "2"], "command line: Non-existent key: KD.HINT.WEIGTH"),
         ("\nX: !!python/object/apply:os.mkdir [canary]", [], "not a safe YAML file"),
         ("", ["--plugin", "no_such.py"], "--plugin: there is no file no_such.py."),
-        ("", ["OUTPUT_DIR", "x", "--resume"], "command line: --resume must come before the overrides, OUTPUT_DIR x ..."),
+        (
+            "",
+            ["OUTPUT_DIR", "x", "--resume"],
+            "command line: --resume must come before the overrides, OUTPUT_DIR x ...",
+        ),
     ],
 )
 def test_keys_and_files_that_cannot_be(run, tmp_path, monkeypatch, text, arguments, told):
