@@ -1,0 +1,102 @@
+"""A picture of several detectors' predictions on the same images."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.data import detection_utils as utils
+from detectron2.structures import BoxMode, Instances
+from detectron2.utils.colormap import colormap
+from detectron2.utils.visualizer import Visualizer
+from matplotlib.figure import Figure
+
+CELL = 640  # least width of an image in the picture, in pixels
+DPI = 100
+FONT_SIZE = 10
+
+
+def draw_comparison(
+    images: Sequence[dict],
+    class_names: Sequence[str],
+    predictions: Mapping[str, Sequence[Instances]],
+    threshold: float,
+    path: str,
+) -> None:
+    """Write a grid as PNG: one row per image, the ground truth in the first column, then one column per detector.
+
+    Args:
+        images: Detectron2's dicts of the images.
+        class_names: Names of the classes; each has one colour in all columns.
+        predictions: Name of a detector to its instances on each image.
+        threshold: Least score of the instances that are drawn.
+        path: The file, replaced in one piece.
+    """
+    palette = class_colors(len(class_names))
+    masks = any(found.has("pred_masks") for column in predictions.values() for found in column)
+    rows = []
+    for i, image in enumerate(images):
+        pixels = utils.read_image(image["file_name"], "RGB")
+        cells = [draw_truth(pixels, image["annotations"], class_names, palette, masks=masks)]
+        for found in predictions.values():
+            cells.append(draw_found(pixels, found[i][found[i].scores >= threshold], class_names, palette))
+        rows.append(cells)
+
+    titles = ["ground truth", *predictions]
+    heights = [row[0].shape[0] / row[0].shape[1] for row in rows]
+    size = len(titles) * CELL / DPI, sum(heights) * CELL / DPI + 0.5
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False, gridspec_kw={"height_ratios": heights})
+    for row, row_axes in zip(rows, axes, strict=True):
+        for cell, axis in zip(row, row_axes, strict=True):
+            axis.imshow(cell)
+            axis.set_axis_off()
+    for title, axis in zip(titles, axes[0], strict=True):
+        axis.set_title(title, fontsize=20)
+    figure.savefig(f"{path}.partial", format="png")
+    os.replace(f"{path}.partial", path)
+
+
+def draw_truth(
+    pixels: np.ndarray, annotations: list[dict], class_names: Sequence[str], palette: list, *, masks: bool
+) -> np.ndarray:
+    """An image with its annotated objects, their masks if asked for and there; crowds are left out."""
+    kept = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
+    classes = [annotation["category_id"] for annotation in kept]
+    boxes = [BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS) for annotation in kept]
+    masks = masks and all("segmentation" in annotation for annotation in kept)
+    return _draw(
+        pixels,
+        boxes=np.asarray(boxes, dtype=float).reshape(-1, 4),
+        masks=[annotation["segmentation"] for annotation in kept] if masks else None,
+        labels=[class_names[c] for c in classes],
+        colors=[palette[c] for c in classes],
+    )
+
+
+def draw_found(pixels: np.ndarray, found: Instances, class_names: Sequence[str], palette: list) -> np.ndarray:
+    """An image with a detector's instances and their scores."""
+    classes = found.pred_classes.tolist()
+    return _draw(
+        pixels,
+        boxes=found.pred_boxes.tensor.numpy(),
+        masks=found.pred_masks.numpy() if found.has("pred_masks") else None,
+        labels=[f"{class_names[c]} {score:.0%}" for c, score in zip(classes, found.scores.tolist(), strict=True)],
+        colors=[palette[c] for c in classes],
+    )
+
+
+def class_colors(count: int) -> list[np.ndarray]:
+    """One colour per class from Detectron2's palette, dark ones left out, repeated where the classes are many."""
+    palette = [color for color in colormap(rgb=True, maximum=1) if color.max() > 0.6]
+    return [palette[i % len(palette)] for i in range(count)]
+
+
+def _draw(pixels: np.ndarray, boxes: np.ndarray, masks: Any, labels: list[str], colors: list) -> np.ndarray:
+    scale = max(1.0, CELL / pixels.shape[1])
+    visualizer = Visualizer(pixels, scale=scale)
+    visualizer.overlay_instances(boxes=boxes, masks=masks, assigned_colors=colors)
+    # Labels of small objects would be tiny.
+    for (x, y, *_), label in zip(boxes, labels, strict=True):
+        visualizer.draw_text(label, (x, y), font_size=FONT_SIZE / scale, color="w", horizontal_alignment="left")
+    return visualizer.output.get_image()

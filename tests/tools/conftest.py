@@ -1,0 +1,53 @@
+"""Tools as modules, and output folders of runs, made without training."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, build, write_yaml
+
+
+@pytest.fixture
+def load_tool():
+    """Import ``tools/NAME.py``, under a name of its own: Detectron2's wheel brings a top-level module ``tools``."""
+
+    def load(name: str):
+        spec = importlib.util.spec_from_file_location(f"kd_det_{name}", ROOT / "tools" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def run_tool(load_tool, monkeypatch):
+    """Run ``tools/NAME.py`` in this process; a user's mistake raises SystemExit with its one line."""
+
+    def run(name: str, *arguments: str) -> None:
+        module = load_tool(name)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        module.run_tool(module.main)
+
+    return run
+
+
+@pytest.fixture
+def save_run():
+    """Write the output folder of a run: its config as dumped, and the student's random weights."""
+
+    def save(folder: Path, cfg, *, seed: int = 0) -> str:
+        folder.mkdir(parents=True)
+        write_yaml(folder / "config.yaml", cfg)
+        model = build(cfg, seed=seed)
+        if hasattr(model, "head"):
+            # RetinaNet's scores start equal, and an order among equals means nothing.
+            torch.nn.init.normal_(model.head.cls_score.weight, std=0.3)
+        student = getattr(model, "student", model)
+        torch.save({"model": student.state_dict(), "iteration": 1}, folder / "model_0000001.pth")
+        (folder / "last_checkpoint").write_text("model_0000001.pth")
+        return str(folder)
+
+    return save

@@ -1,0 +1,151 @@
+"""tools/export_student.py: what it writes is what stock Detectron2 and TorchScript read, and all of it or nothing."""
+
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from helpers import distilled_cfg, tiny_cfg
+
+from kd_det.errors import InputError
+from kd_det.export import export_student, find_run, load_student, read_student_config
+
+STOCK = {
+    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+}
+READER = """
+import sys, cv2, torch
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+cfg = get_cfg()
+cfg.merge_from_file(sys.argv[1])
+found = DefaultPredictor(cfg)(cv2.imread(sys.argv[2]))["instances"]
+assert not any(name.split(".")[0] == "kd_det" for name in sys.modules)
+torch.save([found.pred_boxes.tensor, found.scores], sys.argv[3])
+"""
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8))
+    return path
+
+
+def test_stock_detectron2_predicts_the_same(teacher, photo, tmp_path, save_run, run_tool):
+    run = save_run(tmp_path / "run", distilled_cfg(teacher, ["HintHead"], STOCK))
+    run_tool("export_student", "--run", run, "--output", tmp_path / "out", "--image", photo)
+    assert sorted(os.listdir(tmp_path / "out")) == ["student.pth", "student.ts", "student.yaml"]
+
+    command = [sys.executable, "-c", READER, tmp_path / "out/student.yaml", photo, tmp_path / "found.pth"]
+    subprocess.run(list(map(str, command)), check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    boxes, scores = torch.load(tmp_path / "found.pth")
+    config, weights = find_run(run)
+    image = torch.from_numpy(cv2.imread(str(photo)).transpose(2, 0, 1).copy()).float()
+    with torch.no_grad():
+        own = load_student(read_student_config(config), weights, "cpu")([{"image": image}])[0]["instances"]
+    assert len(boxes) > 0
+    assert torch.equal(boxes, own.pred_boxes.tensor)
+    assert torch.equal(scores, own.scores)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "outputs"),
+    [
+        ("mask_rcnn", {}, ["pred_boxes", "pred_classes", "pred_masks", "scores", "image_size"]),
+        ("mask_rcnn", {"MODEL.MASK_ON": False}, ["pred_boxes", "pred_classes", "scores", "image_size"]),
+        ("retinanet", {}, ["pred_boxes", "pred_classes", "scores", "image_size"]),
+    ],
+    ids=["mask", "faster", "retinanet"],
+)
+def test_traced_equals_eager_at_every_size(family, options, outputs, tmp_path, save_run):
+    run = save_run(tmp_path / "run", tiny_cfg(family, options))
+    config, weights = find_run(run)
+    cfg = read_student_config(config)
+    sample = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 255
+    done = export_student(cfg, weights, str(tmp_path / "out"), sample=sample)
+    assert done.outputs == outputs
+    assert len(set(done.tried)) == 2
+
+    traced = torch.jit.load(tmp_path / "out/student.ts")
+    model = load_student(cfg, weights, "cpu")
+    for size in ((64, 96), (50, 130), (128, 64)):
+        image = torch.nn.functional.interpolate(sample[None], size)[0]
+        with torch.no_grad():
+            own = model([{"image": image}])[0]["instances"]
+        found = dict(zip(outputs, traced(image), strict=True))
+        assert found["image_size"].tolist() == list(size)
+        assert torch.allclose(found["scores"], own.scores)
+        assert torch.allclose(found["pred_boxes"], own.pred_boxes.tensor, atol=1e-3)
+
+
+def test_traced_finds_nothing_where_nothing_is(tmp_path, save_run):
+    """A trace made on an image with objects also runs the parts behind them on no objects."""
+    sample, black = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 255, torch.zeros(3, 64, 96)
+    cfg = tiny_cfg(options={"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0})
+    config, weights = find_run(save_run(tmp_path / "run", cfg))
+    model = load_student(read_student_config(config), weights, "cpu")
+    with torch.no_grad():
+        best = [model([{"image": image}])[0]["instances"].scores.max().item() for image in (sample, black)]
+    if best[0] < best[1]:
+        sample, black = black, sample
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = sum(best) / 2
+    export_student(cfg, weights, str(tmp_path / "out"), sample=sample)
+    boxes, *_ = torch.jit.load(tmp_path / "out/student.ts")(black)
+    assert boxes.shape == (0, 4)
+
+
+def test_own_backbone_is_named_with_what_it_needs(tmp_path, save_run, run_tool, capsys):
+    import kd_det
+
+    run = save_run(tmp_path / "run", tiny_cfg())
+    run_tool("export_student", "--run", run, "--output", tmp_path / "out", "--no-torchscript")
+    assert sorted(os.listdir(tmp_path / "out")) == ["student.pth", "student.yaml"]
+    for text in (capsys.readouterr().out, (tmp_path / "out/student.yaml").read_text()):
+        assert "build_basic_resnet_fpn_backbone" in text
+        assert "kd_det.add_kd_config(cfg)" in text
+    cfg = get_cfg()
+    kd_det.add_kd_config(cfg)
+    cfg.merge_from_file(str(tmp_path / "out/student.yaml"))
+    weights = torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"]
+    build_model(cfg).load_state_dict(weights, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 1.0}, "detects nothing"), ({"MODEL.FPN.OUT_CHANNELS": 24}, "does not fit")],
+)
+def test_a_failure_leaves_nothing(options, message, tmp_path, save_run):
+    _, weights = find_run(save_run(tmp_path / "run", tiny_cfg()))
+    (tmp_path / "made").mkdir()
+    with pytest.raises(InputError, match=message):
+        export_student(
+            tiny_cfg(options=options), weights, str(tmp_path / "made/out"), sample=torch.rand(3, 64, 96) * 255
+        )
+    assert os.listdir(tmp_path / "made") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "nowhere"], "nowhere/config.yaml does not exist"),
+        (["--config-file", "a.yaml"], "either --run, or --config-file and --weights"),
+        (["--run", "{run}", "--image", "none.png"], "no file none.png"),
+        (["--run", "{run}"], "--image: none is given"),
+        (["--run", "{run}", "--output", "{run}", "--no-torchscript"], "exists already"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, message, tmp_path, save_run, run_tool):
+    run = save_run(tmp_path / "run", tiny_cfg())
+    arguments = [argument.format(run=run) for argument in arguments]
+    with pytest.raises(SystemExit, match=message):
+        run_tool("export_student", "--output", tmp_path / "out", *arguments)

@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Compare trained detectors on one test set: accuracy, per class too, size, operations, speed, and a picture.
+
+    tools/compare.py --run teacher=output/teacher --run plain=output/plain --run distilled=output/distilled
+
+A run is NAME=FOLDER, the output folder of a training, or NAME=CONFIG:WEIGHTS. Several runs of one name, for example
+with other seeds, become one column: mean and standard deviation.
+"""
+
+import argparse
+
+from kd_det.comparison import compare
+from kd_det.engine import import_plugin, run_tool
+from kd_det.errors import InputError
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="append", required=True, metavar="NAME=SOURCE", help="a detector; repeat it")
+    parser.add_argument(
+        "--output", default="comparison", metavar="FOLDER", help="for JSON, table and PNG (%(default)s)"
+    )
+    parser.add_argument("--dataset", metavar="NAME", help="the test set (default: DATASETS.TEST of the first run)")
+    parser.add_argument("--images", type=int, default=4, help="images in the picture and for the speed (%(default)s)")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="least score of the boxes in the picture (%(default)s)"
+    )
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file to import first")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    for path in args.plugin:
+        import_plugin(path)
+    runs = []
+    for run in args.run:
+        name, separator, source = run.partition("=")
+        if not (name and separator and source):
+            raise InputError(f"--run: got {run!r}; NAME=FOLDER or NAME=CONFIG:WEIGHTS is needed.")
+        runs.append((name, source))
+    results = compare(runs, args.output, dataset=args.dataset, images=args.images, threshold=args.threshold)
+    print(results["table"])
+    print(f"\n{args.output}: comparison.json, comparison.md, comparison.png")
+
+
+if __name__ == "__main__":
+    run_tool(main)

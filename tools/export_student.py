@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Export the student of a run: a plain Detectron2 checkpoint and config, and TorchScript.
+
+    tools/export_student.py --run output/reviewkd --output exported
+    tools/export_student.py --config-file configs/reviewkd.yaml --weights model.pth --output exported --image photo.jpg
+
+exported/student.yaml and student.pth need no kd_det, except where the backbone is one of kd_det's own.
+exported/student.ts maps one image, (3, H, W) float32 from 0 to 255, to a tuple of tensors. On the sample, and on the
+sample at another size and shape, its results must equal the eager model's, or the export fails. It takes images of any
+size, one at a time, on the kind of device that it was traced on.
+"""
+
+import argparse
+import os
+
+import torch
+from detectron2.data import DatasetCatalog
+
+from kd_det.data import DetectionMapper, check_files, register_datasets
+from kd_det.engine import import_plugin, run_tool
+from kd_det.errors import InputError
+from kd_det.export import export_student, find_run, header, read_student_config
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", metavar="FOLDER", help="output folder of a run: its config.yaml and newest checkpoint")
+    parser.add_argument("--config-file", metavar="FILE", help="instead of --run, together with --weights")
+    parser.add_argument("--weights", metavar="FILE", help="instead of --run, together with --config-file")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to make")
+    sample = parser.add_mutually_exclusive_group()
+    sample.add_argument("--image", metavar="FILE", help="image to trace on (default: the first of DATASETS.TEST)")
+    sample.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="trace on noise of this size instead"
+    )
+    parser.add_argument("--no-torchscript", action="store_true", help="leave student.ts out")
+    parser.add_argument(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="what student.ts will run on (%(default)s)"
+    )
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file to import first")
+    return parser.parse_args()
+
+
+def read_sample(cfg, image: str | None, size: list[int] | None) -> torch.Tensor:
+    """An image as the model expects it."""
+    if size:
+        return torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) * 255
+    if image and not os.path.isfile(image):
+        raise InputError(f"--image: there is no file {image}.")
+    if not image:
+        try:
+            register_datasets(cfg)
+            check_files(cfg, train=False)
+            image = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]["file_name"]
+        except (InputError, IndexError) as error:
+            raise InputError(f"--image: none is given, and DATASETS.TEST has none: {error}") from error
+    return DetectionMapper(cfg, is_train=False)({"file_name": image})["image"].float()
+
+
+def main() -> None:
+    args = parse_args()
+    for path in args.plugin:
+        import_plugin(path)
+    if bool(args.run) == bool(args.config_file or args.weights) or bool(args.config_file) != bool(args.weights):
+        raise InputError("give either --run, or --config-file and --weights.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device: this machine has no GPU.")
+    config_file, weights = find_run(args.run) if args.run else (args.config_file, args.weights)
+    cfg = read_student_config(config_file)
+    sample = None if args.no_torchscript else read_sample(cfg, args.image, args.size)
+    done = export_student(cfg, weights, args.output, sample=sample, device=args.device)
+    print(f"{args.output}: {', '.join(done.files)}")
+    print(header(done.needs).replace("# ", ""), end="")
+    if done.tried:
+        sizes = " and ".join(f"{height} x {width}" for height, width in done.tried)
+        print(f"student.ts returns ({', '.join(done.outputs)}); equal to the eager model on images of {sizes}.")
+
+
+if __name__ == "__main__":
+    run_tool(main)
