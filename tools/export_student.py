@@ -2,7 +2,7 @@
 """Export the student of a run: a plain Detectron2 checkpoint and config, and TorchScript.
 
     tools/export_student.py --run output/reviewkd --output exported
-    tools/export_student.py --config-file configs/reviewkd.yaml --weights model.pth --output exported --image photo.jpg
+    tools/export_student.py --config-file configs/reviewkd_r101_r18.yaml --weights model.pth --output exported
 
 exported/student.yaml and student.pth need no kd_det, except where the backbone is one of kd_det's own.
 exported/student.ts maps one image, (3, H, W) float32 from 0 to 255, to a tuple of tensors. On the sample, and on the
