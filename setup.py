@@ -19,7 +19,10 @@ DETECTRON2 = [
     "termcolor>=1.1",
     "yacs>=0.1.8",
 ]
-TOOLS = ["pytest>=7", "pytest-xdist>=3", "ruff"]
+# Fuses the boxes of several detectors: kd_det/ensemble.py.
+ENSEMBLE = ["ensemble-boxes>=1.0.9"]
+# scikit-learn brings the images of the data sets digits_train and digits_test.
+TOOLS = ["pytest>=7", "pytest-xdist>=3", "ruff", "scikit-learn"]
 
 readme = Path(__file__).with_name("README.md")
 
@@ -46,5 +49,5 @@ setup(
         "torchvision>=0.21",
         "tqdm",
     ],
-    extras_require={"dev": DETECTRON2 + TOOLS},
+    extras_require={"dev": DETECTRON2 + ENSEMBLE + TOOLS, "ensemble": ENSEMBLE},
 )

@@ -4,6 +4,7 @@ Importing this package registers its meta-architectures, distillation heads, tap
 """
 
 from kd_det import backbones as _  # noqa: F401  registration
+from kd_det.classification import ImageClassifier
 from kd_det.config import add_kd_config
 from kd_det.errors import InputError
 from kd_det.heads import build_kd_heads
@@ -18,6 +19,7 @@ __all__ = [
     "KD_HEAD_REGISTRY",
     "TAP_REGISTRY",
     "Batch",
+    "ImageClassifier",
     "InputError",
     "Signals",
     "Teacher",

@@ -10,6 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from kd_det.errors import InputError
 
@@ -48,10 +49,15 @@ class KDCheckpointer(DetectionCheckpointer):
         except Exception as error:  # whatever a broken or hostile file provokes
             raise InputError(f"{filename}: not a checkpoint that can be loaded safely: {reason(error)}") from error
         model = loaded["model"]
+        if isinstance(model, dict) and "state_dict" in model:  # as PyTorch's own training scripts save it
+            loaded["model"] = model = model["state_dict"]
         if not isinstance(model, dict) or not all(isinstance(value, Tensor | np.ndarray) for value in model.values()):
             raise InputError(f"{filename}: not a checkpoint: neither it nor its 'model' maps names to tensors.")
+        consume_prefix_in_state_dict_if_present(model, "module.")
         if "layer1.0.conv1.weight" in model:
             loaded = {"model": rename_torchvision_resnet(model), "matching_heuristics": True}
+        elif "linear.weight" in model and "linear.weight" not in self.model.state_dict():
+            loaded |= {"model": backbone_of_classifier(model), "matching_heuristics": True}
         lacking = [key for key in self._required if key not in loaded]
         if lacking:
             raise InputError(f"{filename}: cannot be resumed: it has {', '.join(loaded)}, but no {', '.join(lacking)}.")
@@ -153,14 +159,20 @@ def load_zoo_pickle(filename: str) -> dict[str, Any]:
 
 
 def rename_torchvision_resnet(state: dict[str, Any]) -> dict[str, Any]:
-    """Give torchvision's ResNet weights Detectron2's names: ``layer1.0.bn1.weight`` to ``res2.0.conv1.norm.weight``."""
+    """Give torchvision's ResNet weights our names: ``layer1.0.bn1.weight`` to ``res2.0.conv1.norm.weight``."""
     renamed = {}
     for key, value in state.items():
         key = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
         key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
         key = re.sub(r"bn(\d)", r"conv\1.norm", key)
-        renamed[key if key.startswith(("res", "fc")) else f"stem.{key}"] = value
+        key = re.sub(r"^fc", "linear", key)
+        renamed[key if key.startswith(("res", "linear")) else f"stem.{key}"] = value
     return renamed
+
+
+def backbone_of_classifier(state: dict[str, Any]) -> dict[str, Any]:
+    """The backbone's weights of an image classifier, named so that those of a detector's backbone match them."""
+    return {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
 
 
 def counted_keys(model: nn.Module) -> set[str]:

@@ -33,6 +33,8 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.STUDENT_ARCHITECTURE = "GeneralizedRCNN"
     # Distillation heads, any number of them; [] trains the plain student, without a teacher.
     cfg.KD.HEADS = []
+    # Factor of the student's own losses beside the heads'; Hinton's recipe for classifiers has 0.1 and 0.9.
+    cfg.KD.TASK_WEIGHT = 1.0
     # Whether feature losses leave out cells that lie in the zero padding of smaller images.
     cfg.KD.MASK_PADDING = False
 
@@ -47,20 +49,39 @@ def add_kd_config(cfg: CfgNode) -> None:
     # float32, float16 or bfloat16: precision of the teacher's forward alone.
     cfg.KD.TEACHER.DTYPE = "float32"
 
+    # ---- The stage before the main run, which some heads need ----
+    cfg.KD.PRETRAIN = CfgNode()
+    # Its iterations; 0 where no head needs it.
+    cfg.KD.PRETRAIN.MAX_ITER = 0
+    cfg.KD.PRETRAIN.BASE_LR = 0.1
+    # The learning rate is multiplied by SOLVER.GAMMA at these iterations; all else is as in SOLVER, without warm-up.
+    cfg.KD.PRETRAIN.STEPS = []
+    # A finished stage of another run with the same teacher, its pretrain/model_final.pth, instead.
+    cfg.KD.PRETRAIN.WEIGHTS = ""
+
+    # ---- Generations (Born-Again Networks) ----
+    # Train so many students in a row, in gen_1, gen_2, ... below OUTPUT_DIR: the first is taught by KD.TEACHER, each
+    # other by the one before; SEED grows by 1. 0: one run.
+    cfg.KD.GENERATIONS = 0
+
     # ---- Heads ----
     # ReviewKD (Chen et al., CVPR 2021).
     cfg.KD.REVIEW = head_node(
         weight=1.0,
-        # From the finest level to the coarsest.
+        # From the finest level to the coarsest; of classifiers the last may be "pooled".
         IN_FEATURES=["p2", "p3", "p4", "p5", "p6"],
         # Channels inside the fusion modules.
         MID_CHANNELS=256,
         # Normalisation of the fusion modules: BN, SyncBN or GN.
         NORM="BN",
+        # Compare with the teacher's features before the ReLU at the end of each stage (published for classifiers).
+        TEACHER_PREACT=False,
     )
     # Attention transfer (Zagoruyko & Komodakis, ICLR 2017).
     cfg.KD.ATTENTION_TRANSFER = head_node(
         weight=15.0,
+        # "activation", or "gradient": input gradients, of classifiers only; IN_FEATURES, POWER, REDUCTION have no part.
+        KIND="activation",
         IN_FEATURES=["p2", "p3", "p4", "p5"],
         # Exponent of the activations in the attention map.
         POWER=2,
@@ -68,17 +89,75 @@ def add_kd_config(cfg: CfgNode) -> None:
         # falls with the number of cells (its weight is 1000 on CIFAR).
         REDUCTION="sum_hw",
     )
-    # Hints (FitNets, Romero et al., ICLR 2015), trained together with the task.
+    # Hints (FitNets, Romero et al., ICLR 2015). With two stages WEIGHT is of the first one, and SCHEDULE has no part.
     cfg.KD.HINT = head_node(
         weight=1.0,
         IN_FEATURES=["p2", "p3", "p4", "p5"],
+        # 1: together with the task. 2: in a stage before the run, the student's features on the hint alone (paper).
+        STAGES=1,
+    )
+    # Factor transfer (Kim et al., NeurIPS 2018). A stage before the run trains the paraphraser.
+    cfg.KD.FACTOR_TRANSFER = head_node(
+        weight=11.0,
+        # Feature maps of the backbone, and roi_features: those of the sampled boxes.
+        IN_FEATURES=["roi_features"],
+        # Channels of the factor over those of the teacher's feature.
+        FACTOR_RATE=0.5,
+        # Normalisation in paraphraser and translator: "" (published code) or BN.
+        NORM="",
+        # "map_invariant": the same strength at every map size. "code": the published mean, whose strength falls with
+        # the square root of the factor's elements (its weight is 500 on CIFAR).
+        SCALE="map_invariant",
+        # How the paraphraser reconstructs: "l1" (published code) or "l2" (paper).
+        RECONSTRUCTION="l1",
+    )
+    # Inherit and explore (IE-KD, Huang et al., CVPR 2021). A stage before the run trains the teacher's encoder.
+    cfg.KD.INHERIT_EXPLORE = head_node(
+        weight=1.1,
+        # "ft" (factors), "at" (attention maps, which need no stage) or "od" (rectified factors).
+        KIND="ft",
+        # Feature maps of the backbone, and roi_features: those of the sampled boxes.
+        IN_FEATURES=["roi_features"],
+        # Which of the student's channels inherit: "natural" (the first half) or "random" (a half drawn by SEED).
+        DIVIDE="natural",
+        # Factors of the two halves' losses; 0 leaves a half out. The sign of exploration is in its loss.
+        INHERIT_WEIGHT=1.0,
+        EXPLORE_WEIGHT=1.0,
+        # Channels of the factors over those of the teacher's feature.
+        FACTOR_RATE=0.5,
+        # "map_invariant": the same strength at every map size. "code": the published mean (its weight is 50 on CIFAR).
+        SCALE="map_invariant",
+        # How the auto-encoder reconstructs: "l1" (published code) or "l2" (paper).
+        RECONSTRUCTION="l1",
+    )
+    # Overhaul of feature distillation (OFD, Heo et al., ICCV 2019), on what enters the ReLU at the end of each stage.
+    cfg.KD.OVERHAUL = head_node(
+        weight=0.001,
+        # From the finest stage to the coarsest.
+        IN_FEATURES=["res2", "res3", "res4", "res5"],
+        # Where margins come from: "estimate", the teacher's first MARGIN_BATCHES batches; "batch_norm", its last batch
+        # norm of each stage (published; wrong where statistics were folded into it, as in converted ImageNet weights).
+        MARGIN="estimate",
+        MARGIN_BATCHES=200,
+        # "map_invariant": the strength it has on CIFAR, at every map size. "code": the published sum over cells.
+        SCALE="map_invariant",
+    )
+    # Activation boundaries (AB, Heo et al., AAAI 2019): a stage before the run trains the student on them alone. WEIGHT
+    # is of that stage, and SCHEDULE has no part.
+    cfg.KD.ACTIVATION_BOUNDARY = head_node(
+        weight=0.003,
+        # From the finest stage of the network to the coarsest.
+        IN_FEATURES=["res2", "res3", "res4", "res5"],
+        # "map_invariant": the strength it has on CIFAR, at every map size. "code": the published sum over cells.
+        SCALE="map_invariant",
     )
     # Soft targets (Hinton et al., 2015) on class, objectness and mask predictions.
     cfg.KD.SOFT_TARGET = head_node(
         weight=1.0,
-        # Any of roi (classes of the sampled boxes), rpn (objectness), mask (of foreground boxes), dense (RetinaNet).
+        # Any of roi (classes of the sampled boxes), rpn (objectness), mask (of foreground boxes), dense (RetinaNet),
+        # cls (image classifiers).
         SOURCES=["roi"],
-        # Of the softmax over ROI classes; sigmoid outputs are compared at temperature 1.
+        # Of the softmax over classes; sigmoid outputs are compared at temperature 1.
         TEMPERATURE=1.0,
         # Boxes whose classes are compared: all or foreground.
         ROIS="all",
@@ -86,6 +165,43 @@ def add_kd_config(cfg: CfgNode) -> None:
         BACKGROUND_WEIGHT=1.0,
         # Also compare the box deltas of the labelled class on foreground boxes (smooth L1).
         BOX_REGRESSION=False,
+        # What becomes of the teacher's mistakes, in roi (foreground boxes) and cls (Wen et al., 2019): "none" leaves
+        # them, "probability_shift" swaps its answer's probability with the label's, "label_smoothing" puts a smoothed
+        # label in their place.
+        ADJUST="none",
+        # Probability of the label in a smoothed one.
+        CORRECT_PROB=0.9,
+        # A temperature for each row, lower for the confusing ones (Wen et al., 2019): "none"; "flsw", those where
+        # student and teacher disagree; "cwsm", those of which the student is unsure. On boxes of the foreground.
+        DYNAMIC_TEMPERATURE="none",
+        # How far from TEMPERATURE: BETA times a row's distance from the mean; it stays within min(1, T / 2) and 2 T.
+        BETA=1.0,
+        # Exponent of flsw.
+        GAMMA=2.0,
+    )
+    # Softmax regression (SRRL, Yang et al., ICLR 2021).
+    cfg.KD.SOFTMAX_REGRESSION = head_node(
+        weight=1.0,
+        # The student's feature: roi_box_features of an R-CNN; of an image classifier its last map, such as res5.
+        IN_FEATURE="roi_box_features",
+        # Normalisation between the student's feature and the teacher's classifier: BN (published) or LN.
+        NORM="BN",
+        # How logits are compared: "mse" (published code), or "ce", cross-entropy with the teacher's probabilities.
+        KIND="mse",
+        # Factors of the two parts: the features before the teacher's classifier, and the logits behind it.
+        FEATURE_WEIGHT=1.0,
+        LOGIT_WEIGHT=1.0,
+    )
+    # Born-again networks (Furlanello et al., ICML 2018): the teacher is the previous generation.
+    cfg.KD.BORN_AGAIN = head_node(
+        weight=1.0,
+        # "ban": cross-entropy with the teacher's probabilities; "dkpp": all but its most probable class permuted;
+        # "cwtm": cross-entropy with the labels, weighted by the teacher's confidence.
+        KIND="ban",
+        # roi (classes of the sampled boxes) or cls (image classifiers).
+        SOURCE="roi",
+        # Whether the student's own loss_cls stays; where it does not, this loss takes its place.
+        LABELS=False,
     )
     for name, head in KD_HEAD_REGISTRY:
         if config_key(name) not in cfg.KD:
@@ -101,7 +217,34 @@ def add_kd_config(cfg: CfgNode) -> None:
     # FrozenBN, BN or SyncBN.
     cfg.MODEL.TIMM.NORM = "FrozenBN"
 
+    # ---- Classification (META_ARCHITECTURE ImageClassifier) ----
+    cfg.MODEL.CLASSIFIER = CfgNode()
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
+    # The CIFAR family: MODEL.BACKBONE.NAME build_cifar_backbone.
+    cfg.MODEL.CIFAR = CfgNode()
+    # resnet8, 14, 20, 32, 44, 56, 110; resnet8x4, resnet32x4; wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2.
+    cfg.MODEL.CIFAR.NAME = "resnet20"
+    # Where a ResNet's channels grow: "projection" (1x1 convolution, as in distillation papers), or "padding" with
+    # zeros, without parameters (He et al., 2016, option A).
+    cfg.MODEL.CIFAR.SHORTCUT = "projection"
+    cfg.INPUT.CLASSIFICATION = CfgNode()
+    # Images that enter the network, in pixels, square.
+    cfg.INPUT.CLASSIFICATION.SIZE = 32
+    # Training: "padded_crop" (pad by PADDING, crop SIZE, flip: CIFAR), "resized_crop" (random area and aspect ratio,
+    # flip: ImageNet), or "none". Flips as INPUT.RANDOM_FLIP says: "horizontal" or "none".
+    cfg.INPUT.CLASSIFICATION.AUGMENTATION = "padded_crop"
+    cfg.INPUT.CLASSIFICATION.PADDING = 4
+    # Test: the short side is resized to this, then SIZE is cropped from the centre. 0: resized to SIZE.
+    cfg.INPUT.CLASSIFICATION.RESIZE_TEST = 0
+
+    # ---- Schedule ----
+    # Count in epochs: MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD, TEST.EVAL_PERIOD and every SCHEDULE of KD. They
+    # are turned into iterations when a run begins.
+    cfg.SOLVER.IN_EPOCHS = False
+
     # ---- Data sets named here need no code ----
+    # name: {ROOT: folder with one folder of images per class}. Relative paths as below.
+    cfg.DATASETS.IMAGE_FOLDER = CfgNode(new_allowed=True)
     # name: {JSON: annotation file, IMAGE_ROOT: folder}. Relative paths lie under $DETECTRON2_DATASETS, or datasets/.
     cfg.DATASETS.COCO_FORMAT = CfgNode(new_allowed=True)
     # name: {ROOT: folder with Annotations, ImageSets/Main, JPEGImages; SPLIT: a file in ImageSets/Main; CLASSES: [...];

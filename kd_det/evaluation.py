@@ -6,11 +6,12 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 
+from kd_det.classification.evaluator import ClassificationEvaluator
 from kd_det.errors import InputError
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    """Build the evaluator that a data set's metadata names: COCO AP, or PASCAL VOC mAP.
+    """Build the evaluator that a data set's metadata names: COCO AP, PASCAL VOC mAP, or accuracy.
 
     Raises:
         InputError: If the data set has no evaluator.
@@ -20,6 +21,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
     if kind == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
+    if kind == "classification":
+        return ClassificationEvaluator(dataset_name)
     raise InputError(
-        f"DATASETS.TEST: {dataset_name} cannot be evaluated: its evaluator_type is {kind!r}, not coco or pascal_voc."
+        f"DATASETS.TEST: {dataset_name} cannot be evaluated: its evaluator_type is {kind!r}; "
+        "allowed are coco, pascal_voc, classification."
     )

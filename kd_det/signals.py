@@ -2,22 +2,31 @@
 
 A *signal* is one tensor that a network computed on one batch. The names are the same for every network:
 
-=================== ==================================================================================
-``p2`` ... ``p7``    outputs of the backbone, (N, C, H, W); for a C4 backbone ``res4``
+===================== ========================================================================================
+``p2`` ... ``p7``     outputs of the backbone, (N, C, H, W); for a C4 backbone ``res4``
 ``res2`` ... ``res5`` outputs of the bottom-up network below an FPN, (N, C, H, W)
-``rpn_logits``      objectness of all anchors of all levels, (N, anchors, 1)
-``rpn_deltas``      their box deltas, (N, anchors, 4)
-``roi_features``    pooled features of the sampled boxes, (R, C, h, w)
-``roi_box_features`` input of the box predictor, (R, D)
-``roi_logits``      class logits, background last, (R, K + 1)
-``roi_deltas``      box deltas, (R, 4 K), or (R, 4) if class-agnostic
-``mask_logits``     mask logits of the foreground boxes, (F, K or 1, m, m)
-``dense_logits``    class logits of a one-stage detector, (N, anchors, K)
-``dense_deltas``    its box deltas, (N, anchors, 4)
-=================== ==================================================================================
+``res4_preact``       what enters the ReLU at the end of a stage, (N, C, H, W)
+``res4_norm_weight``  weight (C,) of the batch norm before that ReLU, and ``res4_norm_bias`` (C,)
+``rpn_logits``        objectness of all anchors of all levels, (N, anchors, 1)
+``rpn_deltas``        their box deltas, (N, anchors, 4)
+``roi_features``      pooled features of the sampled boxes, (R, C, h, w)
+``roi_box_features``  input of the box predictor, (R, D)
+``roi_box_preact``    what enters the last ReLU of the box head, (R, D)
+``roi_logits``        class logits, background last, (R, K + 1)
+``roi_logits_weight`` weight (K + 1, D) of the layer that makes them, and ``roi_logits_bias`` (K + 1,)
+``roi_deltas``        box deltas, (R, 4 K), or (R, 4) if class-agnostic
+``mask_logits``       mask logits of the foreground boxes, (F, K or 1, m, m)
+``dense_logits``      class logits of a one-stage detector, (N, anchors, K)
+``dense_deltas``      its box deltas, (N, anchors, 4)
+``pooled``            pooled feature of an image classifier, (N, D)
+``logits``            its class logits, (N, K)
+``logits_weight``     weight (K, D) of its linear layer, and ``logits_bias`` (K,)
+``input_gradient``    gradient of each image's cross-entropy for the image, (N, 3, H, W)
+===================== ========================================================================================
 
 ROI signals come with the boxes they stand for, row by row: ``roi_boxes`` (R, 5) as (image, x0, y0, x1, y1) in
 pixels of the network's input and ``roi_classes`` (R,), K for background; likewise ``mask_boxes`` and ``mask_classes``.
+With a student classifier's signals come its ``labels`` (N,).
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,11 @@
 import logging
 
 import pytest
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import WIDE, save_teacher, tiny_cfg, tiny_inputs, write_coco_folder
+
+from kd_det import add_kd_config
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +41,17 @@ def in_process():
     for logger, level, propagate, handlers, filters in before:
         logger.setLevel(level)
         logger.propagate, logger.handlers[:], logger.filters[:] = propagate, handlers, filters
+
+
+@pytest.fixture
+def cfg(tmp_path, monkeypatch):
+    """A config whose data sets lie in `tmp_path`; what the test registers is forgotten afterwards."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    before = set(DatasetCatalog)
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    yield cfg
+    for name in set(DatasetCatalog) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)

@@ -207,7 +207,9 @@ def test_a_file_that_is_no_checkpoint(model, plain, tmp_path, name):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {"weight": torch.zeros(1)}, "meta": {}}, {"model": None}])
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"weights": {"weight": torch.zeros(1)}}, {"state_dict": [1]}, {"model": None}]
+)
 def test_a_file_of_something_else(model, tmp_path, content):
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(InputError, match=r"a.pth: not a checkpoint: neither it nor its 'model' maps names to tensors"):

@@ -16,14 +16,15 @@ from kd_det import InputError, Teacher, TeacherStudent
 from kd_det.heads import SoftTargetHead
 from kd_det.taps import BackboneTap, GeneralizedRCNNTap, RetinaNetTap, build_tap
 
-MAPS = {"p2", "p3", "p4", "p5", "p6", "res2", "res3", "res4", "res5"}
+STAGE = ("", "_preact", "_norm_weight", "_norm_bias")
+MAPS = {"p2", "p3", "p4", "p5", "p6", *(f"res{i}{suffix}" for i in range(2, 6) for suffix in STAGE)}
 RPN = {"rpn_logits", "rpn_deltas"}
-ROI = {"roi_features", "roi_box_features", "roi_logits", "roi_deltas"}
+ROI = {"roi_features", "roi_box_features", "roi_logits", "roi_logits_weight", "roi_logits_bias", "roi_deltas"}
 BOXES = {"roi_boxes", "roi_classes", "mask_boxes", "mask_classes"}
 SIGNALS = {
-    "mask_rcnn": MAPS | RPN | ROI | {"mask_logits"},
-    "c4": {"res4", "mask_logits"} | RPN | ROI,
-    "cascade": MAPS | RPN | ROI | {"mask_logits"},
+    "mask_rcnn": MAPS | RPN | ROI | {"roi_box_preact", "mask_logits"},
+    "c4": {*(f"res4{suffix}" for suffix in STAGE), "mask_logits"} | RPN | ROI,
+    "cascade": MAPS | RPN | ROI | {"roi_box_preact", "mask_logits"},
     "retinanet": MAPS | {"dense_logits", "dense_deltas"},
 }
 # With FrozenBN a model computes the same in training and in evaluation.
@@ -68,7 +69,7 @@ def test_spec_is_what_is_recorded(family, inputs):
     signals = record(model, inputs)
     assert set(signals) - BOXES == set(spec)
     for name, shape in spec.items():
-        axis = -1 if name.startswith(("rpn_", "dense_")) else 1
+        axis = -1 if name.startswith(("rpn_", "dense_")) or name.endswith(("_bias", "_norm_weight")) else 1
         assert signals[name].shape[axis] == shape.channels, name
         if shape.stride:
             assert signals[name].shape[2:] == (math.ceil(64 / shape.stride), math.ceil(96 / shape.stride)), name

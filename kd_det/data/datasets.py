@@ -1,29 +1,20 @@
-"""Data sets that are named in the config: registered, and checked before a model is built."""
+"""Data sets that are named in the config: their registration, their classes and their number of images."""
 
-import logging
-import os
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.file_io import PathManager
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
-from kd_det.config import student_config
+from kd_det.data.builtin import BUILTIN
 from kd_det.data.coco_format import CocoFormat
+from kd_det.data.image_folder import ImageFolder
+from kd_det.data.paths import resolve
 from kd_det.data.voc_format import VocFormat
 from kd_det.errors import InputError
 
-NUM_CLASSES = {
-    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
-    "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
-    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
-}
-# What the metadata of Detectron2's own detection data sets names on the disk.
-PATHS = ("json_file", "image_root", "dirname")
-
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Register every data set of DATASETS.COCO_FORMAT and DATASETS.VOC_FORMAT; reads no file.
+    """Register every data set of DATASETS.COCO_FORMAT, VOC_FORMAT and IMAGE_FOLDER; reads no file.
 
     Doing so again with the same definitions changes nothing.
 
@@ -33,7 +24,7 @@ def register_datasets(cfg: CfgNode) -> None:
     for name, entry in cfg.DATASETS.COCO_FORMAT.items():
         key = f"DATASETS.COCO_FORMAT.{name}"
         json_file, image_root = _read_entry(key, entry, {"JSON": str, "IMAGE_ROOT": str})
-        _register(key, CocoFormat(name, _resolve(json_file), _resolve(image_root)))
+        _register(key, CocoFormat(name, resolve(json_file), resolve(image_root)))
     for name, entry in cfg.DATASETS.VOC_FORMAT.items():
         key = f"DATASETS.VOC_FORMAT.{name}"
         expected = {"ROOT": str, "SPLIT": str, "CLASSES": (list, tuple)}
@@ -44,62 +35,35 @@ def register_datasets(cfg: CfgNode) -> None:
             raise InputError(
                 f"{key}.YEAR: {year!r} found; 2007 (11-point AP) or 2012 (area under the curve) is allowed."
             )
-        _register(key, VocFormat(name, _resolve(root), split, tuple(classes), year))
+        _register(key, VocFormat(name, resolve(root), split, tuple(classes), year))
+    for name, entry in cfg.DATASETS.IMAGE_FOLDER.items():
+        key = f"DATASETS.IMAGE_FOLDER.{name}"
+        (root,) = _read_entry(key, entry, {"ROOT": str})
+        _register(key, ImageFolder(name, resolve(root)))
 
 
-def check_files(cfg: CfgNode, *, train: bool = True) -> None:
-    """Check that the data sets of DATASETS.TEST and, if `train`, of DATASETS.TRAIN are known and on the disk.
-
-    Looks at annotation files and folders only: what is in them is checked when they are loaded.
-
-    Raises:
-        InputError: If a data set is unknown, or a file or folder of it is missing.
-    """
-    for key, name in _used(cfg, train):
-        if name not in DatasetCatalog:
-            own = [*cfg.DATASETS.COCO_FORMAT, *cfg.DATASETS.VOC_FORMAT]
-            raise InputError(
-                f"{key}: unknown data set {name!r}; besides Detectron2's own, this config defines "
-                f"{', '.join(own) or 'none'}. Define more in DATASETS.COCO_FORMAT or DATASETS.VOC_FORMAT."
-            )
-        dataset = DatasetCatalog[name]
-        if isinstance(dataset, (CocoFormat, VocFormat)):
-            dataset.check_files()
-            continue
-        metadata = MetadataCatalog.get(name)
-        for path in (getattr(metadata, attribute) for attribute in PATHS if attribute in metadata.as_dict()):
-            if not PathManager.exists(path):
-                raise InputError(
-                    f"{path}: not found, but {key} names {name!r}. DETECTRON2_DATASETS is {_root()!r}; "
-                    "datasets/README.md shows what belongs there."
-                )
+def class_names(name: str) -> list[str]:
+    """Names of the classes of a data set, in the order of their indices; [] where it does not tell them."""
+    known = getattr(DatasetCatalog[name], "classes", None)
+    return MetadataCatalog.get(name).get("thing_classes", []) if known is None else known
 
 
-def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
-    """Compare the classes of the data sets with each other and with the number that the config gives the model.
-
-    Reads and validates the annotation files of DATASETS.COCO_FORMAT; call :func:`check_files` first.
+def count_training_images(cfg: CfgNode) -> int:
+    """Number of images of an epoch: those of all data sets of DATASETS.TRAIN that the training loader does not drop.
 
     Raises:
-        InputError: If a data set has more classes than the model, or orders them otherwise than another data set.
+        InputError: If DATASETS.TRAIN is empty, or a file is wrong.
     """
-    key = NUM_CLASSES.get(student_config(cfg).MODEL.META_ARCHITECTURE)
-    if key is None:
-        return
-    model_classes = _look_up(cfg, key)
-    classes = {name: _classes(name) for _, name in _used(cfg, train)}
-    classes = {name: names for name, names in classes.items() if names}
-    for name, names in classes.items():
-        told = f"data set {name!r} has {len(names)} classes ({_shorten(names)})"
-        if len(names) > model_classes:
-            raise InputError(f"{key}: {model_classes} found, but {told}; set {key} to {len(names)}.")
-        if len(names) < model_classes:
-            logging.getLogger(__name__).warning("%s is %d, but %s.", key, model_classes, told)
-        first, expected = next(iter(classes.items()))
-        if any(a != b for a, b in zip(names, expected, strict=False)):
-            raise InputError(
-                f"DATASETS: {told}, but {first!r} has {_shorten(expected)}: a class must have the same index in both."
-            )
+    if not cfg.DATASETS.TRAIN:
+        raise InputError("DATASETS.TRAIN: no data set is named.")
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoints,
+        check_consistency=False,
+    )
+    return len(dicts)
 
 
 def _read_entry(key: str, entry: Any, required: dict[str, Any], optional: dict[str, Any] | None = None) -> list[Any]:
@@ -117,7 +81,7 @@ def _read_entry(key: str, entry: Any, required: dict[str, Any], optional: dict[s
     return [entry[name] for name in required] + [entry.get(name, default) for name, default in optional.items()]
 
 
-def _register(key: str, dataset: CocoFormat | VocFormat) -> None:
+def _register(key: str, dataset: CocoFormat | VocFormat | ImageFolder) -> None:
     if dataset.name not in DatasetCatalog:
         DatasetCatalog.register(dataset.name, dataset)
         MetadataCatalog.get(dataset.name).set(**dataset.metadata())
@@ -125,34 +89,8 @@ def _register(key: str, dataset: CocoFormat | VocFormat) -> None:
     known = DatasetCatalog[dataset.name]
     if known == dataset:
         return
-    if isinstance(known, (CocoFormat, VocFormat)):
+    if isinstance(known, (CocoFormat, VocFormat, ImageFolder)) and dataset.name not in BUILTIN:
         raise InputError(f"{key}: defined differently before, as {known}; choose another name or start a new process.")
-    raise InputError(f"{key}: the name is taken, Detectron2 or other code has registered it; choose another name.")
-
-
-def _used(cfg: CfgNode, train: bool) -> list[tuple[str, str]]:
-    keys = ["TRAIN", "TEST"] if train else ["TEST"]
-    return [(f"DATASETS.{key}", name) for key in keys for name in cfg.DATASETS[key]]
-
-
-def _classes(name: str) -> list[str]:
-    dataset = DatasetCatalog[name]
-    return dataset.classes if isinstance(dataset, CocoFormat) else MetadataCatalog.get(name).get("thing_classes", [])
-
-
-def _look_up(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-
-
-def _root() -> str:
-    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-
-
-def _resolve(path: str) -> str:
-    return os.path.join(_root(), os.path.expanduser(path))
+    raise InputError(
+        f"{key}: the name is taken, kd_det, Detectron2 or other code has registered it; choose another name."
+    )

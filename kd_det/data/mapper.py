@@ -5,6 +5,7 @@ from typing import Any
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 
+from kd_det.data.images import read_image
 from kd_det.errors import InputError
 
 
@@ -26,8 +27,8 @@ class DetectionMapper(DatasetMapper):
         except InputError:
             raise
         except Exception:
-            # Broken files raise anything from OSError to SyntaxError. Whether it was the file, a second look tells.
-            _check_readable(dataset_dict["file_name"], self.image_format)
+            # Whether it was the file, a second look tells.
+            read_image(dataset_dict["file_name"], self.image_format)
             raise
 
     def _transform_annotations(
@@ -43,10 +44,3 @@ class DetectionMapper(DatasetMapper):
         else:
             dataset_dict.pop("annotations")
             dataset_dict["instances"] = utils.annotations_to_instances([], image_shape)
-
-
-def _check_readable(file_name: str, image_format: str) -> None:
-    try:
-        utils.read_image(file_name, image_format)
-    except Exception as error:
-        raise InputError(f"{file_name}: not an image that can be read: {error}") from error

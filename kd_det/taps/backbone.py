@@ -3,7 +3,9 @@
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
-from detectron2.layers import ShapeSpec
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
@@ -27,11 +29,21 @@ class BackboneTap:
     def spec(self) -> dict[str, ShapeSpec]:
         """Name to shape of every signal that the model can give."""
         spec = {}
-        bottom_up = getattr(self.model.backbone, "bottom_up", None)
-        if bottom_up is not None:
-            spec.update(bottom_up.output_shape())
-        spec.update(self.model.backbone.output_shape())
+        for module in self._backbones:
+            shapes = module.output_shape()
+            spec.update(shapes)
+            for name, source in preactivations(module).items():
+                if name in shapes:
+                    spec[f"{name}_preact"] = shapes[name]
+                    vector = ShapeSpec(channels=shapes[name].channels)
+                    spec.update({f"{name}_norm_{key}": vector for key in norm_parameters(source)})
         return spec
+
+    @property
+    def _backbones(self) -> list[nn.Module]:
+        """The bottom-up network, where there is one, and the backbone."""
+        bottom_up = getattr(self.model.backbone, "bottom_up", None)
+        return [self.model.backbone] if bottom_up is None else [bottom_up, self.model.backbone]
 
     @contextmanager
     def record(self, names: Collection[str]) -> Iterator[Signals]:
@@ -57,8 +69,7 @@ class BackboneTap:
             student: The student's signals, whose boxes ROI signals are computed on.
         """
         with self.record(names) as signals:
-            images = self.model.preprocess_image(batched_inputs)
-            self._run(self.model.backbone(images.tensor), set(names), student)
+            self._forward(batched_inputs, set(names), student)
         return signals
 
     def check_alignment(self, teacher: "BackboneTap", names: Collection[str]) -> None:
@@ -81,13 +92,58 @@ class BackboneTap:
 
     def _attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
         """Attach what records the named signals, and let `stack` detach it."""
-        for module in (self.model.backbone, getattr(self.model.backbone, "bottom_up", None)):
-            wanted = names.intersection(module.output_shape()) if module is not None else ()
+        for module in self._backbones:
+            wanted = names.intersection(module.output_shape())
             if wanted:
                 hook(stack, module, lambda _, output, wanted=wanted: signals.update({k: output[k] for k in wanted}))
+            for name, source in preactivations(module).items():
+                if f"{name}_preact" in names:
+                    hook_preactivation(stack, source, lambda x, name=f"{name}_preact": signals.update({name: x}))
+                vectors = {f"{name}_norm_{key}": x for key, x in norm_parameters(source).items()}
+                signals.update({key: x for key, x in vectors.items() if key in names})
+
+    def _forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
+        """Run the backbone, and the parts behind it that the named signals need."""
+        images = self.model.preprocess_image(batched_inputs)
+        self._run(self.model.backbone(images.tensor), names, student)
 
     def _run(self, features: dict[str, Tensor], names: set[str], student: Signals) -> None:
         """Run the parts behind the backbone that the named signals need."""
+
+
+def preactivations(backbone: nn.Module) -> dict[str, nn.Module]:
+    """What gives each stage's values before the ReLU at its end: a residual block, or a module with that very output.
+
+    Of Detectron2's ResNets it is the last block of a stage; other backbones tell in an attribute ``preactivations``.
+    """
+    if isinstance(backbone, ResNet):
+        blocks = {name: stage[-1] for name, stage in zip(backbone.stage_names, backbone.stages, strict=True)}
+        return {name: block for name, block in blocks.items() if isinstance(block, BasicBlock | BottleneckBlock)}
+    return getattr(backbone, "preactivations", {})
+
+
+def norm_parameters(source: nn.Module) -> dict[str, Tensor]:
+    """Weight and bias (C,) of the batch norm before the ReLU behind a module of :func:`preactivations`."""
+    if isinstance(source, BasicBlock | BottleneckBlock):
+        branch = source.conv3 if isinstance(source, BottleneckBlock) else source.conv2
+        source = branch.norm
+    found = {key: getattr(source, key, None) for key in ("weight", "bias")}
+    batch_norm = isinstance(source, FrozenBatchNorm2d | nn.modules.batchnorm._BatchNorm)
+    return found if batch_norm else {}
+
+
+def hook_preactivation(stack: ExitStack, source: nn.Module, function: Callable[[Tensor], None]) -> None:
+    """Call `function(x)` with what enters the ReLU behind a module of :func:`preactivations`, until `stack` closes."""
+    if not isinstance(source, BasicBlock | BottleneckBlock):
+        hook(stack, source, lambda _, output: function(output))
+        return
+    # The block adds the shortcut to the branch and rectifies the sum, both in place.
+    parts = {}
+    branch = source.conv3 if isinstance(source, BottleneckBlock) else source.conv2
+    hook(stack, branch, lambda _, output: parts.update(branch=output.clone()))
+    if source.shortcut is not None:
+        hook(stack, source.shortcut, lambda _, output: parts.update(shortcut=output))
+    hook(stack, source, lambda inputs, _: function(parts.pop("branch") + parts.pop("shortcut", inputs[0])))
 
 
 def hook(stack: ExitStack, module: nn.Module, function: Callable[[tuple, object], None]) -> None:

@@ -6,8 +6,9 @@ import torch
 from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, ImageList
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
@@ -40,8 +41,12 @@ class GeneralizedRCNNTap(BackboneTap):
                 "roi_features": ShapeSpec(channels=channels, height=height, width=width),
                 "roi_box_features": ShapeSpec(channels=predictor.cls_score.in_features),
                 "roi_logits": ShapeSpec(channels=predictor.cls_score.out_features),
+                "roi_logits_weight": ShapeSpec(channels=predictor.cls_score.in_features),
+                "roi_logits_bias": ShapeSpec(channels=predictor.cls_score.out_features),
                 "roi_deltas": ShapeSpec(channels=predictor.bbox_pred.out_features),
             }
+        if self._last_fc is not None:
+            spec["roi_box_preact"] = ShapeSpec(channels=self._last_fc.out_features)
         if self._has_masks:
             spec["mask_logits"] = ShapeSpec(channels=heads.mask_head.predictor.out_channels)
         return spec
@@ -76,6 +81,13 @@ class GeneralizedRCNNTap(BackboneTap):
         return predictor[-1] if isinstance(self.model.roi_heads, CascadeROIHeads) else predictor
 
     @property
+    def _last_fc(self) -> nn.Module | None:
+        """The last linear layer of the box head, behind which there is a ReLU."""
+        head = getattr(self.model.roi_heads, "box_head", None)
+        head = head[-1] if isinstance(self.model.roi_heads, CascadeROIHeads) else head
+        return head.fcs[-1] if self._has_boxes and isinstance(head, FastRCNNConvFCHead) and head.fcs else None
+
+    @property
     def _pooler(self) -> nn.Module:
         heads = self.model.roi_heads
         return heads.pooler if isinstance(heads, Res5ROIHeads) else heads.box_pooler
@@ -88,13 +100,21 @@ class GeneralizedRCNNTap(BackboneTap):
 
         if names & {"rpn_logits", "rpn_deltas"}:
             hook(stack, self.model.proposal_generator.rpn_head, lambda _, out: keep(**flatten_rpn(*out)))
+        if "roi_box_preact" in names:
+            hook(stack, self._last_fc, lambda _, out: keep(roi_box_preact=out))
         if "roi_features" in names:
             hook(stack, self._pooler, lambda _, out: keep(roi_features=out))
         if any(name.startswith("roi_") for name in names):
             hook(
                 stack,
                 self._predictor,
-                lambda args, out: keep(roi_box_features=args[0], roi_logits=out[0], roi_deltas=out[1]),
+                lambda args, out: keep(
+                    roi_box_features=args[0],
+                    roi_logits=out[0],
+                    roi_deltas=out[1],
+                    roi_logits_weight=self._predictor.cls_score.weight,
+                    roi_logits_bias=self._predictor.cls_score.bias,
+                ),
             )
             wrap(
                 stack,
@@ -110,6 +130,18 @@ class GeneralizedRCNNTap(BackboneTap):
                 head,
                 lambda args, _: signals.update(mask_boxes=join_boxes(args[1]), mask_classes=join_classes(args[1])),
             )
+
+    def _forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
+        images = self.model.preprocess_image(batched_inputs)
+        features = self.model.backbone(images.tensor)
+        if any(name.startswith("roi_") for name in names) and "roi_boxes" not in student:
+            student = {"roi_boxes": self._propose(images, features)}
+        self._run(features, names, student)
+
+    def _propose(self, images: ImageList, features: dict[str, Tensor]) -> Tensor:
+        """Boxes of the model's own RPN, as many per image as ROIs are sampled in training, (R, 5)."""
+        proposals, _ = self.model.proposal_generator(images, features, None)
+        return join_boxes([x[: self.model.roi_heads.batch_size_per_image] for x in proposals])
 
     def _run(self, features: dict[str, Tensor], names: set[str], student: Signals) -> None:
         if names & {"rpn_logits", "rpn_deltas"}:

@@ -5,18 +5,21 @@ import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from kd_det.data import check_files, check_num_classes, register_datasets
+from kd_det.data import check_files, check_num_classes, count_training_images, register_datasets
+from kd_det.data.image_folder import ImageFolder
 from kd_det.errors import InputError
 
 COCO = {"JSON": "a.json", "IMAGE_ROOT": "images"}
 VOC = {"ROOT": "voc", "SPLIT": "train", "CLASSES": ["cat", "dog"]}
+FOLDER = {"ROOT": "images"}
 SPLITS = ("train", "test")
 
 
 def define(cfg, **entries):
     for name, entry in entries.items():
-        node = cfg.DATASETS.VOC_FORMAT if isinstance(entry, dict) and "ROOT" in entry else cfg.DATASETS.COCO_FORMAT
-        node[name] = CfgNode(entry) if isinstance(entry, dict) else entry
+        keys = set(entry) if isinstance(entry, dict) else set()
+        kind = "IMAGE_FOLDER" if keys == {"ROOT"} else "VOC_FORMAT" if "ROOT" in keys else "COCO_FORMAT"
+        cfg.DATASETS[kind][name] = CfgNode(entry) if isinstance(entry, dict) else entry
     return cfg
 
 
@@ -41,6 +44,8 @@ def define_shapes(cfg, root):
         (VOC | {"CLASSES": ["a", "a"]}, "DATASETS.VOC_FORMAT.x.CLASSES: ['a', 'a'] found; a list of different"),
         (VOC | {"CLASSES": ["cat", False]}, "DATASETS.VOC_FORMAT.x.CLASSES: ['cat', False] found; a list of different"),
         (VOC | {"YEAR": 2010}, "DATASETS.VOC_FORMAT.x.YEAR: 2010 found; 2007 (11-point AP) or 2012"),
+        ({"ROOT": ""}, "DATASETS.IMAGE_FOLDER.x.ROOT: '' found; text is needed."),
+        ({"ROOT": 3}, "DATASETS.IMAGE_FOLDER.x.ROOT: 3 found; text is needed."),
     ],
 )
 def test_wrong_entry(cfg, entry, message):
@@ -53,6 +58,7 @@ def test_entries_of_a_yaml_file(cfg, tmp_path):
     file.write_text(
         "VERSION: 2\nDATASETS:\n  COCO_FORMAT:\n    a: {JSON: a.json, IMAGE_ROOT: /images}\n"
         "  VOC_FORMAT:\n    b: {ROOT: voc, SPLIT: train, CLASSES: [cat, dog], YEAR: 2007}\n"
+        "  IMAGE_FOLDER:\n    c: {ROOT: images}\n"
     )
     cfg.merge_from_file(str(file))
     register_datasets(cfg)
@@ -60,6 +66,8 @@ def test_entries_of_a_yaml_file(cfg, tmp_path):
     assert (a.json_file, a.image_root, a.evaluator_type) == (str(tmp_path / "a.json"), "/images", "coco")
     assert (b.dirname, b.split, b.year, b.evaluator_type) == (str(tmp_path / "voc"), "train", 2007, "pascal_voc")
     assert b.thing_classes == ["cat", "dog"]
+    assert DatasetCatalog["c"] == ImageFolder("c", str(tmp_path / "images"))
+    assert MetadataCatalog.get("c").evaluator_type == "classification"
 
 
 def test_registering_again(cfg):
@@ -67,6 +75,22 @@ def test_registering_again(cfg):
     register_datasets(cfg)
     with pytest.raises(InputError, match=r"DATASETS.VOC_FORMAT.x: defined differently before, as .*a.json with"):
         register_datasets(define(cfg, x=VOC))
+
+
+def test_registering_an_image_folder_again(cfg):
+    register_datasets(define(cfg, x=FOLDER))
+    register_datasets(cfg)
+    cfg.DATASETS.IMAGE_FOLDER.x.ROOT = "others"
+    with pytest.raises(
+        InputError, match=r"DATASETS.IMAGE_FOLDER.x: defined differently before, as the image folder .*"
+    ):
+        register_datasets(cfg)
+
+
+@pytest.mark.parametrize("name", ["cifar10_test", "imagenet_val"])
+def test_name_of_a_builtin_image_data_set(cfg, name):
+    with pytest.raises(InputError, match=f"DATASETS.IMAGE_FOLDER.{name}: the name is taken"):
+        register_datasets(define(cfg, **{name: FOLDER}))
 
 
 def test_name_of_a_builtin_data_set(cfg):
@@ -110,7 +134,7 @@ def test_number_of_classes(cfg, shapes_root, caplog):
         cfg.MODEL.RETINANET.NUM_CLASSES = 7
         check_num_classes(cfg)
         assert "MODEL.RETINANET.NUM_CLASSES is 7, but data set 'coco_train' has 6 classes" in caplog.text
-    cfg.MODEL.META_ARCHITECTURE = "ImageClassifier"
+    cfg.MODEL.META_ARCHITECTURE = "SomebodysDetector"
     check_num_classes(cfg)
 
 
@@ -125,6 +149,57 @@ def test_order_of_classes(cfg):
         check_num_classes(cfg)
 
 
+def make_folders(root, *names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+    return {"ROOT": str(root)}
+
+
+def test_classes_of_image_folders(cfg, tmp_path, caplog):
+    a, b = make_folders(tmp_path / "a", "bird", "cat", "dog"), make_folders(tmp_path / "b", "bird", "dog")
+    register_datasets(define(cfg, a=a, b=b))
+    cfg.DATASETS.TRAIN = ("a",)
+    cfg.MODEL.META_ARCHITECTURE, cfg.KD.STUDENT_ARCHITECTURE = "TeacherStudent", "ImageClassifier"
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 2
+    message = r"^MODEL.CLASSIFIER.NUM_CLASSES: 2 found, but data set 'a' has 3 classes \(bird, cat, dog\); set"
+    with pytest.raises(InputError, match=message):
+        check_num_classes(cfg)
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 4
+    with caplog.at_level(logging.WARNING):
+        check_num_classes(cfg)
+    assert "MODEL.CLASSIFIER.NUM_CLASSES is 4, but data set 'a' has 3 classes" in caplog.text
+    cfg.DATASETS.TEST = ("b",)
+    with pytest.raises(InputError, match=r"'b' has 2 classes \(bird, dog\), but 'a' has bird, cat, dog: a class must"):
+        check_num_classes(cfg)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "told"),
+    [
+        ("ImageClassifier", "voc_2007_test", "'pascal_voc', .* ImageClassifier; classification is needed"),
+        ("RetinaNet", "digits_test", "'classification', .* RetinaNet; a data set for detection is needed"),
+    ],
+)
+def test_data_set_for_another_task(cfg, architecture, name, told):
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    cfg.DATASETS.TEST = (name,)
+    with pytest.raises(InputError, match=f"^DATASETS.TEST: the evaluator_type of '{name}' is {told}"):
+        check_num_classes(cfg)
+
+
+def test_number_of_training_images(cfg, shapes_root):
+    with pytest.raises(InputError, match=r"^DATASETS.TRAIN: no data set is named"):
+        count_training_images(cfg)
+    register_datasets(define_shapes(cfg, shapes_root))
+    cfg.DATASETS.TRAIN = ("coco_train", "coco_test")
+    assert count_training_images(cfg) == 20
+    DatasetCatalog.register("half", lambda: [x | {"annotations": []} for x in DatasetCatalog.get("coco_test")[:4]])
+    cfg.DATASETS.TRAIN = ("coco_train", "half")
+    assert count_training_images(cfg) == 12
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    assert count_training_images(cfg) == 16
+
+
 def test_registration_reads_no_file(cfg):
-    register_datasets(define(cfg, a=COCO, b=VOC))
-    assert {"a", "b"} <= set(DatasetCatalog)
+    register_datasets(define(cfg, a=COCO, b=VOC, c=FOLDER))
+    assert {"a", "b", "c"} <= set(DatasetCatalog)

@@ -1,0 +1,7 @@
+"""Image classifiers as Detectron2 models: the meta-architecture, the networks of the CIFAR papers, data, evaluation."""
+
+from kd_det.classification import cifar as _  # noqa: F401  registration
+from kd_det.classification.image_classifier import ImageClassifier
+from kd_det.classification.loader import build_classification_test_loader, build_classification_train_loader
+
+__all__ = ["ImageClassifier", "build_classification_test_loader", "build_classification_train_loader"]

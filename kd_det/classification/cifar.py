@@ -1,0 +1,155 @@
+"""The CIFAR family of the distillation papers, as backbones of image classifiers."""
+
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock
+from fvcore.nn.weight_init import c2_msra_fill
+from torch import Tensor, nn
+
+from kd_det.errors import InputError
+
+# Blocks per stage, and channels of the stem and of each stage.
+RESNETS = {
+    **{f"resnet{depth}": ((depth - 2) // 6, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": ((depth - 2) // 6, (32, 64, 128, 256)) for depth in (8, 32)},
+}
+WIDE_RESNETS = {f"wrn_{depth}_{width}": ((depth - 4) // 6, width) for depth in (16, 40) for width in (1, 2)}
+
+
+class CifarStem(CNNBlockBase):
+    """A 3x3 convolution at full resolution, with its normalisation and ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, norm: str = "BN"):
+        super().__init__(in_channels, out_channels, 1)
+        self.conv1 = Conv2d(
+            in_channels, out_channels, 3, padding=1, bias=False, norm=get_norm(norm, out_channels), activation=F.relu_
+        )
+        c2_msra_fill(self.conv1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1(x)
+
+
+class PaddingShortcut(nn.Module):
+    """A shortcut without parameters: every second cell, and channels of zeros on both sides."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int):
+        super().__init__()
+        self.extra = out_channels - in_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.extra // 2
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.extra - before))
+
+
+class PaddingBlock(BasicBlock):
+    """Detectron2's basic block with a shortcut that has no parameters (He et al., 2016, option A)."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, norm: str = "BN"):
+        super().__init__(in_channels, out_channels, stride=stride, norm=norm)
+        if self.shortcut is not None:
+            self.shortcut = PaddingShortcut(in_channels, out_channels, stride=stride)
+
+
+def build_cifar_resnet(name: str, *, in_channels: int, norm: str, shortcut: str) -> ResNet:
+    """A ResNet for images of 32 pixels (He et al., 2016, https://arxiv.org/abs/1512.03385, section 4.2).
+
+    ``x4`` names the wider ones of Tian et al. (2020, https://arxiv.org/abs/1910.10699).
+    """
+    blocks, (stem_channels, *widths) = RESNETS[name]
+    block = {"projection": BasicBlock, "padding": PaddingBlock}.get(shortcut)
+    if block is None:
+        raise InputError(f"MODEL.CIFAR.SHORTCUT: got {shortcut!r}; allowed are projection, padding.")
+    stages, channels = [], stem_channels
+    for i, width in enumerate(widths):
+        strides = [1 if i == 0 else 2] + [1] * (blocks - 1)
+        stages.append(
+            ResNet.make_stage(
+                block, blocks, stride_per_block=strides, in_channels=channels, out_channels=width, norm=norm
+            )
+        )
+        channels = width
+    return ResNet(CifarStem(in_channels, stem_channels, norm=norm), stages, out_features=["res2", "res3", "res4"])
+
+
+class PreActivationBlock(nn.Module):
+    """Two 3x3 convolutions, each behind a normalisation and a ReLU; a shortcut that widens is behind the first ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int, norm: str):
+        super().__init__()
+        self.norm1 = get_norm(norm, in_channels)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = get_norm(norm, out_channels)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        grows = in_channels != out_channels
+        self.shortcut = Conv2d(in_channels, out_channels, 1, stride=stride, bias=False) if grows else None
+        for conv in filter(None, (self.conv1, self.conv2, self.shortcut)):
+            c2_msra_fill(conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = F.relu(self.norm1(x))
+        out = self.conv2(F.relu(self.norm2(self.conv1(activated))))
+        return out + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class WideResNet(Backbone):
+    """A wide residual network (Zagoruyko & Komodakis, 2016, https://arxiv.org/abs/1605.07146).
+
+    Outputs are the sums at the end of each stage, as the distillation papers take them, and ``pooled``.
+
+    Attributes:
+        preactivations: Name of each stage to the normalisation behind it, whose output goes into a ReLU.
+
+    Args:
+        blocks: Blocks per stage.
+        width: Factor of the channels 16, 32, 64.
+        in_channels: Channels of the image.
+        norm: Normalisation.
+    """
+
+    def __init__(self, blocks: int, width: int, *, in_channels: int, norm: str = "BN"):
+        super().__init__()
+        self.stem = Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        c2_msra_fill(self.stem)
+        channels = 16
+        self._shapes = {}
+        for i, name in enumerate(("res2", "res3", "res4")):
+            out_channels = 16 * width * 2**i
+            stage = [
+                PreActivationBlock(channels if j == 0 else out_channels, out_channels, stride=stride, norm=norm)
+                for j, stride in enumerate([1 if i == 0 else 2] + [1] * (blocks - 1))
+            ]
+            self.add_module(name, nn.Sequential(*stage))
+            self._shapes[name] = ShapeSpec(channels=out_channels, stride=2**i)
+            channels = out_channels
+        self.norm = get_norm(norm, channels)
+        self._shapes["pooled"] = ShapeSpec(channels=channels)
+
+    @property
+    def preactivations(self) -> dict[str, nn.Module]:
+        return {"res2": self.res3[0].norm1, "res3": self.res4[0].norm1, "res4": self.norm}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = {"stem": self.stem(x)}
+        for name, before in (("res2", "stem"), ("res3", "res2"), ("res4", "res3")):
+            features[name] = getattr(self, name)(features[before])
+        features["pooled"] = F.relu(self.norm(features["res4"])).mean(dim=(2, 3))
+        return {name: features[name] for name in self._shapes}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return self._shapes
+
+
+@BACKBONE_REGISTRY.register()
+def build_cifar_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The network that ``MODEL.CIFAR`` names; ``MODEL.RESNETS.NORM`` is its normalisation."""
+    name = cfg.MODEL.CIFAR.NAME
+    options = {"in_channels": input_shape.channels, "norm": cfg.MODEL.RESNETS.NORM}
+    if name in RESNETS:
+        return build_cifar_resnet(name, shortcut=cfg.MODEL.CIFAR.SHORTCUT, **options)
+    if name in WIDE_RESNETS:
+        return WideResNet(*WIDE_RESNETS[name], **options)
+    raise InputError(f"MODEL.CIFAR.NAME: got {name!r}; allowed are {', '.join([*RESNETS, *WIDE_RESNETS])}.")

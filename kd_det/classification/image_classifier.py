@@ -1,0 +1,84 @@
+"""The meta-architecture of image classifiers."""
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from torch import Tensor, nn
+
+from kd_det.classification.timm_network import TimmClassifierBackbone
+from kd_det.errors import InputError
+
+
+@META_ARCH_REGISTRY.register()
+class ImageClassifier(nn.Module):
+    """A backbone, its pooled feature, and a linear layer.
+
+    Args:
+        backbone: Images (N, 3, H, W) to a dict of feature maps. Its output ``pooled`` (N, D) is taken where it has one;
+            else the last map is averaged over its cells.
+        linear: From the pooled feature to class logits.
+        pixel_mean: Mean of each channel in the order of the images, 0 to 255.
+        pixel_std: Standard deviation of each channel.
+    """
+
+    @configurable
+    def __init__(
+        self, *, backbone: Backbone, linear: nn.Linear, pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.linear = linear
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        num_classes = cfg.MODEL.CLASSIFIER.NUM_CLASSES
+        if num_classes < 2:
+            raise InputError(f"MODEL.CLASSIFIER.NUM_CLASSES: must be at least 2, got {num_classes}.")
+        backbone = build_backbone(cfg)
+        if isinstance(backbone, TimmClassifierBackbone):
+            linear = backbone.detach_linear()
+        else:
+            linear = nn.Linear(list(backbone.output_shape().values())[-1].channels, num_classes)
+        return {
+            "backbone": backbone,
+            "linear": linear,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]):
+        """Classify images.
+
+        Args:
+            batched_inputs: Dicts with ``image`` (3, H, W), all of one size, and in training ``label``.
+
+        Returns:
+            In training ``loss_cls``; in inference one dict per image with ``scores`` (K,), which sum to 1.
+        """
+        logits = self.classify(self.backbone(self.preprocess_image(batched_inputs)))
+        if self.training:
+            labels = torch.tensor([int(x["label"]) for x in batched_inputs], device=self.device)
+            return self.losses(logits, labels)
+        return [{"scores": scores} for scores in logits.float().softmax(dim=1)]
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> Tensor:
+        """Stack, move and normalise the images: (N, 3, H, W)."""
+        images = torch.stack([x["image"] for x in batched_inputs]).to(self.device, non_blocking=True)
+        return (images - self.pixel_mean) / self.pixel_std
+
+    def classify(self, features: dict[str, Tensor]) -> Tensor:
+        """Logits (N, K) of the backbone's features."""
+        if "pooled" in features:
+            return self.linear(features["pooled"])
+        return self.linear(list(features.values())[-1].mean(dim=(2, 3)))
+
+    def losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy of logits (N, K) and labels (N,)."""
+        return {"loss_cls": F.cross_entropy(logits.float(), labels)}

@@ -1,0 +1,62 @@
+"""Any network of the timm library as the backbone of an image classifier."""
+
+import timm
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+
+from kd_det.errors import InputError
+
+
+class TimmClassifierBackbone(Backbone):
+    """A whole network of the timm library, but for its linear layer; ``pooled`` is what timm gives to that.
+
+    Maps are named by stride, ``res2`` (4) to ``res5`` (32), and ``res1`` (2) where there is one.
+
+    Args:
+        name: timm's name of the network.
+        pretrained: Whether to start from timm's weights, the linear layer included where the classes are as many.
+        num_classes: Outputs of the linear layer.
+        in_channels: Channels of the image.
+    """
+
+    def __init__(self, name: str, *, pretrained: bool, num_classes: int, in_channels: int):
+        super().__init__()
+        try:
+            self.net = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
+        except RuntimeError as error:
+            raise InputError(f"MODEL.TIMM.NAME: {name!r}: {error}") from error
+        if not isinstance(self.net.get_classifier(), nn.Linear) or not hasattr(self.net, "forward_intermediates"):
+            raise InputError(f"MODEL.TIMM.NAME: {name!r} does not end with one linear layer behind feature maps.")
+        # Of several maps at one stride the last counts.
+        info = self.net.feature_info
+        self._indices = {f"res{x['reduction'].bit_length() - 1}": i for i, x in enumerate(info)}
+        self._shapes = {
+            name: ShapeSpec(channels=info[i]["num_chs"], stride=info[i]["reduction"])
+            for name, i in self._indices.items()
+        } | {"pooled": ShapeSpec(channels=self.net.get_classifier().in_features)}
+
+    def detach_linear(self) -> nn.Linear:
+        """Take the linear layer off the network."""
+        linear = self.net.get_classifier()
+        self.net.reset_classifier(0)
+        return linear
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        last, maps = self.net.forward_intermediates(x, indices=list(self._indices.values()))
+        return dict(zip(self._indices, maps, strict=True)) | {"pooled": self.net.forward_head(last, pre_logits=True)}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return self._shapes
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_classifier_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The network that ``MODEL.TIMM`` names, for an ``ImageClassifier``."""
+    return TimmClassifierBackbone(
+        cfg.MODEL.TIMM.NAME,
+        pretrained=cfg.MODEL.TIMM.PRETRAINED,
+        num_classes=cfg.MODEL.CLASSIFIER.NUM_CLASSES,
+        in_channels=input_shape.channels,
+    )

@@ -1,0 +1,139 @@
+"""Data sets for image classification that need no definition in the config. Importing this module registers them."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from kd_det.data.image_folder import ImageFolder
+from kd_det.data.paths import data_root
+from kd_det.errors import InputError
+
+
+@dataclass(frozen=True)
+class Cifar:
+    """CIFAR-10 or CIFAR-100 from its official files, as a function for the DatasetCatalog.
+
+    Attributes:
+        name: Name of the data set.
+        reader: torchvision's reader, which compares the files with their checksums.
+        train: The training images or the test images.
+    """
+
+    name: str
+    reader: type[CIFAR10]
+    train: bool
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """Dicts with the `image` (H, W, 3) as uint8 RGB, its `label`, and a `file_name` for messages.
+
+        Raises:
+            InputError: If a file is missing or is not the official one.
+        """
+        return _records(self.name, *self._read()[:2])
+
+    def metadata(self) -> dict[str, Any]:
+        return {"evaluator_type": "classification"}
+
+    def check_files(self) -> None:
+        if not os.path.isdir(self._folder):
+            raise InputError(f"{self._folder}: folder not found, but {self.name!r} lies there; {self._advice}.")
+
+    @property
+    def classes(self) -> list[str]:
+        return self._read()[2]
+
+    @property
+    def _folder(self) -> str:
+        return os.path.join(data_root(), self.reader.base_folder)
+
+    @property
+    def _advice(self) -> str:
+        return f"download {self.reader.url} and unpack it in {data_root()}"
+
+    def _read(self) -> tuple[np.ndarray, list[int], list[str]]:
+        self.check_files()
+        try:
+            return _read_cifar(self.reader, data_root(), self.train)
+        except RuntimeError as error:
+            raise InputError(
+                f"{self._folder}: a file is missing or differs from the official one; {self._advice}."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Digits:
+    """scikit-learn's handwritten digits, 8 x 8 pixels, which come with that library and need no download.
+
+    Of each class every fifth image is a test image.
+
+    Attributes:
+        name: Name of the data set.
+        train: The training images or the test images.
+    """
+
+    name: str
+    train: bool
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """Dicts as those of :class:`Cifar`.
+
+        Raises:
+            InputError: If scikit-learn is not installed.
+        """
+        self.check_files()
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        is_test = np.zeros(len(digits.target), dtype=bool)
+        for digit in range(10):
+            is_test[np.flatnonzero(digits.target == digit)[4::5]] = True
+        own = is_test != self.train
+        grey = np.round(digits.images[own] * (255 / 16)).astype(np.uint8)  # their white is 16
+        return _records(self.name, np.repeat(grey[..., None], 3, axis=3), digits.target[own].tolist())
+
+    def metadata(self) -> dict[str, Any]:
+        return {"evaluator_type": "classification"}
+
+    def check_files(self) -> None:
+        if importlib.util.find_spec("sklearn") is None:
+            raise InputError(f"data set {self.name!r}: scikit-learn is not installed; run pip install scikit-learn.")
+
+    @property
+    def classes(self) -> list[str]:
+        return [str(digit) for digit in range(10)]
+
+
+BUILTIN = {
+    dataset.name: dataset
+    for split in ("train", "test")
+    for dataset in (
+        Cifar(f"cifar10_{split}", CIFAR10, split == "train"),
+        Cifar(f"cifar100_{split}", CIFAR100, split == "train"),
+        Digits(f"digits_{split}", split == "train"),
+    )
+} | {name: ImageFolder(name, name.replace("_", "/")) for name in ("imagenet_train", "imagenet_val")}
+
+
+@cache  # a test set is asked for at every evaluation
+def _read_cifar(reader: type[CIFAR10], root: str, train: bool) -> tuple[np.ndarray, list[int], list[str]]:
+    dataset = reader(root, train)
+    return np.ascontiguousarray(dataset.data), dataset.targets, dataset.classes
+
+
+def _records(name: str, images: np.ndarray, labels: list[int]) -> list[dict[str, Any]]:
+    return [
+        {"image": image, "label": label, "file_name": f"{name}[{i}]"}
+        for i, (image, label) in enumerate(zip(images, labels, strict=True))
+    ]
+
+
+for _name, _dataset in BUILTIN.items():
+    if _name not in DatasetCatalog:  # other code may have one of that name
+        DatasetCatalog.register(_name, _dataset)
+        MetadataCatalog.get(_name).set(**_dataset.metadata())

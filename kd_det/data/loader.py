@@ -1,0 +1,170 @@
+"""Training batches of a run that can be resumed: the same images, with the same augmentation, in the same order."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
+
+from kd_det.data.mapper import DetectionMapper
+from kd_det.errors import InputError
+
+
+def seed_everything(*key: int, cuda: bool = True) -> None:
+    """Seed the random generators of Python, numpy and torch from several numbers, all of which count.
+
+    Args:
+        key: For example the run's seed, the iteration and the rank; each 0 or more.
+        cuda: Whether to seed those of the GPUs, too.
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    (torch.manual_seed if cuda else torch.default_generator.manual_seed)(seed % 2**63)
+
+
+@contextmanager
+def own_random_numbers(*key: int) -> Iterator[None]:
+    """Seeds all random generators of the CPU inside; afterwards they go on as if nothing had been drawn."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed_everything(*key, cuda=False)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class SeededDataset(Dataset):
+    """Maps an index and a seed to an example: whoever does it, and whenever, draws the same random numbers.
+
+    Args:
+        records: The dicts of the data set.
+        mapper: Makes an example of a dict.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], mapper: Callable[[dict[str, Any]], dict[str, Any]]):
+        self.records = DatasetFromList(records, copy=False)
+        self.mapper = mapper
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> dict[str, Any]:
+        index, seed = item
+        if get_worker_info() is not None:  # nobody else draws random numbers in a worker
+            seed_everything(*seed, cuda=False)
+            return self.mapper(self.records[index])
+        with own_random_numbers(*seed):
+            return self.mapper(self.records[index])
+
+
+class TrainingBatches(BatchSampler):
+    """This process's endless batches of a :class:`SeededDataset`, the same for the same seed.
+
+    Attributes:
+        seed: Seed of the order and of the examples, equal in all processes.
+        start: Iterations to leave out at the beginning, as if they had been given.
+
+    Args:
+        make_sampler: Makes the sampler of a seed, which gives indices to this process.
+        batch_size: Images per batch and process.
+        groups: Group of each index; a batch holds images of one group. None: one group.
+    """
+
+    def __init__(self, make_sampler: Callable[[int], Sampler], batch_size: int, groups: Sequence[int] | None = None):
+        self.make_sampler = make_sampler
+        self.batch_size = batch_size
+        self.groups = groups
+        self.seed = 0
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, int]]]]:
+        return itertools.islice(self._batches(), self.start, None)
+
+    def _batches(self) -> Iterator[list[tuple[int, tuple[int, int]]]]:
+        rank, processes = comm.get_rank(), comm.get_world_size()
+        waiting: dict[int, list] = {}
+        for turn, index in enumerate(self.make_sampler(self.seed)):
+            batch = waiting.setdefault(self.groups[index] if self.groups else 0, [])
+            batch.append((index, (self.seed, turn * processes + rank)))
+            if len(batch) == self.batch_size:
+                yield batch.copy()
+                batch.clear()
+
+
+def build_training_loader(
+    cfg: CfgNode,
+    dataset: SeededDataset,
+    make_sampler: Callable[[int], Sampler],
+    *,
+    groups: Sequence[int] | None = None,
+    collate_fn: Callable[[list], Any] = list,
+) -> DataLoader:
+    """A loader of :class:`TrainingBatches`, which are its ``batch_sampler``.
+
+    Raises:
+        InputError: If SOLVER.IMS_PER_BATCH does not split evenly over the processes.
+    """
+    processes, images = comm.get_world_size(), cfg.SOLVER.IMS_PER_BATCH
+    if images < 1 or images % processes:
+        raise InputError(f"SOLVER.IMS_PER_BATCH: got {images}; a multiple of the {processes} process(es) is needed.")
+    batches = TrainingBatches(make_sampler, images // processes, groups)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=collate_fn,
+        # Of its own, because a loader draws a number when it begins, which is at another iteration in a resumed run.
+        generator=torch.Generator(),
+    )
+
+
+def build_detection_training_loader(cfg: CfgNode) -> DataLoader:
+    """Endless batches of DATASETS.TRAIN, as Detectron2's own loader makes them, but such that a run can be resumed.
+
+    Raises:
+        InputError: If the sampler is unknown or the batch does not split evenly.
+    """
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoints,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    groups = [int(x["width"] > x["height"]) for x in records] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
+    dataset = SeededDataset(records, DetectionMapper(cfg, is_train=True))
+    return build_training_loader(cfg, dataset, sampler_factory(cfg, records), groups=groups)
+
+
+def sampler_factory(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> Callable[[int], Sampler]:
+    """Makes the sampler of a seed that ``DATALOADER.SAMPLER_TRAIN`` names.
+
+    Raises:
+        InputError: If there is no such sampler.
+    """
+    node = cfg.DATALOADER
+    if node.SAMPLER_TRAIN == "TrainingSampler":
+        return lambda seed: TrainingSampler(len(records), seed=seed)
+    if node.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        repeats = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, node.REPEAT_THRESHOLD, sqrt=node.REPEAT_SQRT
+        )
+        return lambda seed: RepeatFactorTrainingSampler(repeats, seed=seed)
+    if node.SAMPLER_TRAIN == "RandomSubsetTrainingSampler":
+        ratio = node.RANDOM_SUBSET_RATIO
+        return lambda seed: RandomSubsetTrainingSampler(len(records), ratio, seed_shuffle=seed, seed_subset=seed)
+    raise InputError(
+        f"DATALOADER.SAMPLER_TRAIN: got {node.SAMPLER_TRAIN!r}; allowed are TrainingSampler, "
+        "RepeatFactorTrainingSampler, RandomSubsetTrainingSampler."
+    )

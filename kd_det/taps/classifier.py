@@ -1,0 +1,77 @@
+"""The tap of image classifiers."""
+
+from contextlib import ExitStack
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import ShapeSpec
+from torch import Tensor
+
+from kd_det.registry import TAP_REGISTRY
+from kd_det.signals import Signals
+from kd_det.taps.backbone import BackboneTap, hook, wrap
+
+
+@TAP_REGISTRY.register()
+class ImageClassifierTap(BackboneTap):
+    """Taps the backbone of an ``ImageClassifier``, its pooled feature, logits, linear layer and input gradient."""
+
+    def spec(self) -> dict[str, ShapeSpec]:
+        linear = self.model.linear
+        return super().spec() | {
+            "pooled": ShapeSpec(channels=linear.in_features, height=1, width=1),
+            "logits": ShapeSpec(channels=linear.out_features),
+            "logits_weight": ShapeSpec(channels=linear.in_features),
+            "logits_bias": ShapeSpec(channels=linear.out_features),
+            "input_gradient": ShapeSpec(channels=len(self.model.pixel_mean)),
+        }
+
+    def _attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
+        super()._attach(stack, signals, names - {"pooled"})
+        linear = self.model.linear
+
+        def keep(args: tuple, logits: Tensor) -> None:
+            found = {"pooled": args[0], "logits": logits, "logits_weight": linear.weight, "logits_bias": linear.bias}
+            signals.update({name: value for name, value in found.items() if name in names})
+
+        hook(stack, linear, keep)
+        wrap(stack, self.model, "losses", lambda args, _: signals.update(labels=args[1]))
+        if "input_gradient" in names:
+            images = []
+
+            def track(_, args: tuple) -> Tensor:
+                images.append(args[0].detach().requires_grad_())
+                return images[0]
+
+            stack.callback(self.model.backbone.register_forward_pre_hook(track).remove)
+            wrap(
+                stack,
+                self.model,
+                "losses",
+                lambda args, _: signals.update(
+                    input_gradient=input_gradient(*args, images[0], create_graph=self.model.training)
+                ),
+            )
+
+    def _forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
+        images = self.model.preprocess_image(batched_inputs)
+        with torch.set_grad_enabled("input_gradient" in names):
+            features = self.model.backbone(images)
+            if names & {"pooled", "logits", "logits_weight", "logits_bias", "input_gradient"}:
+                logits = self.model.classify(features)
+            if "input_gradient" in names:
+                self.model.losses(logits, student["labels"])
+
+
+def input_gradient(logits: Tensor, labels: Tensor, images: Tensor, *, create_graph: bool) -> Tensor:
+    """Gradient of each image's cross-entropy with respect to the image, (N, 3, H, W).
+
+    Args:
+        logits: (N, K), computed from `images`.
+        labels: (N,).
+        images: What entered the network, (N, 3, H, W).
+        create_graph: Whether the gradient is to be differentiated once more.
+    """
+    # The sum, so that an image's gradient does not depend on the size of the batch.
+    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return torch.autograd.grad(loss, images, create_graph=create_graph, retain_graph=True)[0]

@@ -1,0 +1,100 @@
+"""Data sets for image classification that need no definition."""
+
+import importlib.util
+import pickle
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from kd_det.data import check_files, class_names
+from kd_det.errors import InputError
+
+KINDS = {"cifar10": (CIFAR10, "labels"), "cifar100": (CIFAR100, "fine_labels")}
+
+
+def write_archive(root, reader, key):
+    """Four images per file: in image i of a file of number f, red is f, green is i and blue is the column."""
+    folder = root / reader.base_folder
+    folder.mkdir()
+    for number, (name, _) in enumerate([*reader.train_list, *reader.test_list]):
+        data = np.empty((4, 3, 32, 32), np.uint8)
+        data[:, 0], data[:, 1], data[:, 2] = number, np.arange(4)[:, None, None], np.arange(32)
+        entry = {"data": data.reshape(4, -1), key: [3, 1, 0, 2], "coarse_labels": [0] * 4}
+        (folder / name).write_bytes(pickle.dumps(entry))
+    (folder / reader.meta["filename"]).write_bytes(pickle.dumps({reader.meta["key"]: ["a", "b", "c", "d"]}))
+
+
+@pytest.fixture
+def archives(tmp_path, monkeypatch):
+    """Both archives, tiny, and readers that compare no checksums."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    for reader, key in KINDS.values():
+        write_archive(tmp_path, reader, key)
+        for files in ("train_list", "test_list"):
+            monkeypatch.setattr(reader, files, [[name, None] for name, _ in getattr(reader, files)])
+        monkeypatch.setattr(reader, "meta", reader.meta | {"md5": None})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "first"), [("cifar10_train", 20, 0), ("cifar10_test", 4, 5), ("cifar100_train", 4, 0)]
+)
+def test_cifar(archives, name, count, first):
+    records = DatasetCatalog.get(name)
+    assert [record["file_name"] for record in records] == [f"{name}[{i}]" for i in range(count)]
+    assert [record["label"] for record in records[:4]] == [3, 1, 0, 2]
+    image = records[2]["image"]
+    assert (image.shape, image.dtype) == ((32, 32, 3), np.uint8)
+    assert image[7, 9].tolist() == [first, 2, 9]
+    assert class_names(name) == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("name", ["cifar10_train", "cifar100_test"])
+def test_missing_cifar(cfg, tmp_path, name):
+    cfg.DATASETS.TRAIN = (name,)
+    reader = KINDS[name.split("_")[0]][0]
+    message = (
+        f"^{tmp_path}/{reader.base_folder}: folder not found, .*; download {reader.url} and unpack it in {tmp_path}"
+    )
+    with pytest.raises(InputError, match=message):
+        check_files(cfg)
+
+
+def test_cifar_that_is_not_the_official_one(tmp_path, monkeypatch):
+    """A pickle can run code: nothing is read but the files of the known checksums."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    write_archive(tmp_path, *KINDS["cifar10"])
+    monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("a pickle was loaded"))
+    message = f"^{tmp_path}/cifar-10-batches-py: a file is missing or differs from the official one; download "
+    with pytest.raises(InputError, match=message):
+        DatasetCatalog.get("cifar10_test")
+    with pytest.raises(InputError, match=message):
+        class_names("cifar10_test")
+
+
+def test_cifar_with_a_file_less(archives):
+    (archives / "cifar-100-python/test").unlink()
+    with pytest.raises(InputError, match="cifar-100-python: a file is missing or differs"):
+        DatasetCatalog.get("cifar100_train")
+
+
+def test_digits():
+    train, test = (DatasetCatalog.get(f"digits_{split}") for split in ("train", "test"))
+    assert (len(train), len(test)) == (1442, 355)
+    for records, least in ((train, 140), (test, 34)):
+        assert min(np.bincount([record["label"] for record in records])) >= least
+        assert records[0]["file_name"].startswith("digits_t")
+    image = np.stack([record["image"] for record in train])
+    assert (image.shape, image.dtype, image.min(), image.max()) == ((1442, 8, 8, 3), np.uint8, 0, 255)
+    assert (image == image[..., :1]).all()
+    assert len({record["image"].tobytes() for record in train + test}) == 1797
+    assert class_names("digits_test") == list("0123456789")
+
+
+def test_digits_without_scikit_learn(cfg, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    cfg.DATASETS.TRAIN = ("digits_train",)
+    with pytest.raises(InputError, match=r"^data set 'digits_train': scikit-learn is not installed; run pip install"):
+        check_files(cfg)
