@@ -1,5 +1,6 @@
 """The meta-architecture that trains a student with a teacher beside it."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from kd_det.config import student_config
 from kd_det.errors import InputError
-from kd_det.heads.build import build_kd_heads
+from kd_det.heads.build import build_kd_heads, freeze_pretrained, teacher_signals
 from kd_det.registry import config_key
 from kd_det.schedules import build_schedule
 from kd_det.signals import Batch
@@ -31,7 +32,11 @@ class TeacherStudent(nn.Module):
         heads: Name to head; see :data:`kd_det.KD_HEAD_REGISTRY`.
         schedules: Name of a head to its weight at an iteration; a head without one has weight 1.
         mask_padding: Whether feature losses leave out padding.
+        task_weight: Factor of the student's own losses.
     """
+
+    # What heads trained in a stage before this run stays as it is.
+    frozen_adapters = True
 
     @configurable
     def __init__(
@@ -42,6 +47,7 @@ class TeacherStudent(nn.Module):
         heads: Mapping[str, nn.Module],
         schedules: Mapping[str, Callable[[int], float]] | None = None,
         mask_padding: bool = False,
+        task_weight: float = 1.0,
     ):
         super().__init__()
         self.student = student
@@ -49,6 +55,10 @@ class TeacherStudent(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self.schedules = dict(schedules or {})
         self.mask_padding = mask_padding
+        self.task_weight = task_weight
+        if self.frozen_adapters:
+            for head in self.heads.values():
+                freeze_pretrained(head)
         if self.heads:
             self.tap = build_tap(student)
             self.tap.check_alignment(teacher.tap, {name for head in self.heads.values() for name in head.signals})
@@ -56,13 +66,16 @@ class TeacherStudent(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         name = cfg.KD.STUDENT_ARCHITECTURE
-        if name not in META_ARCH_REGISTRY or name == cls.__name__:
-            known = ", ".join(sorted(known for known, _ in META_ARCH_REGISTRY if known != cls.__name__))
+        if name not in META_ARCH_REGISTRY or name == TeacherStudent.__name__:
+            known = ", ".join(sorted(known for known, _ in META_ARCH_REGISTRY if known != TeacherStudent.__name__))
             raise InputError(
                 f"KD.STUDENT_ARCHITECTURE: {name!r} is not a student's meta-architecture; registered: {known}."
             )
         student = build_model(student_config(cfg))
+        if not 0 <= cfg.KD.TASK_WEIGHT < math.inf:
+            raise InputError(f"KD.TASK_WEIGHT: must be finite and 0 or more, got {cfg.KD.TASK_WEIGHT}.")
         parts = {"student": student, "teacher": None, "heads": {}, "mask_padding": cfg.KD.MASK_PADDING}
+        parts["task_weight"] = cfg.KD.TASK_WEIGHT
         if cfg.KD.HEADS:
             # With the same seed the student's training must draw the same random numbers with and without a teacher.
             with torch.random.fork_rng(devices=[]):
@@ -78,6 +91,11 @@ class TeacherStudent(nn.Module):
     def device(self) -> torch.device:
         return next(self.student.parameters()).device
 
+    @property
+    def checkpointables(self) -> dict[str, object]:
+        """What lies beside the student in a checkpoint."""
+        return {"kd_heads": self.heads}
+
     def forward(self, batched_inputs: list[dict]):
         """See the student's forward; in training its losses are joined by the heads' weighted ones.
 
@@ -90,24 +108,38 @@ class TeacherStudent(nn.Module):
         weights = {name: self.schedules.get(name, lambda _: 1.0)(iteration) for name in self.heads}
         active = [name for name in self.heads if weights[name] > 0]
         names = {signal for name in active for signal in self.heads[name].signals}
+        teacher_names = {signal for name in active for signal in teacher_signals(self.heads[name])}
 
         with self.tap.record(names) as student:
             losses = self.student(batched_inputs)
-        if active:
-            teacher = self.teacher.to(self.device)(batched_inputs, names, student)
-            batch = Batch.from_inputs(batched_inputs, mask_padding=self.mask_padding)
+        replaced = self._replaced(active, losses)
+        losses = {key: (0.0 if key in replaced else self.task_weight) * loss for key, loss in losses.items()}
+        teacher = self.teacher.to(self.device)(batched_inputs, teacher_names, student) if teacher_names else {}
+        batch = Batch.from_inputs(batched_inputs, mask_padding=self.mask_padding)
         for name in active:
             found = self.heads[name](student, teacher, batch)
             repeated = losses.keys() & found.keys()
             if repeated:
                 raise InputError(f"KD.HEADS: {name} gives {', '.join(sorted(repeated))}, which exists already.")
             losses |= {key: weights[name] * loss for key, loss in found.items()}
-        idle = [p.sum() for name in self.heads if name not in active for p in self.heads[name].parameters()]
+        idle = [
+            p for name in self.heads if name not in active for p in self.heads[name].parameters() if p.requires_grad
+        ]
         if idle:
             # DDP wants every parameter in the graph of every step.
-            losses["loss_kd_idle"] = 0.0 * torch.stack(idle).sum()
+            losses["loss_kd_idle"] = 0.0 * torch.stack([p.sum() for p in idle]).sum()
         check_finite(losses, iteration)
         return losses
+
+    def _replaced(self, active: list[str], losses: Mapping[str, Tensor]) -> set[str]:
+        """Names of the student's own losses whose place the active heads' losses take."""
+        replaced = {(name, key) for name in active for key in getattr(self.heads[name], "replaces", ())}
+        for name, key in sorted(replaced):
+            if key not in losses:
+                raise InputError(
+                    f"KD.HEADS: {name} takes the place of {key}, but the student's losses are {', '.join(losses)}."
+                )
+        return {key for _, key in replaced}
 
 
 def check_finite(losses: Mapping[str, Tensor], iteration: int) -> None:

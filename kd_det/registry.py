@@ -12,8 +12,25 @@ The registered object will be called with ``obj(cfg, student_spec, teacher_spec)
 signal that a network has to its :class:`ShapeSpec`. It is expected to return a ``nn.Module`` with
 
 * ``signals``: the names of the signals that it needs of both networks;
+* ``teacher_signals``, optional: what it needs of the teacher, if that is something else; what is compared stands first,
+  in the order of ``signals``;
+* ``replaces``, optional: names of the student's own losses whose place its losses take while its weight is above 0;
 * ``forward(student, teacher, batch)``: both networks' signals and the :class:`kd_det.signals.Batch` to a dict of
   unweighted scalar losses, in float32, with names ``loss_kd_<head>[_<part>]``.
+
+A head of which a stage before the run trains a part has further
+
+* ``pretrained``: the names of its submodules that the stage trains; the rest of the head is then frozen. In the run it
+  is the other way round: they have no gradient and are in evaluation mode, and ``forward`` runs under
+  ``torch.no_grad()`` what it needs of them;
+* ``pretrain_signals``: the names of the student's signals that the stage needs; with none the student does not run;
+* ``pretrain_teacher_signals``: those of the teacher's; signals of boxes are of the boxes that the teacher proposes;
+* ``pretrains_student``: whether the stage trains the student, too;
+* ``pretrain(student, teacher, batch)``: both networks' signals and the batch to a dict of the stage's losses, named
+  like those of ``forward``. They are summed as they are; WEIGHT and SCHEDULE are of the run.
+
+A head whose work ends with its stage has ``signals = ()``, and its ``forward`` returns no loss. As WEIGHT has no
+meaning in the run, such a head multiplies the losses of ``pretrain`` by it.
 
 Its keys live in the config node ``KD.<CONFIG_KEY>`` (see :func:`config_key`), with WEIGHT and SCHEDULE in every one.
 The defaults of a head outside this package are its class attribute ``config``, a dict.

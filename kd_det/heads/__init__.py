@@ -1,17 +1,37 @@
 """Distillation heads, one file per paper."""
 
+from kd_det.heads.activation_boundary import ActivationBoundaryHead
 from kd_det.heads.attention_transfer import AttentionTransferHead
-from kd_det.heads.build import build_kd_heads, check_feature_maps, check_signals
+from kd_det.heads.born_again import BornAgainHead
+from kd_det.heads.build import (
+    build_kd_heads,
+    check_class_counts,
+    check_feature_maps,
+    check_signals,
+    freeze_pretrained,
+)
+from kd_det.heads.factor_transfer import FactorTransferHead
 from kd_det.heads.hint import HintHead
+from kd_det.heads.inherit_explore import InheritExploreHead
+from kd_det.heads.overhaul import OverhaulHead
 from kd_det.heads.review import ReviewKDHead
 from kd_det.heads.soft_target import SoftTargetHead
+from kd_det.heads.softmax_regression import SoftmaxRegressionHead
 
 __all__ = [
+    "ActivationBoundaryHead",
     "AttentionTransferHead",
+    "BornAgainHead",
+    "FactorTransferHead",
     "HintHead",
+    "InheritExploreHead",
+    "OverhaulHead",
     "ReviewKDHead",
     "SoftTargetHead",
+    "SoftmaxRegressionHead",
     "build_kd_heads",
+    "check_class_counts",
     "check_feature_maps",
     "check_signals",
+    "freeze_pretrained",
 ]

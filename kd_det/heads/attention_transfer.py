@@ -7,23 +7,28 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.heads.build import check_feature_maps
-from kd_det.losses import attention_transfer_loss
+from kd_det.losses import attention_transfer_loss, input_gradient_loss
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
+KINDS = ("activation", "gradient")
 REDUCTIONS = ("sum_hw", "mean")
 
 
 @KD_HEAD_REGISTRY.register()
 class AttentionTransferHead(nn.Module):
-    """Activation-based attention transfer (Zagoruyko & Komodakis, ICLR 2017, https://arxiv.org/abs/1612.03928).
+    """Attention transfer (Zagoruyko & Komodakis, ICLR 2017, https://arxiv.org/abs/1612.03928).
 
-    Compares normalised maps of the channels' mean power, so the networks' channel counts may differ. The loss is summed
-    over features. With ``reduction="mean"`` it is that of the published code, whose weight is 1000 on CIFAR;
-    the default sums over cells instead, since a mean over an FPN level's thousands of cells has next to no gradient.
+    The activation-based form compares normalised maps of the channels' mean power, so the networks' channel counts may
+    differ; the loss is summed over features. With ``reduction="mean"`` it is that of the published code, whose weight
+    is 1000 on CIFAR; the default sums over cells instead, since a mean over an FPN level's thousands of cells has next
+    to no gradient.
+
+    The gradient-based form compares how each image's loss changes with its pixels. It differentiates twice, which ROI
+    pooling cannot, so it is for image classifiers only.
 
     Args:
-        strides: Name of each compared feature map to its stride.
+        strides: Name of each compared feature map to its stride; empty for the gradient-based form.
         power: Exponent of the activations.
         reduction: "sum_hw" or "mean".
     """
@@ -32,13 +37,22 @@ class AttentionTransferHead(nn.Module):
     def __init__(self, *, strides: Mapping[str, int], power: float = 2, reduction: str = "sum_hw"):
         super().__init__()
         self.strides = dict(strides)
-        self.signals: Sequence[str] = tuple(strides)
+        self.signals: Sequence[str] = tuple(strides) or ("input_gradient",)
         self.power = power
         self.reduction = reduction
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         node = cfg.KD.ATTENTION_TRANSFER
+        if node.KIND not in KINDS:
+            raise InputError(f"KD.ATTENTION_TRANSFER.KIND: {node.KIND!r} is not one of {', '.join(KINDS)}.")
+        if node.KIND == "gradient":
+            if "input_gradient" not in student_spec:
+                raise InputError(
+                    "KD.ATTENTION_TRANSFER.KIND: 'gradient' is for image classifiers only, because ROI pooling cannot "
+                    "be differentiated twice; allowed here is 'activation'."
+                )
+            return {"strides": {}}
         check_feature_maps("KD.ATTENTION_TRANSFER.IN_FEATURES", node.IN_FEATURES, student_spec, teacher_spec)
         if node.REDUCTION not in REDUCTIONS:
             raise InputError(
@@ -51,6 +65,9 @@ class AttentionTransferHead(nn.Module):
         }
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        if not self.strides:
+            gradients = student["input_gradient"], teacher["input_gradient"]
+            return {"loss_kd_attention_transfer": input_gradient_loss(*gradients)}
         losses = [
             attention_transfer_loss(
                 student[name],

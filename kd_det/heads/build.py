@@ -34,18 +34,43 @@ def build_kd_heads(
         if name in heads:
             raise InputError(f"KD.HEADS: {name!r} is named twice; a head may stand there once.")
         head = KD_HEAD_REGISTRY.get(name)(cfg, student_spec, teacher_spec)
-        check_signals(f"KD.HEADS: {name}", head.signals, student_spec, teacher_spec)
+        check_signals(f"KD.HEADS: {name}", head.signals, student_spec, teacher_spec, teacher_signals(head))
+        if has_stage(head):
+            signals = head.pretrain_signals, head.pretrain_teacher_signals
+            check_signals(f"KD.HEADS: {name}", signals[0], student_spec, teacher_spec, signals[1])
         heads[name] = head
     return heads
 
 
+def teacher_signals(head: nn.Module) -> Sequence[str]:
+    """What a head needs of the teacher: its ``teacher_signals``, or the same signals as of the student."""
+    return getattr(head, "teacher_signals", head.signals)
+
+
+def has_stage(head: nn.Module) -> bool:
+    """Whether a head has something to train before the main run."""
+    return bool(getattr(head, "pretrained", ())) or getattr(head, "pretrains_student", False)
+
+
+def freeze_pretrained(head: nn.Module) -> None:
+    """Freeze what a stage before the run trains: no gradient, and in evaluation mode whatever ``head.train()`` says."""
+    for name in getattr(head, "pretrained", ()):
+        module = head.get_submodule(name).requires_grad_(False).eval()
+        module.train = lambda mode=True, module=module: module
+
+
 def check_feature_maps(
-    key: str, names: Sequence[str], student_spec: Mapping[str, ShapeSpec], teacher_spec: Mapping[str, ShapeSpec]
+    key: str,
+    names: Sequence[str],
+    student_spec: Mapping[str, ShapeSpec],
+    teacher_spec: Mapping[str, ShapeSpec],
+    teacher_names: Sequence[str] | None = None,
 ) -> None:
     """Check that names are given, and that both networks have feature maps of these names, at equal strides.
 
     Args:
         key: The config key that holds the names, for messages.
+        teacher_names: Names of the teacher's maps, where they differ from the student's.
 
     Raises:
         InputError: If not.
@@ -53,30 +78,55 @@ def check_feature_maps(
     maps = [name for name, shape in student_spec.items() if shape.stride is not None]
     if not names:
         raise InputError(f"{key}: no feature is named; the student's backbone has {', '.join(maps)}.")
-    check_signals(key, names, student_spec, teacher_spec)
+    check_signals(key, names, student_spec, teacher_spec, teacher_names)
     for name in names:
         if name not in maps:
             raise InputError(f"{key}: {name!r} is not a feature map of the backbone, which has {', '.join(maps)}.")
 
 
 def check_signals(
-    key: str, names: Sequence[str], student_spec: Mapping[str, ShapeSpec], teacher_spec: Mapping[str, ShapeSpec]
+    key: str,
+    names: Sequence[str],
+    student_spec: Mapping[str, ShapeSpec],
+    teacher_spec: Mapping[str, ShapeSpec],
+    teacher_names: Sequence[str] | None = None,
 ) -> None:
-    """Check that both networks have the named signals, and at equal strides.
+    """Check that both networks have the named signals, and maps of both at equal strides.
 
     Args:
         key: The config key that names the signals, for messages.
+        teacher_names: Names of the teacher's signals, where they differ from the student's: those that are compared, in
+            the same order, then others.
 
     Raises:
         InputError: If a side lacks one of them, or the strides differ.
     """
-    for name in names:
-        for side, spec in (("student", student_spec), ("teacher", teacher_spec)):
+    teacher_names = names if teacher_names is None else teacher_names
+    for side, spec, needed in (("student", student_spec, names), ("teacher", teacher_spec, teacher_names)):
+        for name in needed:
             if name not in spec:
-                raise InputError(f"{key}: {name!r} is not a signal of the {side}, which has {', '.join(spec)}.")
-        strides = student_spec[name].stride, teacher_spec[name].stride
-        if strides[0] != strides[1]:
+                # Without weights of layers, which nobody names in a config.
+                known = ", ".join(x for x in spec if not x.endswith(("_weight", "_bias")))
+                raise InputError(f"{key}: {name!r} is not a signal of the {side}, which has {known}.")
+    for name, other in zip(names, teacher_names, strict=False):
+        strides = student_spec[name].stride, teacher_spec[other].stride
+        if None not in strides and strides[0] != strides[1]:
             raise InputError(
                 f"{key}: {name!r} has stride {strides[0]} in the student but {strides[1]} in the teacher; "
                 "the strides must be equal."
             )
+
+
+def check_class_counts(key: str, name: str, student_spec, teacher_spec) -> None:
+    """Check that a signal of logits exists on both sides, for equally many classes.
+
+    Raises:
+        InputError: Naming both sides' number of channels.
+    """
+    check_signals(key, [name], student_spec, teacher_spec)
+    channels = student_spec[name].channels, teacher_spec[name].channels
+    if channels[0] != channels[1]:
+        raise InputError(
+            f"{key}: student and teacher must know the same classes, but {name} has {channels[0]} channels in the "
+            f"student and {channels[1]} in the teacher{' (background included)' if name == 'roi_logits' else ''}."
+        )

@@ -6,6 +6,7 @@ from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec
 from torch import Tensor, nn
 
+from kd_det.errors import InputError
 from kd_det.heads.build import check_feature_maps
 from kd_det.losses import hint_loss
 from kd_det.registry import KD_HEAD_REGISTRY
@@ -14,21 +15,38 @@ from kd_det.signals import Batch, Signals
 
 @KD_HEAD_REGISTRY.register()
 class HintHead(nn.Module):
-    """FitNets' hints, trained together with the task (Romero et al., ICLR 2015, https://arxiv.org/abs/1412.6550).
+    """FitNets' hints (Romero et al., ICLR 2015, https://arxiv.org/abs/1412.6550).
 
     A 1x1 convolution per feature map regresses the student's channels to the teacher's; the loss is the mean squared
     error, summed over features. The paper takes half the squared norm per image (C H W / 2 times this) and a regressor
-    with a nonlinearity, and trains on the hint alone before the task.
+    with a nonlinearity.
+
+    With one stage hints are trained together with the task. With two, as in the paper, a stage before the run trains
+    the student's part up to the features on the hint alone; the run then starts from it and has no loss of this head.
 
     Args:
         student_spec: Name to shape of each compared feature map in the student.
         teacher_spec: The same in the teacher.
+        stages: 1 or 2.
+        weight: Factor of the loss in the stage before the run.
     """
 
     @configurable
-    def __init__(self, *, student_spec: Mapping[str, ShapeSpec], teacher_spec: Mapping[str, ShapeSpec]):
+    def __init__(
+        self,
+        *,
+        student_spec: Mapping[str, ShapeSpec],
+        teacher_spec: Mapping[str, ShapeSpec],
+        stages: int = 1,
+        weight: float = 1.0,
+    ):
         super().__init__()
-        self.signals = tuple(student_spec)
+        self.stages = stages
+        self.weight = weight
+        self.pretrains_student = stages == 2
+        self.pretrained = ("regressors",) if stages == 2 else ()
+        self.signals = () if stages == 2 else tuple(student_spec)
+        self.pretrain_signals = self.pretrain_teacher_signals = tuple(student_spec) if stages == 2 else ()
         self.strides = {name: shape.stride for name, shape in student_spec.items()}
         self.regressors = nn.ModuleDict(
             {
@@ -41,12 +59,22 @@ class HintHead(nn.Module):
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         names = cfg.KD.HINT.IN_FEATURES
         check_feature_maps("KD.HINT.IN_FEATURES", names, student_spec, teacher_spec)
+        if cfg.KD.HINT.STAGES not in (1, 2):
+            raise InputError(f"KD.HINT.STAGES: {cfg.KD.HINT.STAGES} is not one of 1, 2.")
         return {
             "student_spec": {name: student_spec[name] for name in names},
             "teacher_spec": {name: teacher_spec[name] for name in names},
+            "stages": cfg.KD.HINT.STAGES,
+            "weight": cfg.KD.HINT.WEIGHT,
         }
 
+    def pretrain(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        return {"loss_kd_hint": self.weight * self._compare(student, teacher, batch)}
+
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        return {} if self.stages == 2 else {"loss_kd_hint": self._compare(student, teacher, batch)}
+
+    def _compare(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
         losses = [
             hint_loss(
                 self.regressors[name](student[name]),
@@ -55,4 +83,4 @@ class HintHead(nn.Module):
             )
             for name, stride in self.strides.items()
         ]
-        return {"loss_kd_hint": sum(losses)}
+        return sum(losses)

@@ -10,7 +10,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
-from kd_det.heads.build import check_feature_maps
+from kd_det.heads.build import check_feature_maps, check_signals
 from kd_det.losses import hierarchical_context_loss
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
@@ -58,9 +58,12 @@ class ReviewKDHead(nn.Module):
     From the deepest level on, attention-based fusion joins each student level with the deeper ones; the hierarchical
     context loss compares the result with the teacher's level, summed over levels.
 
+    Of classifiers the deepest level may be ``pooled``; as published they compare the student's features with the
+    teacher's before the ReLU.
+
     Args:
         student_spec: Name to shape of each level in the student, finest first.
-        teacher_spec: The same in the teacher.
+        teacher_spec: Name to shape of each level in the teacher, in the same order.
         mid_channels: Channels inside the fusion modules (published code: 256 for detectors).
         norm: "BN" (published code), "SyncBN" or "GN".
     """
@@ -76,48 +79,54 @@ class ReviewKDHead(nn.Module):
     ):
         super().__init__()
         self.signals = tuple(student_spec)
+        self.teacher_signals = tuple(teacher_spec)
         self.strides = {name: shape.stride for name, shape in student_spec.items()}
         self.fusions = nn.ModuleDict(
             {
                 name: AttentionFusion(
-                    shape.channels,
-                    mid_channels,
-                    teacher_spec[name].channels,
-                    norm=norm,
-                    fuse=name != self.signals[-1],
+                    shape.channels, mid_channels, other.channels, norm=norm, fuse=name != self.signals[-1]
                 )
-                for name, shape in student_spec.items()
+                for (name, shape), other in zip(student_spec.items(), teacher_spec.values(), strict=True)
             }
         )
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
-        node = cfg.KD.REVIEW
-        check_feature_maps("KD.REVIEW.IN_FEATURES", node.IN_FEATURES, student_spec, teacher_spec)
+        node, key = cfg.KD.REVIEW, "KD.REVIEW.IN_FEATURES"
+        maps = [name for name in node.IN_FEATURES if name != "pooled"]
+        teacher_maps = [f"{name}_preact" if node.TEACHER_PREACT else name for name in maps]
+        check_feature_maps(key, maps, student_spec, teacher_spec, teacher_maps)
+        pooled = ["pooled"] if "pooled" in node.IN_FEATURES else []
+        check_signals(key, pooled, student_spec, teacher_spec)
         if node.NORM not in NORMS:
             raise InputError(f"KD.REVIEW.NORM: got {node.NORM!r}; allowed are {', '.join(NORMS)}.")
-        channels = {node.MID_CHANNELS, *(teacher_spec[name].channels for name in node.IN_FEATURES)}
+        channels = {node.MID_CHANNELS, *(teacher_spec[name].channels for name in [*teacher_maps, *pooled])}
         if node.NORM == "GN" and any(c % 32 for c in channels):
             raise InputError(
                 f"KD.REVIEW.NORM: GN has 32 groups, which do not divide {sorted(channels)} channels evenly."
             )
-        strides = [student_spec[name].stride for name in node.IN_FEATURES]
-        if strides != sorted(strides):
+        strides = [student_spec[name].stride for name in maps]
+        if strides != sorted(strides) or [*maps, *pooled] != list(node.IN_FEATURES):
             raise InputError(
-                f"KD.REVIEW.IN_FEATURES: must go from the finest level to the coarsest, but the strides of "
-                f"{', '.join(node.IN_FEATURES)} are {strides}."
+                f"{key}: must go from the finest level to the coarsest, 'pooled' last, but the strides of "
+                f"{', '.join(node.IN_FEATURES)} are {[student_spec[name].stride for name in node.IN_FEATURES]}."
             )
         return {
             "student_spec": {name: student_spec[name] for name in node.IN_FEATURES},
-            "teacher_spec": {name: teacher_spec[name] for name in node.IN_FEATURES},
+            "teacher_spec": {name: teacher_spec[name] for name in [*teacher_maps, *pooled]},
             "mid_channels": node.MID_CHANNELS,
             "norm": node.NORM,
         }
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
         losses, residual = [], None
-        for name in reversed(self.signals):
-            fused, residual = self.fusions[name](student[name], residual)
-            mask = batch.valid_mask(fused, self.strides[name])
-            losses.append(hierarchical_context_loss(fused, teacher[name], mask=mask))
+        for name, other in zip(reversed(self.signals), reversed(self.teacher_signals), strict=True):
+            fused, residual = self.fusions[name](as_map(student[name]), residual)
+            mask = batch.valid_mask(fused, self.strides[name]) if self.strides[name] else None
+            losses.append(hierarchical_context_loss(fused, as_map(teacher[other]), mask=mask))
         return {"loss_kd_review": sum(losses)}
+
+
+def as_map(x: Tensor) -> Tensor:
+    """A pooled feature (N, C) as a map of one cell, (N, C, 1, 1); maps stay as they are."""
+    return x[:, :, None, None] if x.dim() == 2 else x

@@ -8,33 +8,49 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
-from kd_det.heads.build import check_signals
-from kd_det.losses import binary_soft_target_loss, soft_target_loss
+from kd_det.heads.build import check_class_counts
+from kd_det.heads.targets import ClassTargets, check_class_targets
+from kd_det.losses import binary_soft_target_loss
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
-SOURCES = {"roi": "roi_logits", "rpn": "rpn_logits", "mask": "mask_logits", "dense": "dense_logits"}
+SOURCES = {
+    "roi": "roi_logits",
+    "rpn": "rpn_logits",
+    "mask": "mask_logits",
+    "dense": "dense_logits",
+    "cls": "logits",
+}
 ROIS = ("all", "foreground")
 
 
 @KD_HEAD_REGISTRY.register()
 class SoftTargetHead(nn.Module):
-    """Soft targets on a detector's predictions (Hinton et al., 2015, https://arxiv.org/abs/1503.02531).
+    """Soft targets on predictions (Hinton et al., 2015, https://arxiv.org/abs/1503.02531).
 
-    The teacher predicts on the student's sampled boxes, so rows stand for the same box:
+    A detector's teacher predicts on the student's sampled boxes, so rows stand for the same box:
 
+    * ``cls``: T^2 KL of the softmax over the classes of an image classifier, mean over images;
     * ``roi``: T^2 KL of the softmax over classes and background, mean over boxes;
     * ``mask``: binary KL per pixel of the labelled class's mask, mean over foreground boxes and pixels;
     * ``rpn``, ``dense``: binary KL per anchor (and class), averaged with the weight max(p_teacher, p_student), because
       nearly all of an image's anchors are background on which both agree, and a plain mean would drown the rest;
     * box regression, if asked for: smooth L1 between the deltas of the labelled class, mean over foreground boxes.
 
+    ``cls`` and ``roi`` have two options more, :class:`kd_det.heads.targets.ClassTargets`: knowledge adjustment and
+    dynamic temperatures; of boxes those labelled foreground take part.
+
     Args:
-        sources: Any of "roi", "rpn", "mask", "dense".
-        temperature: T of the softmax over ROI classes. The sigmoids are compared at 1.
+        sources: Any of "roi", "rpn", "mask", "dense", "cls".
+        temperature: T of the softmax over classes. The sigmoids are compared at 1.
         rois: Boxes whose classes are compared: "all" or "foreground" (as labelled).
         background_weight: Weight of the boxes labelled background, as in Chen et al. (NeurIPS 2017), who take 1.5.
         box_regression: Whether box deltas are compared.
+        adjust: How the teacher's mistakes are corrected: "none", "probability_shift" or "label_smoothing".
+        correct_prob: Probability of the label in a smoothed one.
+        dynamic_temperature: How each row gets its own temperature: "none", "flsw" or "cwsm".
+        beta: Strength of the change of temperature.
+        gamma: Exponent of "flsw".
     """
 
     @configurable
@@ -46,10 +62,22 @@ class SoftTargetHead(nn.Module):
         rois: str = "all",
         background_weight: float = 1.0,
         box_regression: bool = False,
+        adjust: str = "none",
+        correct_prob: float = 0.9,
+        dynamic_temperature: str = "none",
+        beta: float = 1.0,
+        gamma: float = 2.0,
     ):
         super().__init__()
         self.sources = tuple(sources)
-        self.temperature = temperature
+        self.compare_classes = ClassTargets(
+            temperature=temperature,
+            adjust=adjust,
+            correct_prob=correct_prob,
+            dynamic_temperature=dynamic_temperature,
+            beta=beta,
+            gamma=gamma,
+        )
         self.rois = rois
         self.background_weight = background_weight
         self.box_regression = box_regression
@@ -77,10 +105,17 @@ class SoftTargetHead(nn.Module):
             "rois": node.ROIS,
             "background_weight": node.BACKGROUND_WEIGHT,
             "box_regression": node.BOX_REGRESSION,
+            **check_class_targets(node, {"roi", "cls"}.intersection(node.SOURCES)),
         }
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
-        compare = {"roi": self._roi, "rpn": self._anchors, "mask": self._mask, "dense": self._anchors}
+        compare = {
+            "roi": self._roi,
+            "rpn": self._anchors,
+            "mask": self._mask,
+            "dense": self._anchors,
+            "cls": self._images,
+        }
         losses = {
             f"loss_kd_soft_target_{source}": compare[source](student, teacher, SOURCES[source])
             for source in self.sources
@@ -89,13 +124,19 @@ class SoftTargetHead(nn.Module):
             losses["loss_kd_soft_target_box"] = self._box(student, teacher)
         return losses
 
+    def _images(self, student: Signals, teacher: Signals, name: str) -> Tensor:
+        own = student[name]
+        every = torch.ones(len(own), dtype=torch.bool, device=own.device)
+        return self.compare_classes(own, teacher[name], student.get("labels"), rows=every, weights=every.float())
+
     def _roi(self, student: Signals, teacher: Signals, name: str) -> Tensor:
-        own, other = student[name], teacher[name]
-        background = student["roi_classes"] == own.shape[1] - 1
+        own, other, classes = student[name], teacher[name], student["roi_classes"]
         if self.rois == "foreground":
-            return soft_target_loss(own[~background], other[~background], temperature=self.temperature)
-        weights = 1.0 + (self.background_weight - 1.0) * background
-        return soft_target_loss(own, other, temperature=self.temperature, weights=weights)
+            kept = classes < own.shape[1] - 1
+            own, other, classes = own[kept], other[kept], classes[kept]
+        foreground = classes < own.shape[1] - 1
+        weights = torch.where(foreground, 1.0, self.background_weight)
+        return self.compare_classes(own, other, classes, rows=foreground, weights=weights)
 
     def _anchors(self, student: Signals, teacher: Signals, name: str) -> Tensor:
         weights = torch.maximum(student[name].detach().sigmoid(), teacher[name].detach().sigmoid())
@@ -122,18 +163,3 @@ def select_class(x: Tensor, classes: Tensor, *, per_class: int) -> Tensor:
         return x
     x = x.unflatten(1, (-1, per_class))
     return x[torch.arange(len(x), device=x.device), classes]
-
-
-def check_class_counts(key: str, name: str, student_spec, teacher_spec) -> None:
-    """Check that a signal of logits exists on both sides, for equally many classes.
-
-    Raises:
-        InputError: Naming both sides' number of channels.
-    """
-    check_signals(key, [name], student_spec, teacher_spec)
-    channels = student_spec[name].channels, teacher_spec[name].channels
-    if channels[0] != channels[1]:
-        raise InputError(
-            f"{key}: student and teacher must know the same classes, but {name} has {channels[0]} channels in the "
-            f"student and {channels[1]} in the teacher{' (background included)' if name == 'roi_logits' else ''}."
-        )

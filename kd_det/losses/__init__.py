@@ -5,7 +5,7 @@ with autocast switched off, and sends no gradient into the teacher. Empty inputs
 gradient.
 """
 
-from .attention import attention_map, attention_transfer_loss
+from .attention import attention_map, attention_transfer_loss, input_gradient_loss
 from .factors import exploration_loss, factor_transfer_loss, inheritance_loss
 from .features import (
     activation_boundary_loss,
@@ -44,6 +44,7 @@ __all__ = [
     "hierarchical_context_loss",
     "hint_loss",
     "inheritance_loss",
+    "input_gradient_loss",
     "margin_from_batch_norm",
     "mutual_loss",
     "overhaul_loss",

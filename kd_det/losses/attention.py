@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import check_choice, check_maps, check_mask, in_float32, mean
+from .numerics import check_choice, check_maps, check_mask, check_same_shape, in_float32, mean
 
 
 @in_float32
@@ -73,6 +74,25 @@ def attention_transfer_loss(
     if reduction == "sum_hw":
         return squared.sum() / max(squared.shape[0], 1)
     return mean(squared) if mask is None else squared.sum() / mask.sum().clamp(min=1)
+
+
+@in_float32
+def input_gradient_loss(s: Tensor, t: Tensor) -> Tensor:
+    """Halves the distance of two input gradients, averaged over samples.
+
+    Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1612.03928, section 3.2: || J_s - J_t ||_2 / 2, where J is the
+    gradient of a sample's own task loss with respect to the network's input. The norm is taken per sample, so the loss
+    does not depend on the batch size.
+
+    Args:
+        s: (N, ...) gradients of the student, part of its graph.
+        t: (N, ...) gradients of the teacher; no gradient flows into them.
+
+    Returns:
+        Scalar; 0 without samples.
+    """
+    check_same_shape("input_gradient_loss", s, t)
+    return 0.5 * mean(torch.linalg.vector_norm((s - t.detach()).flatten(1), dim=1))
 
 
 def _pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -9,12 +9,16 @@ BOXES, FOREGROUND, ANCHORS = 6, 3, 20
 
 
 def make_spec(channels: int) -> dict[str, ShapeSpec]:
-    """The signals of a Mask R-CNN and a RetinaNet in one, whose feature maps have so many channels."""
+    """The signals of a Mask R-CNN, a RetinaNet and a classifier in one, whose feature maps have so many channels."""
     return {
         **{name: ShapeSpec(channels=channels, stride=stride) for name, stride in STRIDES.items()},
         **{f"res{i}": ShapeSpec(channels=channels * 2**i, stride=2**i) for i in range(2, 6)},
+        **{f"res{i}_preact": ShapeSpec(channels=channels * 2**i, stride=2**i) for i in range(2, 6)},
         "roi_features": ShapeSpec(channels=channels, height=4, width=4),
         "roi_box_features": ShapeSpec(channels=channels),
+        "roi_box_preact": ShapeSpec(channels=channels),
+        "roi_logits_weight": ShapeSpec(channels=channels),
+        "roi_logits_bias": ShapeSpec(channels=CLASSES + 1),
         "roi_logits": ShapeSpec(channels=CLASSES + 1),
         "roi_deltas": ShapeSpec(channels=4 * CLASSES),
         "rpn_logits": ShapeSpec(channels=1),
@@ -22,7 +26,18 @@ def make_spec(channels: int) -> dict[str, ShapeSpec]:
         "mask_logits": ShapeSpec(channels=CLASSES),
         "dense_logits": ShapeSpec(channels=CLASSES),
         "dense_deltas": ShapeSpec(channels=4),
+        "pooled": ShapeSpec(channels=channels, height=1, width=1),
+        "logits": ShapeSpec(channels=CLASSES),
+        "logits_weight": ShapeSpec(channels=channels),
+        "logits_bias": ShapeSpec(channels=CLASSES),
+        "input_gradient": ShapeSpec(channels=3),
+        **{name: ShapeSpec(channels=channels * 2**i) for i in range(2, 6) for name in norm_names(i)},
     }
+
+
+def norm_names(stage: int) -> list[str]:
+    """Weight and bias of the last batch norm of a stage."""
+    return [f"res{stage}_norm_weight", f"res{stage}_norm_bias"]
 
 
 def make_signals(spec: dict[str, ShapeSpec], *, seed: int, size=(64, 128), dtype=torch.float32) -> dict:
@@ -31,6 +46,9 @@ def make_signals(spec: dict[str, ShapeSpec], *, seed: int, size=(64, 128), dtype
     shapes = {
         "roi_features": (BOXES, spec["roi_features"].channels, 4, 4),
         "roi_box_features": (BOXES, spec["roi_box_features"].channels),
+        "roi_box_preact": (BOXES, spec["roi_box_preact"].channels),
+        "roi_logits_weight": (CLASSES + 1, spec["roi_box_features"].channels),
+        "roi_logits_bias": (CLASSES + 1,),
         "roi_logits": (BOXES, CLASSES + 1),
         "roi_deltas": (BOXES, 4 * CLASSES),
         "rpn_logits": (2, ANCHORS, 1),
@@ -38,12 +56,19 @@ def make_signals(spec: dict[str, ShapeSpec], *, seed: int, size=(64, 128), dtype
         "mask_logits": (FOREGROUND, CLASSES, 8, 8),
         "dense_logits": (2, ANCHORS, CLASSES),
         "dense_deltas": (2, ANCHORS, 4),
+        "pooled": (2, spec["pooled"].channels),
+        "logits": (2, CLASSES),
+        "logits_weight": (CLASSES, spec["pooled"].channels),
+        "logits_bias": (CLASSES,),
+        "input_gradient": (2, 3, *size),
+        **{name: (spec[name].channels,) for i in range(2, 6) for name in norm_names(i) if name in spec},
     }
     for name, shape in spec.items():
         if shape.stride:
             shapes[name] = (2, shape.channels, -(-size[0] // shape.stride), -(-size[1] // shape.stride))
     signals = {name: torch.randn(shapes[name], generator=generator).to(dtype) for name in spec}
     signals["roi_classes"] = torch.tensor([0, 1, 2, CLASSES, CLASSES, CLASSES])
+    signals["labels"] = torch.tensor([0, CLASSES - 1])
     signals["mask_classes"] = signals["roi_classes"][:FOREGROUND]
     signals["roi_boxes"] = torch.tensor([[i % 2, 4.0, 4.0, 40.0, 40.0] for i in range(BOXES)])
     signals["mask_boxes"] = signals["roi_boxes"][:FOREGROUND]

@@ -101,6 +101,10 @@ def attention_transfer_loss(s, t, *, power=2, reduction="mean", mask=None):
     return total / (maps[0].size if mask is None else mask.sum())
 
 
+def input_gradient_loss(s, t):
+    return np.mean([math.sqrt(((a - b) ** 2).sum()) / 2 for a, b in zip(s, t, strict=True)])
+
+
 def hint_loss(s, t, *, mask=None):
     squared = (s - t) ** 2
     return squared.mean() if mask is None else squared[np.broadcast_to(mask, s.shape)].mean()

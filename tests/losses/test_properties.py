@@ -25,6 +25,7 @@ LOSSES = {
     "born_again": (losses.born_again_loss, LOGITS),
     "attention_transfer": (losses.attention_transfer_loss, MAPS),
     "attention_transfer_sum": (partial(losses.attention_transfer_loss, reduction="sum_hw"), MAPS),
+    "input_gradient": (losses.input_gradient_loss, MAPS),
     "hint": (losses.hint_loss, MAPS),
     "hierarchical_context": (losses.hierarchical_context_loss, MAPS),
     "factor_transfer": (losses.factor_transfer_loss, MAPS),

@@ -44,6 +44,7 @@ CASES = [
     ("attention_transfer_loss", (2, 3, 4, 9), (2, 3, 7, 5), {}),
     ("attention_transfer_loss", MAPS, MAPS, {"mask": random_mask}),
     ("attention_transfer_loss", MAPS, MAPS, {"reduction": "sum_hw", "mask": random_mask}),
+    ("input_gradient_loss", MAPS, MAPS, {}),
     ("hint_loss", MAPS, MAPS, {}),
     ("hint_loss", MAPS, MAPS, {"mask": random_mask}),
     ("hierarchical_context_loss", (2, 3, 13, 6), (2, 3, 13, 6), {}),

@@ -1,0 +1,85 @@
+"""Activation boundaries: before its run the student learns where the teacher's neurons are active."""
+
+from collections.abc import Mapping
+
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+
+from kd_det.heads.preactivations import (
+    build_connector,
+    check_stage_options,
+    connect,
+    sum_over_cells,
+    sum_over_stages,
+)
+from kd_det.losses import activation_boundary_loss
+from kd_det.registry import KD_HEAD_REGISTRY
+from kd_det.signals import Batch, Signals
+
+
+@KD_HEAD_REGISTRY.register()
+class ActivationBoundaryHead(nn.Module):
+    """Activation boundaries (AB, Heo et al., AAAI 2019, https://arxiv.org/abs/1811.03233).
+
+    A stage before the run trains the student on this loss alone; the run then starts from it and has no loss of this
+    head. Each stage's values before its last ReLU, of the student through a connector (1x1 convolution and batch norm,
+    where the channels differ), are to have the sign of the teacher's by a margin of 1: squared shortfalls, summed over
+    elements, mean over images. The deepest stage weighs 1, each finer one half of the next. The weight 0.003 is that of
+    the published code on CIFAR, which multiplies the sum by 3 / 1000.
+
+    The sum grows with the size of the map. "map_invariant" scales it to a deepest map of 8x8 cells, the one of CIFAR;
+    "code" leaves it as published.
+
+    Args:
+        student_spec: Name to shape of each stage's ``<name>_preact`` in the student, finest first.
+        teacher_spec: The same of the teacher.
+        weight: Factor of the loss in the stage.
+        scale: "map_invariant" or "code".
+    """
+
+    signals = ()
+    pretrained = ("connectors",)
+    pretrains_student = True
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student_spec: Mapping[str, ShapeSpec],
+        teacher_spec: Mapping[str, ShapeSpec],
+        weight: float = 0.003,
+        scale: str = "map_invariant",
+    ):
+        super().__init__()
+        self.pretrain_signals = self.pretrain_teacher_signals = tuple(student_spec)
+        self.strides = {name: shape.stride for name, shape in student_spec.items()}
+        self.weight = weight
+        self.scale = scale
+        self.connectors = nn.ModuleDict()
+        for name, shape in student_spec.items():
+            channels = shape.channels, teacher_spec[name].channels
+            self.connectors[name] = nn.Identity() if channels[0] == channels[1] else build_connector(*channels)
+
+    @classmethod
+    def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
+        node = cfg.KD.ACTIVATION_BOUNDARY
+        check_stage_options("KD.ACTIVATION_BOUNDARY", node, student_spec, teacher_spec)
+        names = [f"{name}_preact" for name in node.IN_FEATURES]
+        return {
+            "student_spec": {name: student_spec[name] for name in names},
+            "teacher_spec": {name: teacher_spec[name] for name in names},
+            "weight": node.WEIGHT,
+            "scale": node.SCALE,
+        }
+
+    def pretrain(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        losses = []
+        for name, stride in self.strides.items():
+            own = connect(self.connectors[name], student[name])
+            mask = batch.valid_mask(own, stride)
+            losses.append(sum_over_cells(activation_boundary_loss, own, teacher[name], mask))
+        return {"loss_kd_activation_boundary": self.weight * sum_over_stages(losses, own, mask, scale=self.scale)}
+
+    def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        return {}

@@ -1,0 +1,111 @@
+"""Factor transfer: the student's translated features resemble a compact paraphrase of the teacher's."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import get_norm
+from torch import Tensor, nn
+
+from kd_det.errors import InputError
+from kd_det.heads.factors import (
+    AutoEncoder,
+    Feature,
+    check_factor_options,
+    encode,
+    reconstruction_loss,
+    rescale,
+    valid_cells,
+)
+from kd_det.losses import factor_transfer_loss
+from kd_det.registry import KD_HEAD_REGISTRY
+from kd_det.signals import Batch, Signals
+
+NORMS = ("", "BN")
+
+
+@KD_HEAD_REGISTRY.register()
+class FactorTransferHead(nn.Module):
+    """Factor transfer (Kim et al., NeurIPS 2018, https://arxiv.org/abs/1802.04977).
+
+    A stage before the run trains the paraphraser, an auto-encoder of the teacher's features, to reconstruct them. In
+    the run it is frozen, and a translator makes of the student's features a factor that is compared with the teacher's:
+    mean absolute difference of the two, each of unit length per image (or box), summed over features. As in the
+    published code encoder and translator are three 3x3 convolutions, the decoder three transposed ones, a leaky ReLU
+    (0.1) behind each. Every feature has a paraphraser and a translator of its own.
+
+    The mean falls with the size of the map. "map_invariant" multiplies it by the square root of the factor's number of
+    elements (weight 11); "code" leaves it as published (weight 500 on CIFAR).
+
+    Args:
+        features: Name to description of each compared feature: maps of the backbone, or ``roi_features``.
+        norm: "" (published code), or "BN" between convolution and leaky ReLU.
+        scale: "map_invariant" or "code".
+        reconstruction: "l1" (published code) or "l2" (paper): the paraphraser's loss in the stage.
+    """
+
+    pretrained = ("paraphrasers",)
+    pretrains_student = False
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        features: Mapping[str, Feature],
+        norm: str = "",
+        scale: str = "map_invariant",
+        reconstruction: str = "l1",
+    ):
+        super().__init__()
+        self.features = dict(features)
+        self.scale = scale
+        self.reconstruction = reconstruction
+        self.signals = tuple(features)
+        self.pretrain_signals = ()
+        self.pretrain_teacher_signals = self.signals
+        self.paraphrasers, self.translators = nn.ModuleDict(), nn.ModuleDict()
+        for name, (student, teacher, factor, _) in features.items():
+            self.paraphrasers[name] = AutoEncoder(
+                convolutions(nn.Conv2d, [teacher, teacher, factor, factor], norm),
+                convolutions(nn.ConvTranspose2d, [factor, factor, teacher, teacher], norm),
+            )
+            self.translators[name] = convolutions(nn.Conv2d, [student, student, factor, factor], norm)
+
+    @classmethod
+    def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
+        node = cfg.KD.FACTOR_TRANSFER
+        features = check_factor_options("KD.FACTOR_TRANSFER", node, student_spec, teacher_spec)
+        if node.NORM not in NORMS:
+            raise InputError(f"KD.FACTOR_TRANSFER.NORM: {node.NORM!r} is not one of {', '.join(map(repr, NORMS))}.")
+        return {
+            "features": features,
+            "norm": node.NORM,
+            "scale": node.SCALE,
+            "reconstruction": node.RECONSTRUCTION,
+        }
+
+    def pretrain(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        loss = reconstruction_loss(self.paraphrasers, self.features, teacher, batch, kind=self.reconstruction)
+        return {"loss_kd_factor_transfer_reconstruct": loss}
+
+    def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        losses = []
+        for name, feature in self.features.items():
+            mask = valid_cells(batch, student[name], feature.stride)
+            with torch.no_grad():
+                target = encode(self.paraphrasers[name].encoder, teacher[name], mask)
+            factor = encode(self.translators[name], student[name], mask)
+            losses.append(rescale(factor_transfer_loss(factor, target), factor, mask, kind="ft", scale=self.scale))
+        return {"loss_kd_factor_transfer": sum(losses)}
+
+
+def convolutions(kind: type[nn.Module], channels: Sequence[int], norm: str) -> nn.Sequential:
+    """Convolutions of 3x3 from each number of channels to the next, behind each of them a leaky ReLU."""
+    layers = []
+    for before, after in pairwise(channels):
+        layers.append(kind(before, after, 3, padding=1, bias=not norm))
+        if norm:
+            layers.append(get_norm(norm, after))
+        layers.append(nn.LeakyReLU(0.1))
+    return nn.Sequential(*layers)

@@ -1,0 +1,142 @@
+"""What the heads on factors share: their features, padding set to zero, reconstruction, and the scale of a distance."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+
+from kd_det.errors import InputError
+from kd_det.heads.build import check_signals
+from kd_det.losses.numerics import masked_mean
+from kd_det.signals import Batch, Signals
+
+SCALES = ("map_invariant", "code")
+RECONSTRUCTIONS = ("l1", "l2")
+BOXES = "roi_features"
+
+
+class Feature(NamedTuple):
+    """One compared feature: channels in the student, in the teacher and of the factor; stride, None of boxes."""
+
+    student_channels: int
+    teacher_channels: int
+    factor_channels: int
+    stride: int | None
+
+
+class AutoEncoder(nn.Module):
+    """An encoder, whose output (N, m, H, W) is the factor of a feature (N, C, H, W), and a decoder that inverts it."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+
+def check_factor_options(
+    key: str, node, student_spec: Mapping[str, ShapeSpec], teacher_spec: Mapping[str, ShapeSpec]
+) -> dict[str, Feature]:
+    """Check IN_FEATURES, FACTOR_RATE, SCALE and RECONSTRUCTION of a head's node.
+
+    Args:
+        key: Name of the node, for messages.
+        node: The node.
+
+    Returns:
+        Name to description of each compared feature.
+
+    Raises:
+        InputError: If a value is not allowed, or a feature does not fit.
+    """
+    allowed = [name for name, shape in student_spec.items() if shape.stride is not None or name == BOXES]
+    if not node.IN_FEATURES:
+        raise InputError(f"{key}.IN_FEATURES: no feature is named; allowed are {', '.join(allowed)}.")
+    check_signals(f"{key}.IN_FEATURES", node.IN_FEATURES, student_spec, teacher_spec)
+    for name in node.IN_FEATURES:
+        if name not in allowed:
+            raise InputError(f"{key}.IN_FEATURES: {name!r} is not a feature map; allowed are {', '.join(allowed)}.")
+        sizes = [(spec[name].height, spec[name].width) for spec in (student_spec, teacher_spec)]
+        if name == BOXES and sizes[0] != sizes[1]:
+            raise InputError(
+                f"{key}.IN_FEATURES: roi_features have {sizes[0]} cells in the student but {sizes[1]} in the teacher "
+                "(MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION); the sizes must be equal."
+            )
+    for option, values in (("SCALE", SCALES), ("RECONSTRUCTION", RECONSTRUCTIONS)):
+        if node[option] not in values:
+            raise InputError(f"{key}.{option}: {node[option]!r} is not one of {', '.join(values)}.")
+    if node.FACTOR_RATE <= 0:
+        raise InputError(f"{key}.FACTOR_RATE: must be above 0, got {node.FACTOR_RATE}.")
+    features = {}
+    for name in node.IN_FEATURES:
+        channels = teacher_spec[name].channels
+        factor_channels = max(round(node.FACTOR_RATE * channels), 1)
+        features[name] = Feature(student_spec[name].channels, channels, factor_channels, student_spec[name].stride)
+    return features
+
+
+def valid_cells(batch: Batch, x: Tensor, stride: int | None) -> Tensor | None:
+    """Booleans (N, 1, H, W) of the cells that count, or None for all; features of boxes have no padding."""
+    return None if stride is None else batch.valid_mask(x, stride)
+
+
+def blank(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Set the cells that do not count to zero."""
+    return x if mask is None else x.masked_fill(~mask, 0)
+
+
+def encode(encoder: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The factor of a feature, which depends on the cells that count and is zero at all others."""
+    return blank(encoder(blank(x.float(), mask)), mask)
+
+
+def reconstruction_loss(
+    auto_encoders: Mapping[str, AutoEncoder],
+    features: Mapping[str, Feature],
+    teacher: Signals,
+    batch: Batch,
+    *,
+    kind: str,
+) -> Tensor:
+    """How far auto-encoders are from giving back the teacher's features: the mean over elements, summed over features.
+
+    Args:
+        kind: "l1" (absolute differences) or "l2" (squared ones).
+    """
+    losses = []
+    for name, feature in features.items():
+        mask = valid_cells(batch, teacher[name], feature.stride)
+        x = blank(teacher[name].detach().float(), mask)
+        rebuilt = auto_encoders[name](x).float()
+        losses.append(masked_mean((F.l1_loss if kind == "l1" else F.mse_loss)(rebuilt, x, reduction="none"), mask))
+    return sum(losses)
+
+
+def rescale(loss: Tensor, factor: Tensor, mask: Tensor | None, *, kind: str, scale: str) -> Tensor:
+    """Bring a distance of factors to its scale.
+
+    A factor of D elements has unit length for the kinds "ft" and "at", so the mean over its elements, the published
+    code's, falls with 1 / sqrt(D); the length of a difference ("od") grows with sqrt(D).
+
+    Args:
+        loss: Of the kind "ft", "at" or "od" of :func:`kd_det.losses.inheritance_loss`.
+        factor: (N, C, H, W); D is C H W, of attention maps H W.
+        mask: The cells that count.
+        scale: "map_invariant" multiplies the mean ("ft", "at") by sqrt(D) and divides the length ("od") by it; "code"
+            leaves both. Only elements that count are counted.
+    """
+    channels = 1 if kind == "at" else factor.shape[1]
+    elements = channels * factor.shape[2] * factor.shape[3]
+    if mask is None:
+        valid = torch.tensor(float(elements), device=loss.device)
+    else:
+        valid = (channels * mask.sum() / max(len(mask), 1)).clamp(min=1)
+    if kind == "od":
+        return loss / valid.sqrt() if scale == "map_invariant" else loss
+    mean = loss * elements / valid
+    return mean * valid.sqrt() if scale == "map_invariant" else mean

@@ -1,0 +1,195 @@
+"""Inherit and explore: one half of the student's channels resembles the teacher, the other differs from it."""
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import get_norm
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from kd_det.errors import InputError
+from kd_det.heads.factors import (
+    AutoEncoder,
+    Feature,
+    check_factor_options,
+    encode,
+    reconstruction_loss,
+    rescale,
+    valid_cells,
+)
+from kd_det.losses import exploration_loss, inheritance_loss
+from kd_det.registry import KD_HEAD_REGISTRY
+from kd_det.signals import Batch, Signals
+
+KINDS = ("ft", "at", "od")
+DIVISIONS = ("natural", "random")
+
+
+@KD_HEAD_REGISTRY.register()
+class InheritExploreHead(nn.Module):
+    """Inherit and explore (IE-KD, Huang et al., CVPR 2021, https://arxiv.org/abs/2107.00181).
+
+    The student's channels are divided into two halves. The inheriting half is drawn to the teacher, the exploring half
+    pushed away from it, so that it finds features which the teacher lacks. They are compared with the teacher by
+
+    * ``ft``: mean absolute difference of factors, each of unit length per image (or box);
+    * ``at``: the same of attention maps, which need no encoders, and so no stage;
+    * ``od``: length of the difference of the rectified factors, mean over images (or boxes).
+
+    Factors come from encoders as in the published code: three 3x3 convolutions, batch norms and leaky ReLUs; each half
+    and each feature has its own. A stage before the run trains the teacher's encoder, with a decoder, to reconstruct
+    the teacher's features; in the run it is frozen.
+
+    The exploring half's loss is the negated distance. For ``ft`` and ``at`` it is bounded. That of ``od`` has no lower
+    bound: the encoder's last batch norm could drive it down for ever by its weight alone. So here the exploring half's
+    rectified factor is first scaled to the length of the teacher's, which the paper does not do; the farthest from it
+    is then a factor that shares no active neuron with it, at sqrt(2) times that length.
+
+    The means of ``ft`` and ``at`` fall with the size of the map, the length of ``od`` grows with it. "map_invariant"
+    multiplies or divides by the square root of the number of elements (weight 1.1); "code" leaves them as published
+    (weight 50 for ``ft`` on CIFAR).
+
+    Args:
+        features: Name to description of each compared feature: maps of the backbone, or ``roi_features``. The student's
+            channels must be even.
+        kind: "ft", "at" or "od".
+        divide: "natural" (the first half of the channels inherits) or "random" (a division drawn once, and saved).
+        seed: Of the random division; the same on every process.
+        inherit_weight: Factor of the inheriting half's loss; 0 leaves it out.
+        explore_weight: Factor of the exploring half's loss; 0 leaves it out.
+        scale: "map_invariant" or "code".
+        reconstruction: "l1" (published code) or "l2" (paper): the auto-encoder's loss in the stage.
+    """
+
+    pretrains_student = False
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        features: Mapping[str, Feature],
+        kind: str = "ft",
+        divide: str = "natural",
+        seed: int = 0,
+        inherit_weight: float = 1.0,
+        explore_weight: float = 1.0,
+        scale: str = "map_invariant",
+        reconstruction: str = "l1",
+    ):
+        super().__init__()
+        self.features = dict(features)
+        self.kind = kind
+        self.scale = scale
+        self.reconstruction = reconstruction
+        weights = {"inherit": inherit_weight, "explore": explore_weight}
+        self.weights = {part: weight for part, weight in weights.items() if weight}
+        self.signals = tuple(features)
+        self.pretrained = () if kind == "at" else ("auto_encoders",)
+        self.pretrain_signals = ()
+        self.pretrain_teacher_signals = self.signals
+        self.auto_encoders = nn.ModuleDict()
+        self.encoders = nn.ModuleDict({part: nn.ModuleDict() for part in self.weights})
+        generator = torch.Generator().manual_seed(seed)
+        for name, (student, teacher, factor, _) in features.items():
+            order = torch.randperm(student, generator=generator) if divide == "random" else None
+            self.register_buffer(f"order_{name}", order)
+            if kind != "at":
+                self.auto_encoders[name] = AutoEncoder(coder(teacher, factor), coder(factor, teacher))
+            for encoders in self.encoders.values():
+                encoders[name] = nn.Identity() if kind == "at" else coder(student // 2, factor)
+
+    @classmethod
+    def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
+        node, key = cfg.KD.INHERIT_EXPLORE, "KD.INHERIT_EXPLORE"
+        features = check_factor_options(key, node, student_spec, teacher_spec)
+        for option, allowed in (("KIND", KINDS), ("DIVIDE", DIVISIONS)):
+            if node[option] not in allowed:
+                raise InputError(f"{key}.{option}: {node[option]!r} is not one of {', '.join(allowed)}.")
+        for name, feature in features.items():
+            if feature.student_channels % 2:
+                raise InputError(
+                    f"{key}.IN_FEATURES: {name!r} has {feature.student_channels} channels in the student; their number "
+                    "must be even to be divided into halves."
+                )
+        weights = node.INHERIT_WEIGHT, node.EXPLORE_WEIGHT
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise InputError(
+                f"{key}: INHERIT_WEIGHT and EXPLORE_WEIGHT must be finite, 0 or more (exploration has its sign in the "
+                f"loss) and not both 0, got {weights[0]} and {weights[1]}."
+            )
+        return {
+            "features": features,
+            "kind": node.KIND,
+            "divide": node.DIVIDE,
+            "seed": max(cfg.SEED, 0),
+            "inherit_weight": node.INHERIT_WEIGHT,
+            "explore_weight": node.EXPLORE_WEIGHT,
+            "scale": node.SCALE,
+            "reconstruction": node.RECONSTRUCTION,
+        }
+
+    def pretrain(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        loss = reconstruction_loss(self.auto_encoders, self.features, teacher, batch, kind=self.reconstruction)
+        return {"loss_kd_inherit_explore_reconstruct": loss}
+
+    def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        targets, losses = self.teacher_factors(teacher, batch), {}
+        for part, halves in self.halves(student, batch).items():
+            distances = [self._distance(part, halves[name], targets[name], name, batch) for name in self.features]
+            losses[f"loss_kd_inherit_explore_{part}"] = self.weights[part] * sum(distances)
+        return losses
+
+    def halves(self, student: Signals, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """The student's halves behind their encoders, without those whose weight is 0.
+
+        Returns:
+            "inherit" and "explore" to name of each feature to its half's factor, (N, m, H, W); of the kind "at" to the
+            half itself, (N, C / 2, H, W).
+        """
+        found = {part: {} for part in self.weights}
+        for name, feature in self.features.items():
+            x, order = student[name], self.get_buffer(f"order_{name}")
+            mask = valid_cells(batch, x, feature.stride)
+            halves = (x if order is None else x[:, order]).chunk(2, dim=1)
+            for part, half in zip(("inherit", "explore"), halves, strict=True):
+                if part in found:
+                    found[part][name] = encode(self.encoders[part][name], half, mask)
+        return found
+
+    @torch.no_grad()
+    def teacher_factors(self, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        """Name of each feature to the teacher's factor, (N, m, H, W); of the kind "at" to the feature itself."""
+        return {
+            name: encode(
+                self.auto_encoders[name].encoder if self.pretrained else nn.Identity(),
+                teacher[name],
+                valid_cells(batch, teacher[name], feature.stride),
+            )
+            for name, feature in self.features.items()
+        }
+
+    def _distance(self, part: str, half: Tensor, target: Tensor, name: str, batch: Batch) -> Tensor:
+        mask = valid_cells(batch, half, self.features[name].stride)
+        if (part, self.kind) == ("explore", "od"):
+            half = with_length_of(half.float().relu(), target.float().relu())
+        loss = (inheritance_loss if part == "inherit" else exploration_loss)(half, target, kind=self.kind)
+        return rescale(loss, half, mask, kind=self.kind, scale=self.scale)
+
+
+def with_length_of(x: Tensor, other: Tensor) -> Tensor:
+    """Scale each sample of x (N, ...) to the L2 norm of the same sample of `other`; zeros stay zeros."""
+    return (F.normalize(x.flatten(1), eps=1e-12) * other.flatten(1).norm(dim=1, keepdim=True)).view_as(x)
+
+
+def coder(before: int, after: int) -> nn.Sequential:
+    """Three 3x3 convolutions with batch norms between leaky ReLUs, as published; the first one keeps the channels."""
+    layers = [nn.LeakyReLU(0.1)]
+    for i, o in pairwise([before, before, after, after]):
+        conv = nn.Conv2d(i, o, 3, padding=1, bias=False)
+        weight_init.c2_msra_fill(conv)
+        layers += [conv, get_norm("BN", o), nn.LeakyReLU(0.1)]
+    return nn.Sequential(*layers)

@@ -1,0 +1,116 @@
+"""Softmax regression: the teacher's classifier makes of the student's features what it makes of its own."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import Conv2d, get_norm
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from kd_det.errors import InputError
+from kd_det.heads.build import check_signals
+from kd_det.losses import feature_matching_loss, softmax_regression_loss
+from kd_det.registry import KD_HEAD_REGISTRY
+from kd_det.signals import Batch, Signals
+
+KINDS = ("mse", "ce")
+NORMS = ("BN", "LN")
+# What a classifier takes in.
+VECTORS = ("roi_box_features", "pooled")
+
+
+@KD_HEAD_REGISTRY.register()
+class SoftmaxRegressionHead(nn.Module):
+    """Softmax regression representation learning (SRRL, Yang et al., ICLR 2021,
+    https://openreview.net/forum?id=ZzwDy_wiWv).
+
+    A connector (1x1 convolution, norm, ReLU; on vectors that is a linear layer) brings the student's feature to the
+    teacher's width. Its mean over cells is compared with what the teacher's classifier takes in, and goes through that
+    classifier, which stays frozen, for a comparison of logits. The labelled classes of student and teacher may differ.
+
+    Of an image classifier the student's feature is its last map and the teacher's is ``pooled``, as published. Of an
+    R-CNN both are the input of the box predictor, on the same boxes.
+
+    Args:
+        in_feature: The student's feature.
+        in_channels: Its channels C.
+        out_channels: Channels D of the teacher's feature.
+        teacher_signals: The teacher's feature (N, D), its logits (N, K), and weight (K, D) and bias (K,) of the layer
+            between them.
+        norm: "BN" (published code), or "LN", which does not depend on the share of background among the boxes.
+        kind: "mse" of the logits (published code), or "ce", the cross-entropy with the teacher's probabilities.
+        feature_weight: Factor of the features' loss.
+        logit_weight: Factor of the logits' loss.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_feature: str,
+        in_channels: int,
+        out_channels: int,
+        teacher_signals: Sequence[str],
+        norm: str = "BN",
+        kind: str = "mse",
+        feature_weight: float = 1.0,
+        logit_weight: float = 1.0,
+    ):
+        super().__init__()
+        self.signals = (in_feature,)
+        self.teacher_signals = tuple(teacher_signals)
+        self.kind = kind
+        self.feature_weight = feature_weight
+        self.logit_weight = logit_weight
+        self.connector = Conv2d(in_channels, out_channels, 1, bias=False)
+        self.norm = get_norm(norm, out_channels)
+        weight_init.c2_msra_fill(self.connector)
+
+    @classmethod
+    def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
+        node, key = cfg.KD.SOFTMAX_REGRESSION, "KD.SOFTMAX_REGRESSION"
+        name = node.IN_FEATURE
+        feature, logits = ("roi_box_features", "roi_logits") if name.startswith("roi_") else ("pooled", "logits")
+        teacher_signals = (feature, logits, f"{logits}_weight", f"{logits}_bias")
+        check_signals(f"{key}.IN_FEATURE", [name], student_spec, teacher_spec, teacher_signals)
+        if name not in VECTORS and student_spec[name].stride is None:
+            raise InputError(
+                f"{key}.IN_FEATURE: {name!r} cannot enter a classifier; allowed are {', '.join(VECTORS)} and the "
+                "feature maps of a classifier's backbone."
+            )
+        for option, allowed in (("KIND", KINDS), ("NORM", NORMS)):
+            if node[option] not in allowed:
+                raise InputError(f"{key}.{option}: {node[option]!r} is not one of {', '.join(allowed)}.")
+        for option in ("FEATURE_WEIGHT", "LOGIT_WEIGHT"):
+            if node[option] < 0:
+                raise InputError(f"{key}.{option}: must be 0 or more, got {node[option]}.")
+        return {
+            "in_feature": name,
+            "in_channels": student_spec[name].channels,
+            "out_channels": teacher_spec[feature].channels,
+            "teacher_signals": teacher_signals,
+            "norm": node.NORM,
+            "kind": node.KIND,
+            "feature_weight": node.FEATURE_WEIGHT,
+            "logit_weight": node.LOGIT_WEIGHT,
+        }
+
+    def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        feature, logits, weight, bias = (teacher[name].detach().float() for name in self.teacher_signals)
+        connected = self.connect(student[self.signals[0]])
+        with torch.autocast(connected.device.type, enabled=False):
+            own_logits = F.linear(connected, weight, bias)
+        return {
+            "loss_kd_softmax_regression_feature": self.feature_weight * feature_matching_loss(connected, feature),
+            "loss_kd_softmax_regression_logits": self.logit_weight
+            * softmax_regression_loss(own_logits, logits, kind=self.kind),
+        }
+
+    def connect(self, x: Tensor) -> Tensor:
+        """The student's feature (N, C) or (N, C, H, W) as one of the teacher's, (N, D)."""
+        x = self.connector(x if x.dim() == 4 else x[:, :, None, None])
+        # Batch norm cannot normalise fewer than two values per channel: without boxes it uses its running statistics.
+        self.norm.train(self.training and x.numel() > x.shape[1])
+        return self.norm(x).relu().float().mean(dim=(2, 3))

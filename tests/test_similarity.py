@@ -1,0 +1,67 @@
+"""CKA: values of published code, and what may not change it."""
+
+import pytest
+import torch
+
+from kd_det import InputError
+from kd_det.similarity import linear_cka, rbf_cka
+
+X = torch.tensor([[0.2, 0.89, 0.91], [0.24, -0.61, -1.0], [-0.63, 0.22, 0.9], [0.9, 0.22, -0.63]], dtype=torch.float64)
+Y = torch.tensor([[0.64, 0.86], [-0.35, -0.98], [0.02, 0.99], [0.32, -0.88]], dtype=torch.float64)
+
+
+def unbiased_cka(x, y):
+    return linear_cka(x, y, unbiased=True)
+
+
+each_kind = pytest.mark.parametrize("cka", [linear_cka, unbiased_cka, rbf_cka])
+
+
+@pytest.mark.parametrize(
+    ("cka", "expected"),
+    [(linear_cka, 0.986384788936879), (unbiased_cka, 0.9870683402417693), (rbf_cka, 0.9826217390118376)],
+)
+def test_published_values(cka, expected):
+    assert cka(X, Y).item() == pytest.approx(expected, abs=1e-9)
+    assert cka(X.float(), Y.half()).item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_linear_by_hand():
+    """Centred columns (1, -1, 0) and (1, 0, -1): their product is 1, their squares 2, so (1 / 2)^2."""
+    x, y = torch.tensor([[3.0], [1.0], [2.0]]), torch.tensor([[1.0], [0.0], [-1.0]])
+    assert linear_cka(x, y).item() == pytest.approx(1 / 4)
+    assert linear_cka(x, torch.tensor([[1.0], [1.0], [-2.0]])).item() == pytest.approx(0.0)
+
+
+@each_kind
+def test_it_does_not_see_rotation_shift_and_scale(cka):
+    rotation = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    torch.testing.assert_close(cka(5 * X @ rotation + 2, Y), cka(X, Y))
+    torch.testing.assert_close(cka(Y, X), cka(X, Y))
+    torch.testing.assert_close(cka(X, X @ rotation), torch.ones((), dtype=torch.float64))
+
+
+def test_few_examples_of_many_features_look_alike_unless_unbiased():
+    x, y = torch.randn(2, 20, 8, 4, 4, generator=torch.Generator().manual_seed(0))  # maps are flattened
+    assert linear_cka(x, y) > 0.5
+    assert abs(unbiased_cka(x, y)) < 0.1
+
+
+@each_kind
+def test_gradient(cka):
+    x = X.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: cka(x, Y), x)
+
+
+@pytest.mark.parametrize(
+    ("cka", "rows", "told"),
+    [
+        (linear_cka, (4, 3), "the same 2 or more examples, got 4 and 3"),
+        (linear_cka, (1, 1), "2 or more examples, got 1 and 1"),
+        (rbf_cka, (3, 4), "got 3 and 4"),
+        (unbiased_cka, (3, 3), "4 or more examples, got 3 and 3"),
+    ],
+)
+def test_examples_that_do_not_fit(cka, rows, told):
+    with pytest.raises(InputError, match=f"^CKA: .*{told}"):
+        cka(X[: rows[0]], Y[: rows[1]])
