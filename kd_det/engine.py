@@ -14,7 +14,7 @@ import detectron2.utils.comm as comm
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -29,12 +29,18 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessRaisedException
 
 from kd_det.checkpoint import KDCheckpointer
-from kd_det.config import add_kd_config, merge_file, merge_list
-from kd_det.data import DetectionMapper, check_files, check_num_classes, register_datasets
+from kd_det.classification import (
+    ImageClassifier,
+    build_classification_test_loader,
+    build_classification_train_loader,
+)
+from kd_det.config import add_kd_config, merge_file, merge_list, student_config
+from kd_det.data import DetectionMapper, check_files, check_num_classes, count_training_images, register_datasets
+from kd_det.data.loader import build_detection_training_loader, seed_everything
 from kd_det.errors import InputError
 from kd_det.evaluation import build_evaluator
 from kd_det.meta_arch import TeacherStudent
-from kd_det.registry import config_key
+from kd_det.registry import KD_HEAD_REGISTRY, config_key
 
 logger = logging.getLogger(__name__)
 
@@ -48,25 +54,54 @@ class Trainer(DefaultTrainer):
         cfg: The whole config, of a plain detector or of a ``TeacherStudent``.
     """
 
+    find_unused_parameters = False
+
     def __init__(self, cfg: CfgNode):
         # As DefaultTrainer.__init__, but for the checkpointer, which is the student's, and DDP, which may be on CPUs.
         TrainerBase.__init__(self)
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
+        loader.batch_sampler.seed = self.seed
         devices = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
-        wrapped = create_ddp_model(model, broadcast_buffers=False, **devices)
+        wrapped = create_ddp_model(
+            model, broadcast_buffers=False, find_unused_parameters=self.find_unused_parameters, **devices
+        )
         self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(wrapped, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        student, heads = (
-            (model.student, {"kd_heads": model.heads}) if isinstance(model, TeacherStudent) else (model, {})
-        )
-        self.checkpointer = KDCheckpointer(student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **heads)
+        # Without DDP around it.
+        self.plain_model = model
+        student, parts = (model.student, model.checkpointables) if isinstance(model, TeacherStudent) else (model, {})
+        self.checkpointer = KDCheckpointer(student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **parts)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    def run_step(self) -> None:
+        # An iteration draws the same random numbers whether or not the run was interrupted before it.
+        seed_everything(self.seed, self.iter, comm.get_rank())
+        super().run_step()
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        batches = self._trainer.data_loader.batch_sampler
+        batches.seed, batches.start = self.seed, self.start_iter
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"seed": self.seed, "processes": comm.get_world_size()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.seed = state_dict["seed"]
+        if state_dict["processes"] != comm.get_world_size():
+            logger.warning(
+                "Resumed by %d process(es) instead of %d: the order of the images and the random numbers are others.",
+                comm.get_world_size(),
+                state_dict["processes"],
+            )
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -74,11 +109,20 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        return build_detection_train_loader(cfg, mapper=DetectionMapper(cfg, is_train=True))
+        if is_classifier(cfg):
+            return build_classification_train_loader(cfg)
+        return build_detection_training_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        if is_classifier(cfg):
+            return build_classification_test_loader(cfg, dataset_name)
         return build_detection_test_loader(cfg, dataset_name, mapper=DetectionMapper(cfg, is_train=False))
+
+
+def is_classifier(cfg: CfgNode) -> bool:
+    """Whether a config's student is an image classifier."""
+    return ImageClassifier.__name__ == student_config(cfg).MODEL.META_ARCHITECTURE
 
 
 def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,6 +171,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     register_datasets(cfg)
     check_files(cfg, train=not args.eval_only)
     check_num_classes(cfg, train=not args.eval_only)
+    if cfg.SOLVER.IN_EPOCHS and not args.eval_only:
+        epochs_to_iterations(cfg, count_training_images(cfg))
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
@@ -149,15 +195,48 @@ def apply_distillation_arguments(cfg: CfgNode, args: argparse.Namespace) -> None
             "--teacher and --kd-heads: a config that names neither teacher nor heads needs both arguments."
         )
     cfg.KD.STUDENT_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE, "TeacherStudent"
-    # A detector other than an R-CNN with FPN has other levels than the heads' defaults.
-    dense = cfg.KD.STUDENT_ARCHITECTURE == "RetinaNet"
-    levels = list(cfg.MODEL.RETINANET.IN_FEATURES if dense else cfg.MODEL.RPN.IN_FEATURES)
+    # A model other than an R-CNN with FPN has other levels and predictions than the heads' defaults.
+    levels, source = {
+        "RetinaNet": (cfg.MODEL.RETINANET.IN_FEATURES, "dense"),
+        "ImageClassifier": (["res2", "res3", "res4"], "cls"),
+    }.get(cfg.KD.STUDENT_ARCHITECTURE, (cfg.MODEL.RPN.IN_FEATURES, "roi"))
     for name in cfg.KD.HEADS:
         node = cfg.KD.get(config_key(name), {})
         if "IN_FEATURES" in node and not set(node.IN_FEATURES) <= set(levels):
-            node.IN_FEATURES = levels
-        if dense and "SOURCES" in node:
-            node.SOURCES = ["dense"]
+            node.IN_FEATURES = list(levels)
+        if source != "roi" and "SOURCES" in node:
+            node.SOURCES = [source]
+
+
+def epochs_to_iterations(cfg: CfgNode, images: int) -> None:
+    """Turn a schedule in epochs into one in iterations; see ``SOLVER.IN_EPOCHS``.
+
+    Args:
+        cfg: The config, which is changed.
+        images: Number of training images.
+
+    Raises:
+        InputError: If the run would have no iteration.
+    """
+
+    def iterations(epochs: float) -> int:
+        return round(epochs * images / cfg.SOLVER.IMS_PER_BATCH) if epochs > 0 else int(epochs)
+
+    solver = cfg.SOLVER
+    if iterations(solver.MAX_ITER) < 1:
+        raise InputError(f"SOLVER.MAX_ITER: {solver.MAX_ITER} epochs of {images} images are less than one iteration.")
+    for node, keys in (
+        (solver, ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD")),
+        (cfg.TEST, ("EVAL_PERIOD",)),
+        (cfg.KD.PRETRAIN, ("MAX_ITER",)),
+        *((cfg.KD[config_key(name)].SCHEDULE, ("START", "WARMUP", "STOP")) for name, _ in KD_HEAD_REGISTRY),
+    ):
+        for key in keys:
+            node[key] = iterations(node[key])
+    solver.STEPS = tuple(map(iterations, solver.STEPS))
+    cfg.KD.PRETRAIN.STEPS = list(map(iterations, cfg.KD.PRETRAIN.STEPS))
+    # What is saved beside the checkpoints counts in iterations.
+    solver.IN_EPOCHS = False
 
 
 def find_config(path: str) -> str:

@@ -1,5 +1,6 @@
 """The teacher: a frozen model that is seen by no optimizer, checkpoint or DDP bucket."""
 
+import hashlib
 import logging
 from collections.abc import Collection
 
@@ -28,9 +29,18 @@ class Teacher:
         model: The trained model. It is frozen and put into evaluation mode.
         flip_channels: Whether the images come in the reversed channel order (RGB for BGR or the other way round).
         dtype: Precision of the forward.
+        source: Where the model comes from, for messages.
     """
 
-    def __init__(self, model: nn.Module, *, flip_channels: bool = False, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        flip_channels: bool = False,
+        dtype: torch.dtype = torch.float32,
+        source: str = "a model without a file",
+    ):
+        self.source = source
         self.model = model.eval().requires_grad_(False)
         self.tap = build_tap(model)
         self.flip_channels = flip_channels
@@ -39,6 +49,14 @@ class Teacher:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def fingerprint(self) -> str:
+        """A hash of the weights."""
+        digest = hashlib.sha256()
+        for key, value in self.model.state_dict().items():
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def to(self, device: torch.device) -> "Teacher":
         """Move the model, unless it is there."""
@@ -58,7 +76,8 @@ class Teacher:
         if self.flip_channels:
             batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.tap.compute(batched_inputs, names, student)
+            signals = self.tap.compute(batched_inputs, names, student)
+        return {name: signal.detach() for name, signal in signals.items()}
 
 
 def build_teacher(cfg: CfgNode) -> Teacher:
@@ -82,7 +101,8 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     model = build_model(teacher_cfg)
     load_strictly(model, weights, key="KD.TEACHER.WEIGHTS")
     logging.getLogger(__name__).info("Teacher: %s, weights %s", node.CONFIG_FILE, weights)
-    return Teacher(model, flip_channels=formats[0] != formats[1], dtype=DTYPES[node.DTYPE])
+    source = f"{node.CONFIG_FILE} with {weights}"
+    return Teacher(model, flip_channels=formats[0] != formats[1], dtype=DTYPES[node.DTYPE], source=source)
 
 
 def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:

@@ -121,8 +121,8 @@ def test_teacher_that_lacks_a_feature(run, tmp_path):
     other = other_teacher(tmp_path, family="c4")
     told = run(other | {"KD.HINT.IN_FEATURES": ["p2"]})
     assert told == (
-        "KD.HINT.IN_FEATURES: 'p2' is not a signal of the teacher, which has res4, rpn_logits, rpn_deltas, "
-        "roi_features, roi_box_features, roi_logits, roi_deltas, mask_logits."
+        "KD.HINT.IN_FEATURES: 'p2' is not a signal of the teacher, which has res4, res4_preact, rpn_logits, "
+        "rpn_deltas, roi_features, roi_box_features, roi_logits, roi_deltas, mask_logits."
     )
 
 

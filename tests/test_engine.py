@@ -12,6 +12,7 @@ from helpers import build, distilled_cfg, parse, step, tiny_cfg, train_net, with
 from kd_det import InputError, add_kd_config
 from kd_det.config import merge_file, student_config
 from kd_det.data import register_datasets
+from kd_det.data.loader import seed_everything
 from kd_det.engine import (
     Trainer,
     apply_distillation_arguments,
@@ -41,7 +42,7 @@ def run(teacher, coco_folder, tmp_path):
 def start(cfg, kind=Trainer):
     """A trainer as ``tools/train_net.py`` makes it."""
     register_datasets(cfg)
-    seed_all_rng(cfg.SEED)
+    seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
     return kind(cfg)
 
 
@@ -86,6 +87,41 @@ def test_resume_restores_everything(run):
     assert not same(saved["student"], tag["model"])
 
 
+@pytest.mark.parametrize(("workers", "other_workers"), [(0, 0), (2, 2), (0, 2)])
+def test_an_interrupted_run_gives_the_weights_of_an_uninterrupted_one(run, workers, other_workers):
+    """Bit for bit, whoever reads the images: their order, augmentation, sampled boxes, momentum, schedules."""
+    heads = ["HintHead", "SoftTargetHead"]
+    options = {"SOLVER.MAX_ITER": 5, "SOLVER.CHECKPOINT_PERIOD": 2, "KD.HINT.SCHEDULE.WARMUP": 3}
+    whole = start(run("whole", heads, **options, **{"DATALOADER.NUM_WORKERS": workers}))
+    whole.train()
+
+    def run_step():
+        if cut.iter == 3:
+            raise KeyboardInterrupt
+        Trainer.run_step(cut)
+
+    cut = start(run("cut", heads, **options, **{"DATALOADER.NUM_WORKERS": other_workers}))
+    cut.run_step = run_step
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    resumed = start(run("cut", heads, **options, **{"DATALOADER.NUM_WORKERS": other_workers}))
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 2
+    resumed.train()
+    for key, value in state(whole).items():
+        assert same(value, state(resumed)[key]), key
+
+
+def test_without_a_seed_the_run_goes_on_with_the_one_it_had(run):
+    options = {"SEED": -1, "SOLVER.MAX_ITER": 3, "SOLVER.CHECKPOINT_PERIOD": 1}
+    first = start(run(**options))
+    first.train()
+    second = start(run(**options))
+    assert second.seed != first.seed
+    second.resume_or_load(resume=True)
+    assert second.seed == second._trainer.data_loader.batch_sampler.seed == first.seed
+
+
 def test_a_run_that_was_not_begun_is_not_resumed(run):
     trainer = start(run())
     before = {key: value.clone() for key, value in trainer._trainer.model.state_dict().items()}
@@ -113,10 +149,24 @@ def test_the_optimizer_has_no_parameter_of_the_teacher(run):
 
 
 # ---- The same entry point trains a plain detector ----
+class StockTrainer(DefaultTrainer):
+    """Detectron2's, which is given the same images and random numbers."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        loader = Trainer.build_train_loader(cfg)
+        loader.batch_sampler.seed = cfg.SEED
+        return loader
+
+    def run_step(self):
+        seed_everything(self.cfg.SEED, self.iter, 0)
+        super().run_step()
+
+
 def test_a_plain_run_is_detectron2s(coco_folder, tmp_path):
     """The same weights as DefaultTrainer's after two iterations, bit for bit."""
     weights = []
-    for kind in (Trainer, DefaultTrainer):
+    for kind in (Trainer, StockTrainer):
         (tmp_path / kind.__name__).mkdir()
         trainer = start(with_data(tiny_cfg(), coco_folder, tmp_path / kind.__name__), kind)
         untrained = build(tiny_cfg(), seed=7).state_dict()

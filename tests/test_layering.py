@@ -12,13 +12,16 @@ LEAVES = {"errors", "registry", "signals", "config", "schedules"}
 ALLOWED = {
     "losses": set(),
     **dict.fromkeys(LEAVES, LEAVES),
+    "similarity": {"errors"},
     "checkpoint": LEAVES,
     "data": LEAVES,
     "backbones": LEAVES,
-    "evaluation": LEAVES | {"data"},
+    "classification": LEAVES | {"data"},
+    "evaluation": LEAVES | {"data", "classification"},
     "taps": LEAVES,
     "heads": LEAVES | {"losses"},
     "teacher": LEAVES | {"taps", "checkpoint"},
+    "ensemble": LEAVES | {"taps"},
     "meta_arch": LEAVES | {"taps", "teacher", "heads", "losses"},
 }
 # These stand above all of them; nothing below may import them.

@@ -20,6 +20,7 @@ from detectron2.engine import default_argument_parser
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import student_config
 from kd_det.engine import Trainer, add_distillation_arguments, launch_workers, run_tool, setup
+from kd_det.stages import train
 
 
 def main(args: argparse.Namespace) -> None:
@@ -30,9 +31,7 @@ def main(args: argparse.Namespace) -> None:
         KDCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         Trainer.test(cfg, model)
         return
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
+    train(cfg, resume=args.resume)
 
 
 if __name__ == "__main__":

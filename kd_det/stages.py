@@ -1,0 +1,230 @@
+"""What runs before the main run, and what runs in a row: the stage of the heads, and born-again generations."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from detectron2.config import CfgNode, configurable
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from kd_det.checkpoint import KDCheckpointer
+from kd_det.engine import Trainer
+from kd_det.errors import InputError
+from kd_det.heads.build import has_stage
+from kd_det.meta_arch import TeacherStudent, check_finite
+from kd_det.signals import Batch
+from kd_det.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+FINAL = "model_final.pth"
+
+
+def train(cfg: CfgNode, *, resume: bool) -> None:
+    """Train what a config describes: the stage of its heads, where they have one, and the main run; or generations.
+
+    With `resume`, what is finished stays, and what was interrupted goes on.
+
+    Raises:
+        InputError: If a head needs a stage that the config gives no iterations, or a checkpoint does not fit.
+        FloatingPointError: If a loss is not finite.
+    """
+    if cfg.KD.GENERATIONS:
+        train_generations(cfg, resume=resume)
+        return
+    weights = cfg.KD.PRETRAIN.WEIGHTS or (pretrain(cfg, resume=resume) if cfg.KD.PRETRAIN.MAX_ITER else "")
+    seed(cfg)
+    trainer = Trainer(cfg)
+    if isinstance(trainer.plain_model, TeacherStudent):
+        check_stage(cfg, trainer.plain_model.heads)
+    trainer.resume_or_load(resume=resume)
+    if weights and trainer.start_iter == 0:
+        load_stage(trainer.plain_model, weights)
+    trainer.train()
+
+
+def seed(cfg: CfgNode) -> None:
+    """Seed all random generators as Detectron2 does at the start of a run; without a seed they go on."""
+    if cfg.SEED >= 0:
+        seed_all_rng(cfg.SEED + comm.get_rank())
+
+
+# ---- The stage of the heads ----
+class Pretraining(TeacherStudent):
+    """Trains what some heads need before the main run, and computes no more than that.
+
+    Only the heads' ``pretrained`` submodules are trained and, for a head that ``pretrains_student``, the part of the
+    student's backbone that its loss reaches.
+    """
+
+    frozen_adapters = False
+
+    @configurable
+    def __init__(self, **parts):
+        super().__init__(**parts)
+        staged = [head for head in self.heads.values() if has_stage(head)]
+        self.pretrains_student = any(head.pretrains_student for head in staged)
+        self.heads.requires_grad_(False)
+        for head in staged:
+            for name in head.pretrained:
+                head.get_submodule(name).requires_grad_(True)
+        if not self.pretrains_student:
+            self.student.requires_grad_(False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        parts = super().from_config(cfg)
+        check_stage(cfg, parts["heads"])
+        return parts
+
+    def train(self, mode: bool = True) -> "Pretraining":
+        super().train(mode)
+        if not self.pretrains_student:
+            self.student.eval()
+        return self
+
+    @property
+    def checkpointables(self) -> dict[str, object]:
+        return super().checkpointables | {"kd_teacher": TeacherIdentity(self.teacher)}
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """The losses of the stage.
+
+        Raises:
+            FloatingPointError: If one is not finite.
+        """
+        heads = [head for head in self.heads.values() if has_stage(head)]
+        names = {name for head in heads for name in head.pretrain_signals}
+        teacher_names = {name for head in heads for name in head.pretrain_teacher_signals}
+        student = self.tap.compute(batched_inputs, names, {}) if names else {}
+        teacher = self.teacher.to(self.device)(batched_inputs, teacher_names, {})
+        batch = Batch.from_inputs(batched_inputs, mask_padding=self.mask_padding)
+        losses: dict[str, Tensor] = {}
+        for head in heads:
+            losses |= head.pretrain(student, teacher, batch)
+        check_finite(losses, get_event_storage().iter)
+        return losses
+
+
+class PretrainingTrainer(Trainer):
+    """The trainer of the stage, whose loss may end in the middle of the student."""
+
+    find_unused_parameters = True
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        return Pretraining(cfg).to(cfg.MODEL.DEVICE)
+
+
+class TeacherIdentity:
+    """Lies in the stage's checkpoint, so that it is not loaded beside another teacher."""
+
+    def __init__(self, teacher: Teacher):
+        self.teacher = teacher
+
+    def state_dict(self) -> dict[str, str]:
+        return {"source": self.teacher.source, "sha256": self.teacher.fingerprint()}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        if state["sha256"] != self.teacher.fingerprint():
+            raise InputError(
+                f"KD.PRETRAIN: the stage was trained with another teacher, {state['source']}, not with "
+                f"{self.teacher.source}; train it again, or take the teacher of before."
+            )
+
+
+def check_stage(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
+    """Check that the stage is asked for if, and only if, a head needs it.
+
+    Raises:
+        InputError: If not.
+    """
+    staged = [name for name, head in heads.items() if has_stage(head)]
+    asked = cfg.KD.PRETRAIN.MAX_ITER > 0 or cfg.KD.PRETRAIN.WEIGHTS
+    if staged and not asked:
+        raise InputError(
+            f"KD.PRETRAIN.MAX_ITER: {', '.join(staged)} must be trained before the main run; give the stage "
+            "iterations, or a finished one as KD.PRETRAIN.WEIGHTS."
+        )
+    if asked and not staged:
+        raise InputError(
+            f"KD.PRETRAIN: got {cfg.KD.PRETRAIN.WEIGHTS or cfg.KD.PRETRAIN.MAX_ITER}, but no head of KD.HEADS, "
+            f"{', '.join(cfg.KD.HEADS) or 'none'}, has anything to train before the main run."
+        )
+
+
+def pretrain(cfg: CfgNode, *, resume: bool) -> str:
+    """Train the stage below ``OUTPUT_DIR/pretrain``, unless it is to be resumed and is finished.
+
+    Returns:
+        Path of its final checkpoint.
+    """
+    folder = Path(cfg.OUTPUT_DIR, "pretrain")
+    if resume and (folder / FINAL).is_file():
+        logger.info("The stage before the main run is finished: %s", folder / FINAL)
+        return str(folder / FINAL)
+    folder.mkdir(parents=True, exist_ok=True)
+    seed(cfg)
+    trainer = PretrainingTrainer(stage_config(cfg, folder))
+    trainer.resume_or_load(resume=resume)
+    logger.info("The stage before the main run, in %s", folder)
+    trainer.train()
+    return str(folder / FINAL)
+
+
+def stage_config(cfg: CfgNode, folder: Path) -> CfgNode:
+    """Config of the stage: that of the run, with its own schedule and output, and without evaluation."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    node = cfg.KD.PRETRAIN
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.SOLVER.STEPS = node.MAX_ITER, node.BASE_LR, tuple(node.STEPS)
+    cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.WARMUP_ITERS = "WarmupMultiStepLR", 0
+    cfg.DATASETS.TEST, cfg.TEST.EVAL_PERIOD = (), 0
+    cfg.OUTPUT_DIR = str(folder)
+    cfg.freeze()
+    return cfg
+
+
+def load_stage(model: TeacherStudent, path: str) -> None:
+    """Load what the stage trained: the heads, and the student where a head trained it.
+
+    Raises:
+        InputError: If the file cannot be read, or is that of another teacher.
+    """
+    parts = {"kd_teacher": TeacherIdentity(model.teacher), **model.checkpointables}
+    trained = any(getattr(head, "pretrains_student", False) for head in model.heads.values())
+    KDCheckpointer(model.student if trained else copy.deepcopy(model.student), **parts).load(path)
+
+
+# ---- Generations ----
+def train_generations(cfg: CfgNode, *, resume: bool) -> None:
+    """Train a chain of students, each taught by the one before (Furlanello et al., 2018, 1805.04770)."""
+    for generation in range(1, cfg.KD.GENERATIONS + 1):
+        own = generation_config(cfg, generation)
+        if resume and Path(own.OUTPUT_DIR, FINAL).is_file():
+            logger.info("Generation %d is finished: %s", generation, own.OUTPUT_DIR)
+            continue
+        logger.info("Generation %d of %d, in %s", generation, cfg.KD.GENERATIONS, own.OUTPUT_DIR)
+        Path(own.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+        Path(own.OUTPUT_DIR, "config.yaml").write_text(own.dump(), encoding="utf-8")
+        train(own, resume=resume)
+
+
+def generation_config(cfg: CfgNode, generation: int) -> CfgNode:
+    """Config of one generation, from 1; each has another seed, so that students start from other weights."""
+    cfg, output = cfg.clone(), Path(cfg.OUTPUT_DIR)
+    cfg.defrost()
+    cfg.KD.GENERATIONS = 0
+    cfg.OUTPUT_DIR = str(output / f"gen_{generation}")
+    if cfg.SEED >= 0:
+        cfg.SEED += generation - 1
+    if generation > 1:
+        before = output / f"gen_{generation - 1}"
+        cfg.KD.TEACHER.CONFIG_FILE = str(before / "config.yaml")
+        cfg.KD.TEACHER.WEIGHTS = str(before / FINAL)
+        cfg.KD.TEACHER.OPTS = []
+    cfg.freeze()
+    return cfg

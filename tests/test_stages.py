@@ -1,0 +1,217 @@
+"""The stage before the main run, and generations: finished ones stay, interrupted ones go on, each has its teacher."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from classification.models import classifier_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from helpers import WIDE, distilled_cfg, save_teacher, tiny_cfg, with_data
+
+import kd_det.teacher
+from kd_det import InputError
+from kd_det.data import register_datasets
+from kd_det.engine import Trainer
+from kd_det.stages import FINAL, Pretraining, PretrainingTrainer, seed, train
+
+pytestmark = pytest.mark.usefixtures("in_process")
+STAGE = {"KD.PRETRAIN.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2}
+
+
+@pytest.fixture
+def run(teacher, coco_folder, tmp_path):
+    """Makes the config of a detector's run whose heads have a stage."""
+
+    def make(output="output", heads=("FactorTransferHead",), **options):
+        cfg = with_data(distilled_cfg(teacher, list(heads), STAGE | options), coco_folder, tmp_path / output)
+        cfg.DATASETS.TEST = ()
+        register_datasets(cfg)
+        Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
+        return cfg
+
+    return make
+
+
+def go(cfg, *, resume=False):
+    train(cfg, resume=resume)
+    return weights(cfg.OUTPUT_DIR)
+
+
+def weights(folder, name=FINAL):
+    checkpoint = torch.load(Path(folder, name), weights_only=True)
+    return {**checkpoint["model"], **{f"heads.{key}": x for key, x in checkpoint["kd_heads"].items()}}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def interrupt(monkeypatch, iteration, kind):
+    """The next trainer of a kind is killed before an iteration."""
+    step = kind.run_step
+
+    def run_step(self):
+        if self.iter == iteration and type(self) is kind:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(kind, "run_step", run_step)
+
+
+# ---- The stage of the heads ----
+def test_the_run_begins_with_what_the_stage_trained(run):
+    final = go(run())
+    stage = weights(Path(run().OUTPUT_DIR, "pretrain"))
+    fresh = Pretraining(run()).state_dict()
+    paraphraser = [key for key in stage if ".paraphrasers." in key]
+    assert paraphraser
+    assert all(torch.equal(stage[key], final[key]) for key in paraphraser), "frozen in the main run"
+    assert any(not torch.equal(stage[key], fresh[key]) for key in paraphraser), "trained in the stage"
+    translator = [key for key in stage if ".translators." in key]
+    assert any(not torch.equal(stage[key], final[key]) for key in translator), "trained in the main run"
+
+
+def test_for_an_adapter_of_the_teacher_the_student_does_not_run(run):
+    model = Pretraining(run()).train()
+    runs = []
+    model.student.backbone.register_forward_hook(lambda *_: runs.append("student"))
+    model.teacher.model.backbone.register_forward_hook(lambda *_: runs.append("teacher"))
+    trainer_inputs = next(iter(PretrainingTrainer.build_train_loader(run())))
+    with EventStorage():
+        losses = model(trainer_inputs)
+    assert runs == ["teacher"]
+    assert list(losses) == ["loss_kd_factor_transfer_reconstruct"]
+    sum(losses.values()).backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {name for name, _ in model.named_parameters() if ".paraphrasers." in name}
+
+
+@pytest.mark.parametrize("head", ["ActivationBoundaryHead", "HintHead"])
+def test_a_stage_may_train_the_students_backbone(run, head):
+    """And nothing behind it: not the RPN, not the ROI heads; their weights are those that the run began with."""
+    options = {"KD.HINT.STAGES": 2, "KD.HINT.IN_FEATURES": ["res4"]}
+    options |= {"KD.ACTIVATION_BOUNDARY.IN_FEATURES": ["res3", "res4"]}
+    cfg = run(heads=[head], **options)
+    seed(cfg)
+    before = {key: x.clone() for key, x in Pretraining(cfg).student.state_dict().items()}
+    go(cfg)
+    after = torch.load(Path(cfg.OUTPUT_DIR, "pretrain", FINAL), weights_only=True)["model"]
+    changed = {key for key in after if not torch.equal(after[key], before[key])}
+    assert any(key.startswith("backbone.bottom_up.res4") for key in changed)
+    assert not {key for key in changed if not key.startswith("backbone.")}
+
+
+@pytest.mark.parametrize("place", ["stage", "run"])
+def test_interrupted_and_resumed_gives_the_weights_of_an_uninterrupted_run(run, monkeypatch, place):
+    options = {"SOLVER.MAX_ITER": 4}
+    whole = go(run("whole", **options))
+    cut = run("cut", **options)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3, PretrainingTrainer if place == "stage" else Trainer)
+        with pytest.raises(KeyboardInterrupt):
+            go(cut)
+    assert Path(cut.OUTPUT_DIR, "pretrain", FINAL).exists() == (place == "run")
+    assert same(go(cut, resume=True), whole)
+
+
+def test_a_finished_stage_is_not_repeated(run, monkeypatch):
+    cfg = run()
+    go(cfg)
+    path = Path(cfg.OUTPUT_DIR, "pretrain", FINAL)
+    time = path.stat().st_mtime_ns
+    Path(cfg.OUTPUT_DIR, "last_checkpoint").unlink()
+    go(cfg, resume=True)
+    assert path.stat().st_mtime_ns == time
+
+
+def test_a_stage_can_be_taken_from_another_run(run):
+    first = run("first")
+    go(first)
+    stage = Path(first.OUTPUT_DIR, "pretrain", FINAL)
+    second = run("second", **{"KD.PRETRAIN.MAX_ITER": 0, "KD.PRETRAIN.WEIGHTS": str(stage)})
+    assert same(go(second), weights(first.OUTPUT_DIR))
+    assert not Path(second.OUTPUT_DIR, "pretrain").exists()
+
+
+def test_a_stage_with_another_teacher_is_refused(run, tmp_path):
+    first = run("first")
+    go(first)
+    other = save_teacher(tmp_path / "other", tiny_cfg(options=WIDE), seed=5)
+    stage = str(Path(first.OUTPUT_DIR, "pretrain", FINAL))
+    second = run("second", **other, **{"KD.PRETRAIN.MAX_ITER": 0, "KD.PRETRAIN.WEIGHTS": stage})
+    told = rf"^KD.PRETRAIN: the stage was trained with another teacher, .*teacher.pth, not with {tmp_path}/other/.*pth;"
+    with pytest.raises(InputError, match=told):
+        go(second)
+
+
+@pytest.mark.parametrize(
+    ("heads", "iterations", "told"),
+    [
+        (["FactorTransferHead", "SoftTargetHead"], 0, "MAX_ITER: FactorTransferHead must be trained before the main"),
+        (["SoftTargetHead"], 4, r": got 4, but no head of KD.HEADS, SoftTargetHead, has anything to train before"),
+    ],
+)
+def test_a_stage_that_is_missing_or_that_nobody_needs(run, heads, iterations, told):
+    with pytest.raises(InputError, match=f"^KD.PRETRAIN.?{told}"):
+        go(run(heads=heads, **{"KD.PRETRAIN.MAX_ITER": iterations}))
+
+
+# ---- Generations ----
+@pytest.fixture
+def digits(tmp_path):
+    """A chain of classifiers on digits."""
+    teacher = classifier_cfg(options={"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8})
+
+    def make(output="output"):
+        cfg = classifier_cfg(options={"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8})
+        options = save_teacher(tmp_path / "teacher", teacher)
+        options |= {"KD.HEADS": ["BornAgainHead"], "KD.BORN_AGAIN.SOURCE": "cls", "KD.GENERATIONS": 3, "SEED": 4}
+        options |= {"SOLVER.MAX_ITER": 2, "SOLVER.BASE_LR": 0.1, "OUTPUT_DIR": str(tmp_path / output)}
+        cfg.KD.STUDENT_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE = "ImageClassifier", "TeacherStudent"
+        cfg.merge_from_list([part for pair in options.items() for part in pair])
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("digits_train",), ()
+        return cfg
+
+    return make
+
+
+def test_each_generation_is_taught_by_the_one_before(digits, tmp_path, monkeypatch):
+    teachers = []
+    load = kd_det.teacher.load_strictly
+    monkeypatch.setattr(
+        "kd_det.teacher.load_strictly", lambda model, path, key: teachers.append(path) or load(model, path, key=key)
+    )
+    train(digits(), resume=False)
+    folders = [tmp_path / "output" / f"gen_{i}" for i in (1, 2, 3)]
+    assert teachers == [str(tmp_path / "teacher/teacher.pth"), *(str(x / FINAL) for x in folders[:2])]
+    states = [torch.load(x / FINAL, weights_only=True)["model"] for x in folders]
+    for state in states:
+        build_model(classifier_cfg(options={"MODEL.CLASSIFIER.NUM_CLASSES": 10})).load_state_dict(state)
+    assert not same(states[0], states[1])
+    assert [yaml.safe_load((x / "config.yaml").read_text())["SEED"] for x in folders] == [4, 5, 6]
+
+
+def test_interrupted_generations_go_on(digits, tmp_path, monkeypatch):
+    train(digits("whole"), resume=False)
+    step, generations = Trainer.run_step, []
+
+    def run_step(self):
+        generations.append(Path(self.cfg.OUTPUT_DIR).name)
+        if len(generations) == 4:
+            raise KeyboardInterrupt
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run_step", run_step)
+        with pytest.raises(KeyboardInterrupt):
+            train(digits("cut"), resume=False)
+    done = len(generations)
+    train(digits("cut"), resume=True)
+    assert done == 4
+    for i in (1, 2, 3):
+        cut, whole = (
+            torch.load(tmp_path / x / f"gen_{i}" / FINAL, weights_only=True)["model"] for x in ("cut", "whole")
+        )
+        assert same(cut, whole)
