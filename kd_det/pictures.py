@@ -1,7 +1,8 @@
-"""A picture of several detectors' predictions on the same images."""
+"""A picture of several models' predictions on the same images."""
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,23 @@ from detectron2.structures import BoxMode, Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
+from torch import Tensor
 
-CELL = 640  # least width of an image in the picture, in pixels
+CELL = 640  # least width of an image in the picture of detections, in pixels
+SMALL_CELL = 200  # width in the picture of classifications
 DPI = 100
 FONT_SIZE = 10
 
 
-def draw_comparison(
+@dataclass(frozen=True)
+class Words:
+    """A cell of the grid that has no image."""
+
+    text: str
+    color: str = "black"
+
+
+def draw_detections(
     images: Sequence[dict],
     class_names: Sequence[str],
     predictions: Mapping[str, Sequence[Instances]],
@@ -41,18 +52,52 @@ def draw_comparison(
         for found in predictions.values():
             cells.append(draw_found(pixels, found[i][found[i].scores >= threshold], class_names, palette))
         rows.append(cells)
+    draw_grid(["ground truth", *predictions], rows, CELL, path)
 
-    titles = ["ground truth", *predictions]
+
+def draw_classifications(
+    images: Sequence[dict], class_names: Sequence[str], predictions: Mapping[str, Sequence[Tensor]], path: str
+) -> None:
+    """Write a grid as PNG: one row per image, its label beside it, then one column per classifier.
+
+    In a classifier's column stand its most probable class, green where it is the label and red where not, and the
+    probability.
+
+    Args:
+        images: Dicts with `label`, and with `image` (H, W, 3) as RGB or its `file_name`.
+        class_names: Names of the classes; of those that have none the index is shown.
+        predictions: Name of a classifier to its scores (K,) of each image.
+        path: The file, replaced in one piece.
+    """
+    names = dict(enumerate(class_names))
+    rows = []
+    for i, image in enumerate(images):
+        pixels = image["image"] if "image" in image else utils.read_image(image["file_name"], "RGB")
+        label = image["label"]
+        cells = [pixels, Words(str(names.get(label, label)))]
+        for scores in predictions.values():
+            found = scores[i].argmax().item()
+            color = "green" if found == label else "red"
+            cells.append(Words(f"{names.get(found, found)}\n{scores[i][found]:.0%}", color))
+        rows.append(cells)
+    draw_grid(["", "label", *predictions], rows, SMALL_CELL, path)
+
+
+def draw_grid(titles: Sequence[str], rows: Sequence[Sequence[np.ndarray | Words]], width: int, path: str) -> None:
+    """Write rows of cells as PNG, each column with a title and `width` pixels wide; a row begins with an image."""
     heights = [row[0].shape[0] / row[0].shape[1] for row in rows]
-    size = len(titles) * CELL / DPI, sum(heights) * CELL / DPI + 0.5
+    size = len(titles) * width / DPI, sum(heights) * width / DPI + 0.5
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False, gridspec_kw={"height_ratios": heights})
     for row, row_axes in zip(rows, axes, strict=True):
         for cell, axis in zip(row, row_axes, strict=True):
-            axis.imshow(cell)
             axis.set_axis_off()
+            if isinstance(cell, Words):
+                axis.text(0.5, 0.5, cell.text, color=cell.color, fontsize=1.4 * FONT_SIZE, ha="center", va="center")
+            else:
+                axis.imshow(cell)
     for title, axis in zip(titles, axes[0], strict=True):
-        axis.set_title(title, fontsize=20)
+        axis.set_title(title, fontsize=max(FONT_SIZE, width / 32))
     figure.savefig(f"{path}.partial", format="png")
     os.replace(f"{path}.partial", path)
 

@@ -3,6 +3,7 @@
 
     tools/benchmark.py
     tools/benchmark.py --heads none ReviewKDHead HintHead,SoftTargetHead --rounds 20 --output benchmark
+    tools/benchmark.py --loader CONFIG DATALOADER.NUM_WORKERS 2
 
 Mask R-CNN R18-FPN learns from Mask R-CNN R101-FPN, with random weights, on synthetic scenes. Per combination of heads:
 
@@ -13,6 +14,8 @@ Mask R-CNN R18-FPN learns from Mask R-CNN R101-FPN, with random weights, on synt
 C / (A + B) is what kd_det and the heads themselves cost. A, B and C take turns, with one seed and a learning rate of 0,
 so that all of them sample the same boxes each time; the ratio is the median over rounds, so load on the machine hits
 both sides of it.
+
+With --loader: images per second of a config's training data loader alone, as many as its workers give.
 """
 
 import argparse
@@ -42,9 +45,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from kd_det import Teacher, TeacherStudent, add_kd_config, build_kd_heads
+from kd_det.config import merge_file, merge_list
+from kd_det.data import check_files, register_datasets
 from kd_det.data.shapes import make_scene
 from kd_det.data.writers import coco_annotation
-from kd_det.engine import run_tool
+from kd_det.engine import Trainer, find_config, run_tool
 from kd_det.errors import InputError
 from kd_det.taps import build_tap
 
@@ -57,6 +62,7 @@ COMBINATIONS = [
     "ReviewKDHead,SoftTargetHead",
 ]
 WARM_UP = 2
+LOADER_SECONDS = 10.0
 
 
 def parse_args() -> argparse.Namespace:
@@ -72,6 +78,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8 if cuda else 2, help="images per step (%(default)s)")
     parser.add_argument(
         "--depths", type=int, nargs=2, default=(18, 101), metavar=("STUDENT", "TEACHER"), help="of the ResNets"
+    )
+    parser.add_argument(
+        "--loader", nargs="+", metavar=("CONFIG", "KEY VALUE"), help="measure the data loader of this config alone"
     )
     parser.add_argument("--output", metavar="FOLDER", help="also write benchmark.md and benchmark.json there")
     args = parser.parse_args()
@@ -134,9 +143,9 @@ class Case:
         self.distilled = TeacherStudent(student=student, teacher=teacher if heads else None, heads=modules)
         self.distilled.to(student.device).train()
         self.optimizers = {model: build_optimizer(cfg, model) for model in (student, self.distilled)}
-        self.names = {name for head in modules.values() for name in head.signals}
+        self.names = {name for head in modules.values() for name in teacher_signals(head)}
         torch.manual_seed(0)
-        with tap.record(self.names) as signals:
+        with tap.record({name for head in modules.values() for name in head.signals}) as signals:
             student(self.batch)
         self.signals = {name: signal.detach() for name, signal in signals.items()}
         self.parts = self.plain_step, self.teacher_forward, self.distilled_step
@@ -229,6 +238,26 @@ def in_new_processes(jobs: list[tuple[str, argparse.Namespace]]) -> list[float]:
         return list(tqdm(pool.imap(measure_memory, jobs), total=len(jobs), desc="memory", unit="case", disable=None))
 
 
+def measure_loader(config: str, overrides: list[str]) -> str:
+    """Let a config's training data loader run for some seconds, and tell how fast it was."""
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    merge_file(cfg, find_config(config))
+    merge_list(cfg, overrides, "--loader")
+    register_datasets(cfg)
+    check_files(cfg)
+    batches = iter(Trainer.build_train_loader(cfg))
+    workers = cfg.DATALOADER.NUM_WORKERS
+    # What the workers have ready by now does not count, nor does their start.
+    for _ in range(1 + 2 * workers):
+        next(batches)
+    start, images = time.perf_counter(), 0
+    while time.perf_counter() < start + LOADER_SECONDS:
+        images += len(next(batches))
+    rate = images / (time.perf_counter() - start)
+    return f"{config}: {rate:.0f} images per second with {workers} workers, {cfg.SOLVER.IMS_PER_BATCH} per batch"
+
+
 def make_table(results: dict) -> str:
     """The results as Markdown."""
     rows = []
@@ -251,6 +280,9 @@ def make_table(results: dict) -> str:
 
 def main() -> None:
     args = parse_args()
+    if args.loader:
+        print(measure_loader(args.loader[0], args.loader[1:]))
+        return
     cuda = torch.cuda.is_available()
     # First, because a new process would inherit the peak of this one.
     plain, *memory = in_new_processes([(name, args) for name in ["plain", *args.heads]])

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Compare trained detectors on one test set: accuracy, per class too, size, operations, speed, and a picture.
+"""Compare trained models on one test set: accuracy, per class too, size, operations, speed, and a picture.
 
     tools/compare.py --run teacher=output/teacher --run plain=output/plain --run distilled=output/distilled
 
 A run is NAME=FOLDER, the output folder of a training, or NAME=CONFIG:WEIGHTS. Several runs of one name, for example
-with other seeds, become one column: mean and standard deviation.
+with other seeds, become one column: mean and standard deviation. All runs are detectors, or all are image classifiers.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from kd_det.errors import InputError
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="append", required=True, metavar="NAME=SOURCE", help="a detector; repeat it")
+    parser.add_argument("--run", action="append", required=True, metavar="NAME=SOURCE", help="a model; repeat it")
     parser.add_argument(
         "--output", default="comparison", metavar="FOLDER", help="for JSON, table and PNG (%(default)s)"
     )

@@ -4,10 +4,13 @@
     tools/export_student.py --run output/reviewkd --output exported
     tools/export_student.py --config-file configs/reviewkd_r101_r18.yaml --weights model.pth --output exported
 
-exported/student.yaml and student.pth need no kd_det, except where the backbone is one of kd_det's own.
-exported/student.ts maps one image, (3, H, W) float32 from 0 to 255, to a tuple of tensors. On the sample, and on the
-sample at another size and shape, its results must equal the eager model's, or the export fails. It takes images of any
-size, one at a time, on the kind of device that it was traced on.
+exported/student.yaml and student.pth need no kd_det, except where the model or its backbone is one of kd_det's own.
+exported/student.ts maps one image, (3, H, W) float32 from 0 to 255, to a tuple of tensors. It takes one image at a
+time, of any size (a detector) or of the sample's size (an image classifier), on the kind of device that it was traced
+on. The export fails unless its results on the sample, and on another image made of it, equal the eager model's.
+
+exported/backbone.pth, of an image classifier, is for MODEL.WEIGHTS of a detector with the same network, in Detectron2
+alone, too. Such a detector needs the classifier's INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD.
 """
 
 import argparse
@@ -16,8 +19,9 @@ import os
 import torch
 from detectron2.data import DatasetCatalog
 
+from kd_det.classification.mapper import ClassificationMapper
 from kd_det.data import DetectionMapper, check_files, register_datasets
-from kd_det.engine import import_plugin, run_tool
+from kd_det.engine import import_plugin, is_classifier, run_tool
 from kd_det.errors import InputError
 from kd_det.export import export_student, find_run, header, read_student_config
 
@@ -47,14 +51,17 @@ def read_sample(cfg, image: str | None, size: list[int] | None) -> torch.Tensor:
         return torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) * 255
     if image and not os.path.isfile(image):
         raise InputError(f"--image: there is no file {image}.")
-    if not image:
+    if image:
+        record = {"file_name": image, "label": 0}
+    else:
         try:
             register_datasets(cfg)
             check_files(cfg, train=False)
-            image = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]["file_name"]
+            record = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]
         except (InputError, IndexError) as error:
             raise InputError(f"--image: none is given, and DATASETS.TEST has none: {error}") from error
-    return DetectionMapper(cfg, is_train=False)({"file_name": image})["image"].float()
+    mapper = ClassificationMapper if is_classifier(cfg) else DetectionMapper
+    return mapper(cfg, is_train=False)(record)["image"].float()
 
 
 def main() -> None:

@@ -60,6 +60,7 @@ def train(config: str, output: Path, options: list[str], *, log: bool, threads: 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, metavar="CONFIG")
+    parser.add_argument("--teacher-weights", metavar="FILE", help="a trained teacher: none is trained then")
     parser.add_argument("--student", required=True, action="append", metavar="NAME=CONFIG", help="plain or distilled")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, required=True)
@@ -75,9 +76,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     begin = time.monotonic()
-    teacher = args.output / "teacher"
-    train(args.teacher, teacher, ["SEED", "0", *args.opts], log=False, threads=None)
-    taught = ["KD.TEACHER.CONFIG_FILE", args.teacher, "KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")]
+    teacher, weights = str(args.output / "teacher"), args.teacher_weights
+    if weights:
+        teacher = f"{args.teacher}:{weights}"
+    else:
+        train(args.teacher, Path(teacher), ["SEED", "0", *args.opts], log=False, threads=None)
+        weights = f"{teacher}/model_final.pth"
+    taught = ["KD.TEACHER.CONFIG_FILE", args.teacher, "KD.TEACHER.WEIGHTS", weights]
     runs = [
         (name, config, args.output / f"{name}_seed{seed}", ["SEED", str(seed), *taught, *args.opts])
         for seed in args.seeds

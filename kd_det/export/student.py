@@ -1,22 +1,22 @@
-"""The plain student of a run: read, loaded, and written for stock Detectron2 and for TorchScript."""
+"""The plain student of a run, written for stock Detectron2 and for TorchScript."""
 
 import os
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, get_cfg
-from detectron2.export import TracingAdapter
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, GeneralizedRCNN, build_model
+from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from kd_det.checkpoint import load_strictly
-from kd_det.config import add_kd_config, merge_file, student_config
-from kd_det.engine import find_config
+from kd_det.checkpoint import backbone_of_classifier
+from kd_det.classification import ImageClassifier
+from kd_det.config import add_kd_config
 from kd_det.errors import InputError
+from kd_det.export.runs import load_student, registered_parts
+from kd_det.export.torchscript import trace
 
 
 @dataclass(frozen=True)
@@ -36,64 +36,13 @@ class Exported:
     tried: list[tuple[int, int]]
 
 
-def find_run(folder: str) -> tuple[str, str]:
-    """Config file and newest checkpoint of a run's output folder.
-
-    Raises:
-        InputError: If one of them is missing.
-    """
-    config = Path(folder, "config.yaml")
-    tag = Path(folder, "last_checkpoint")
-    weights = Path(folder, tag.read_text(encoding="utf-8").strip() if tag.is_file() else "model_final.pth")
-    for path in (config, weights):
-        if not path.is_file():
-            raise InputError(f"{folder}: not the output folder of a finished run: {path} does not exist.")
-    return str(config), str(weights)
-
-
-def read_student_config(config_file: str) -> CfgNode:
-    """Config of the student alone, with kd_det's keys at their defaults.
-
-    Args:
-        config_file: A file, or the name of a config of the model zoo.
-
-    Raises:
-        InputError: If there is no such file, or it names parts that are not registered.
-    """
-    cfg = get_cfg()
-    add_kd_config(cfg)
-    cfg.KD.set_new_allowed(True)  # Heads of plugins, which the student alone does not need.
-    merge_file(cfg, find_config(config_file))
-    cfg = student_config(cfg)
-    # The checkpoint holds these weights.
-    cfg.MODEL.TIMM.PRETRAINED = False
-    for key, (registry, name) in _parts(cfg).items():
-        if name not in registry:
-            raise InputError(
-                f"{config_file}: {key} is {name!r}, which nothing registers; --plugin FILE imports what does."
-            )
-    return cfg
-
-
-def load_student(cfg: CfgNode, weights: str, device: str) -> nn.Module:
-    """The student in evaluation mode, its weights loaded strictly.
-
-    Raises:
-        InputError: If the weights do not fit.
-    """
-    cfg = cfg.clone()
-    cfg.MODEL.DEVICE = device
-    model = build_model(cfg)
-    load_strictly(model, weights, key="weights of the run")
-    return model.eval()
-
-
 def export_student(
     cfg: CfgNode, weights: str, output: str, *, sample: Tensor | None = None, device: str = "cpu"
 ) -> Exported:
     """Write ``student.pth``, ``student.yaml`` and, given a sample, ``student.ts``: all of them, or nothing.
 
-    What is traced and checked is the model that the written YAML describes, with the written weights.
+    Of an image classifier also ``backbone.pth``, for MODEL.WEIGHTS of a detector with the same network. What is traced
+    and checked is the model that the written YAML describes, with the written weights.
 
     Args:
         cfg: Config of the student alone.
@@ -117,6 +66,8 @@ def export_student(
         folder.mkdir()
         torch.save({"model": model.state_dict()}, folder / "student.pth")
         (folder / "student.yaml").write_text(header(needs) + plain.dump(), encoding="utf-8")
+        if isinstance(model, ImageClassifier):
+            torch.save(backbone_checkpoint(model), folder / "backbone.pth")
         model = _read_back(folder, needs, device)
         outputs, tried = [], []
         if sample is not None:
@@ -129,10 +80,12 @@ def export_student(
 def plain_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, list[str]]:
     """The config without keys that stock Detectron2 does not know, and the parts of it that are not Detectron2's own.
 
-    With such parts, the keys below MODEL that kd_det adds are kept, because some of the parts read them.
+    With such parts, kd_det's keys are kept, but for KD and data sets, because some of the parts read them.
     """
     needs = [
-        name for registry, name in _parts(cfg).values() if not registry.get(name).__module__.startswith("detectron2.")
+        name
+        for registry, name in registered_parts(cfg).values()
+        if not registry.get(name).__module__.startswith("detectron2.")
     ]
     plain = cfg.clone()
     plain.MODEL.WEIGHTS = weights
@@ -140,49 +93,17 @@ def plain_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, list[str]]:
     known = get_cfg()
     if needs:
         add_kd_config(known)
-        del known["KD"], known.DATASETS["COCO_FORMAT"], known.DATASETS["VOC_FORMAT"]
+        del known["KD"], known.DATASETS["COCO_FORMAT"], known.DATASETS["VOC_FORMAT"], known.DATASETS["IMAGE_FOLDER"]
     _drop_unknown(plain, known)
     return plain, needs
 
 
-def trace(model: nn.Module, sample: Tensor, path: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Trace a detector on an image, save it, and compare the saved file with the eager model.
-
-    The traced function maps one image to a tuple of tensors. Boxes are in pixels of that image, masks (R-CNN) are those
-    of the boxes, (R, 1, m, m), as ``detectron2.layers.paste_masks_in_image`` takes them. Sizes of images may vary.
-
-    Returns:
-        Names of the tensors, and the sizes at which the results were equal.
-
-    Raises:
-        InputError: If nothing is detected on the sample, or results differ.
-    """
-    inference = None
-    if isinstance(model, GeneralizedRCNN):
-
-        def inference(rcnn, inputs):
-            return [{"instances": rcnn.inference(inputs, do_postprocess=False)[0]}]
-
-    adapter = TracingAdapter(model, [{"image": sample}], inference).eval()
-    results = adapter(sample)
-    found = adapter.outputs_schema(results)[0]["instances"]
-    if not len(found):
-        raise InputError(
-            "student.ts: the student detects nothing on the sample, so a traced model cannot be compared with it; "
-            "give an image with objects as --image, or leave TorchScript out with --no-torchscript."
-        )
-    with warnings.catch_warnings():
-        # About constants that the comparison below shows to be harmless.
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        torch.jit.trace(adapter, (sample,), check_trace=False).save(path)
-    traced = torch.jit.load(path, map_location=sample.device)
-
-    height, width = sample.shape[-2:]
-    other = F.interpolate(sample[None], (round(0.77 * height), round(1.13 * width)), mode="bilinear")[0]
-    for image in (sample, other):
-        _compare(adapter(image), traced(image), tuple(image.shape[-2:]))
-    names = [*sorted(found.get_fields()), "image_size"]
-    return names, [(height, width), tuple(other.shape[-2:])]
+def backbone_checkpoint(model: ImageClassifier) -> dict[str, Any]:
+    """A classifier's backbone as Detectron2's checkpointer loads it into any model that has the same network."""
+    weights = backbone_of_classifier(model.state_dict())
+    # Frozen normalisations, which most detectors have, know no counters; others begin anew.
+    kept = {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+    return {"model": kept, "matching_heuristics": True, "__author__": "kd_det"}
 
 
 def header(needs: list[str]) -> str:
@@ -195,13 +116,6 @@ def header(needs: list[str]) -> str:
         "#     cfg = get_cfg()\n"
         "#     kd_det.add_kd_config(cfg)\n"
     )
-
-
-def _parts(cfg: CfgNode) -> dict:
-    return {
-        "MODEL.META_ARCHITECTURE": (META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
-        "MODEL.BACKBONE.NAME": (BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
-    }
 
 
 def _drop_unknown(node: CfgNode, known: CfgNode) -> None:
@@ -222,14 +136,3 @@ def _read_back(folder: Path, needs: list[str], device: str) -> nn.Module:
     model = build_model(cfg)
     model.load_state_dict(torch.load(folder / "student.pth", weights_only=True)["model"])
     return model.eval()
-
-
-def _compare(expected: tuple[Tensor, ...], actual: tuple[Tensor, ...], size: tuple[int, int]) -> None:
-    for own, other in zip(expected, actual, strict=True):
-        if own.shape != other.shape or not torch.allclose(own.float(), other.float(), rtol=1e-4, atol=1e-3):
-            raise InputError(
-                f"student.ts: on an image of {size[0]} x {size[1]} the traced model gives other results than the eager "
-                f"one (tensors of {list(other.shape)} and {list(own.shape)}). Boxes of equal scores, or that overlap "
-                "by the very threshold of the non-maximum suppression, can cause it: try another --image, or leave "
-                "TorchScript out with --no-torchscript."
-            )

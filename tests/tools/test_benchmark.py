@@ -1,12 +1,13 @@
 """tools/benchmark.py: runs, and times the same work on both sides. Times themselves are not tested."""
 
 import json
+import re
 import sys
 
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from helpers import LEVELS, tiny_cfg
+from helpers import LEVELS, tiny_cfg, with_data, write_yaml
 
 from kd_det import Teacher
 
@@ -65,9 +66,22 @@ def test_weights_and_boxes_stay(benchmark, monkeypatch):
     assert len(found["roi_logits"]) == len(case.signals["roi_boxes"]) > 0
 
 
+@pytest.mark.usefixtures("in_process")
+def test_loader(benchmark, monkeypatch, coco_folder, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, "LOADER_SECONDS", 0.1)
+    config = write_yaml(tmp_path / "config.yaml", with_data(tiny_cfg(), coco_folder, tmp_path))
+    run(benchmark, monkeypatch, "--loader", config, "SOLVER.IMS_PER_BATCH", 3)
+    found = re.fullmatch(r"\S+: (\d+) images per second with 0 workers, 3 per batch\n", capsys.readouterr().out)
+    assert int(found[1]) > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--rounds", 0], "--rounds"), (["--heads", "NoHead"], "'NoHead' is not a distillation head")],
+    [
+        (["--rounds", 0], "--rounds"),
+        (["--heads", "NoHead"], "'NoHead' is not a distillation head"),
+        (["--loader", "a.yaml"], "--config-file"),
+    ],
 )
 def test_mistakes_end_in_one_line(arguments, message, benchmark, monkeypatch):
     with pytest.raises(SystemExit, match=message):

@@ -3,17 +3,38 @@
 import json
 
 import cv2
+import numpy as np
 import pytest
+import torch
+from classification.models import classifier_cfg
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import tiny_cfg, with_data
 
-from kd_det.comparison import choose_images, make_table, summarise, without_nan
+from kd_det import pictures
+from kd_det.classification.mapper import ClassificationMapper
+from kd_det.comparison.detection import worth_showing
+from kd_det.comparison.report import choose_images
+from kd_det.comparison.table import decimals, make_table, summarise, without_nan
 from kd_det.data.shapes import CLASSES
 from kd_det.data.shapes_folder import write_shapes
-from kd_det.pictures import CELL
+from kd_det.export import find_run, load_student, read_student_config
+from kd_det.pictures import CELL, SMALL_CELL, Words
 
 pytestmark = pytest.mark.usefixtures("in_process")
+
+DIGITS = {
+    "MODEL.CLASSIFIER.NUM_CLASSES": 10,
+    "INPUT.CLASSIFICATION.SIZE": 8,
+    "DATASETS.TEST": ("digits_test",),
+    "SOLVER.IMS_PER_BATCH": 64,
+}
+
+
+def read_rows(table: str) -> dict[str, list[str]]:
+    """First cell of each row of a Markdown table to the others."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in rows if not row[0].startswith(":-")}
 
 
 def test_masks_boxes_and_seeds(coco_folder, tmp_path, save_run, run_tool, capsys):
@@ -29,13 +50,13 @@ def test_masks_boxes_and_seeds(coco_folder, tmp_path, save_run, run_tool, capsys
 
     text = (output / "comparison.md").read_text()
     assert text in capsys.readouterr().out + "\n"
-    rows = {row.split("|")[1].strip(): row for row in text.splitlines() if row.startswith("|")}
+    rows = read_rows(text)
     assert {"bbox AP", "bbox AP75", "bbox AP-triangle", "segm AP50", "parameters (M)", "GFLOPs", "ms per image"} <= set(
         rows
     )
-    assert "boxes (2 runs)" in rows[""]
-    assert rows["segm AP"].split("|")[3].strip() == "-"
-    assert "±" in rows["bbox AP"]
+    assert rows[""] == ["masks", "boxes (2 runs)"]
+    assert rows["segm AP"][1] == "-"
+    assert "±" in rows["bbox AP"][1]
 
     results = json.loads((output / "comparison.json").read_text())
     assert [run["name"] for run in results["runs"]] == ["masks", "boxes", "boxes"]
@@ -62,6 +83,66 @@ def test_voc_has_both_metrics(tmp_path, save_run, run_tool):
     assert "PASCAL VOC AP" in results["table"]
 
 
+def test_classifiers_and_seeds(tmp_path, save_run, run_tool):
+    wide = save_run(tmp_path / "wide", classifier_cfg("wide_resnet", options=DIGITS))
+    cfg = classifier_cfg(options=DIGITS)
+    narrow = [save_run(tmp_path / f"narrow{seed}", cfg, seed=seed) for seed in (0, 1)]
+    runs = [f"narrow={narrow[0]}", f"narrow={narrow[1]}", f"wide={wide}"]
+    output = tmp_path / "comparison"
+    run_tool("compare", *(x for run in runs for x in ("--run", run)), "--output", output, "--images", 3)
+
+    rows = read_rows((output / "comparison.md").read_text())
+    classes = [f"top1-{digit}" for digit in range(10)]
+    assert list(rows) == ["", "top1", "top5", *classes, "parameters (M)", "GFLOPs", "ms per image"]
+    assert rows[""] == ["narrow (2 runs)", "wide"]
+    assert "±" in rows["top1"][0]
+    assert float(rows["GFLOPs"][1]) > 0  # At two decimals it would be 0.00.
+
+    results = json.loads((output / "comparison.json").read_text())
+    assert (results["dataset"], results["dataset_images"]) == ("digits_test", 355)
+    config, weights = find_run(wide)
+    model, mapper = load_student(read_student_config(config), weights, "cpu"), ClassificationMapper(cfg, is_train=False)
+    images = [mapper(record) for record in DatasetCatalog.get("digits_test")]
+    with torch.no_grad():
+        answers = [output["scores"].argmax().item() for output in model(images)]
+    hits = [answer == image["label"] for answer, image in zip(answers, images, strict=True)]
+    assert results["runs"][2]["metrics"]["top1"] == pytest.approx(100 * sum(hits) / len(hits))
+    assert cv2.imread(str(output / "comparison.png")).shape[1] == 4 * SMALL_CELL  # image, label, narrow, wide
+
+
+def test_folders_of_images_name_the_classes(tmp_path, save_run, run_tool):
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "photos" / name / "0.png"), np.zeros((20, 30, 3), np.uint8))
+    cfg = classifier_cfg(options={"DATASETS.TEST": ("photos",)})
+    cfg.DATASETS.IMAGE_FOLDER["photos"] = CfgNode({"ROOT": str(tmp_path / "photos")})
+    run_tool("compare", "--run", f"a={save_run(tmp_path / 'run', cfg)}", "--output", tmp_path / "out")
+    rows = read_rows((tmp_path / "out/comparison.md").read_text())
+    assert list(rows)[1:5] == ["top1", "top1-ant", "top1-bee", "top1-cat"]  # Of three classes there is no top 5.
+    assert (tmp_path / "out/comparison.png").is_file()
+
+
+def test_picture_has_each_classifiers_answer_beside_the_label(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "draw_grid", lambda *arguments: drawn.extend(arguments))
+    image = {"image": np.zeros((8, 8, 3), np.uint8), "label": 1}
+    scores = {"right": [torch.tensor([0.2, 0.7, 0.1])], "wrong": [torch.tensor([0.2, 0.2, 0.6])]}
+    pictures.draw_classifications([image], ["ant", "bee"], scores, "unused.png")
+    titles, rows = drawn[:2]
+    assert titles == ["", "label", "right", "wrong"]
+    assert rows[0][0] is image["image"]
+    assert rows[0][1:] == [Words("bee"), Words("bee\n70%", "green"), Words("2\n60%", "red")]
+
+
+def test_a_mix_is_refused(coco_folder, tmp_path, save_run, run_tool):
+    detector = save_run(tmp_path / "detector", with_data(tiny_cfg(), coco_folder, tmp_path))
+    classifier = save_run(tmp_path / "classifier", classifier_cfg(options=DIGITS))
+    with pytest.raises(SystemExit, match="'b' is an image classifier, 'a' is a detector") as error:
+        run_tool("compare", "--run", f"a={detector}", "--run", f"b={classifier}", "--output", tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -77,13 +158,8 @@ def test_mistakes_end_in_one_line(arguments, message, coco_folder, tmp_path, sav
         run_tool("compare", *(argument.format(run=run) for argument in arguments), "--output", tmp_path / "out")
 
 
-class Named:
-    def __init__(self, name):
-        self.name = name
-
-
 def test_mean_and_deviation_over_seeds():
-    summary = summarise([Named("a"), Named("b"), Named("a")], [{"bbox AP": x} for x in (10.0, 50.0, 14.0)])
+    summary = summarise("aba", [{"bbox AP": x} for x in (10.0, 50.0, 14.0)])
     assert summary["a"]["bbox AP"] == {"mean": 12.0, "std": pytest.approx(8**0.5)}  # (4 + 4) / (2 - 1)
     assert summary["b"]["bbox AP"] == {"mean": 50.0, "std": 0.0}
     runs = [{"name": name} for name in "aba"]
@@ -92,15 +168,22 @@ def test_mean_and_deviation_over_seeds():
     assert "| 50.00" in table
 
 
+@pytest.mark.parametrize(
+    ("values", "digits"), [([37.7, 4.2], 2), ([0.57, 3.4], 2), ([0.078], 3), ([0.0112, 0.0008], 5), ([0.0], 2), ([], 2)]
+)
+def test_small_numbers_keep_two_digits(values, digits):
+    assert decimals(values) == digits
+
+
 def test_a_seed_without_a_metric_is_no_crash():
-    summary = summarise([Named("a"), Named("a")], [{"bbox AP": 1.0, "bbox AP-x": 1.0}, {"bbox AP": 0.0}])
+    summary = summarise("aa", [{"bbox AP": 1.0, "bbox AP-x": 1.0}, {"bbox AP": 0.0}])
     assert without_nan(summary["a"]["bbox AP-x"]) == {"mean": None, "std": None}
 
 
 def test_chosen_images_are_spread_and_have_objects():
-    dicts = [{"annotations": [1] * (i % 2), "i": i} for i in range(12)]
-    assert [x["i"] for x in choose_images(dicts, 3)] == [1, 5, 9]
-    assert len(choose_images(dicts, 99)) == 6
+    records = worth_showing([{"annotations": [1] * (i % 2), "i": i} for i in range(12)])
+    assert [x["i"] for x in choose_images(records, 3)] == [1, 5, 9]
+    assert len(choose_images(records, 99)) == 6
 
 
 def test_json_has_no_nan():

@@ -8,9 +8,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from classification.models import PAIRS, classifier_cfg
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from helpers import distilled_cfg, tiny_cfg
+from helpers import build, distilled_cfg, tiny_cfg
 
 from kd_det.errors import InputError
 from kd_det.export import export_student, find_run, load_student, read_student_config
@@ -118,6 +120,54 @@ def test_own_backbone_is_named_with_what_it_needs(tmp_path, save_run, run_tool, 
     cfg.merge_from_file(str(tmp_path / "out/student.yaml"))
     weights = torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"]
     build_model(cfg).load_state_dict(weights, strict=True)
+
+
+@pytest.mark.parametrize("family", PAIRS)
+def test_classifier_reads_back_and_traces(family, tmp_path, save_run):
+    import kd_det
+
+    config, weights = find_run(save_run(tmp_path / "run", classifier_cfg(family)))
+    sample = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255
+    done = export_student(read_student_config(config), weights, str(tmp_path / "out"), sample=sample)
+    assert done.files == ["backbone.pth", "student.pth", "student.ts", "student.yaml"]
+    assert "ImageClassifier" in done.needs
+    assert (done.outputs, done.tried) == (["scores"], [(32, 32)])
+
+    cfg = get_cfg()
+    kd_det.add_kd_config(cfg)
+    cfg.merge_from_file(str(tmp_path / "out/student.yaml"))
+    assert cfg.INPUT.CLASSIFICATION.SIZE == 32
+    model = build_model(cfg).eval()
+    model.load_state_dict(torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"], strict=True)
+    image = sample.flip(1)
+    with torch.no_grad():
+        own = model([{"image": image}])[0]["scores"]
+    (scores,) = torch.jit.load(tmp_path / "out/student.ts")(image)
+    assert torch.allclose(scores, own, rtol=1e-5)
+
+
+def test_stock_detector_starts_from_a_classifiers_backbone(tmp_path, save_run, run_tool):
+    run = save_run(tmp_path / "run", classifier_cfg("detectron2"))
+    run_tool("export_student", "--run", run, "--output", tmp_path / "out", "--no-torchscript")
+    weights = torch.load(tmp_path / "out/backbone.pth", weights_only=True)["model"]
+    for norm in ("FrozenBN", "BN"):
+        detector = build(tiny_cfg(options=STOCK | {"MODEL.MASK_ON": False, "MODEL.RESNETS.NORM": norm}), seed=3)
+        offered = {f"backbone.bottom_up.{key}": value for key, value in weights.items()}
+        own = {key for key in detector.state_dict() if "bottom_up" in key and not key.endswith("num_batches_tracked")}
+        assert own == offered.keys()
+        DetectionCheckpointer(detector).load(str(tmp_path / "out/backbone.pth"))
+        loaded = detector.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in offered.items())
+
+
+def test_classifiers_sample(photo, tmp_path, save_run, run_tool, capsys):
+    """By default the first test image; a file of any size is made what the classifier takes."""
+    options = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8, "DATASETS.TEST": ("digits_test",)}
+    run = save_run(tmp_path / "run", classifier_cfg(options=options))
+    for arguments in ([], ["--image", photo]):
+        output = tmp_path / f"out{len(arguments)}"
+        run_tool("export_student", "--run", run, "--output", output, *arguments)
+        assert "student.ts returns (scores); equal to the eager model on images of 8 x 8" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

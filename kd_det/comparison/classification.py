@@ -1,0 +1,31 @@
+"""The part of a comparison that is about image classifiers; ``detection`` has the same names for detectors."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from kd_det.classification.evaluator import ClassificationEvaluator
+from kd_det.classification.mapper import ClassificationMapper
+from kd_det.comparison.runs import Run
+from kd_det.data import class_names
+from kd_det.pictures import draw_classifications
+
+Mapper = ClassificationMapper
+
+
+def evaluate(runs: list[Run], dataset: str, records: list[dict]) -> list[dict[str, float]]:
+    """Top-1 and top-5 accuracy over all classes, and top-1 per class."""
+    found = [run.evaluate(dataset, ClassificationEvaluator(dataset))["classification"] for run in runs]
+    return [{key: value for key, value in metrics.items() if key != "error"} for metrics in found]
+
+
+def worth_showing(records: list[dict]) -> list[dict]:
+    """All images."""
+    return records
+
+
+def draw(
+    images: list[dict], dataset: str, predictions: Mapping[str, Sequence[Tensor]], threshold: float, path: str
+) -> None:
+    """Write the picture: every run's class of the same images; `threshold` has no part in it."""
+    draw_classifications(images, class_names(dataset), predictions, path)

@@ -1,0 +1,102 @@
+"""The models of a comparison, and what their inference costs."""
+
+import contextlib
+import io
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from detectron2.structures import Instances
+from detectron2.utils.analysis import FlopCountAnalysis
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kd_det.data import check_files, check_num_classes, register_datasets
+from kd_det.engine import Trainer, is_classifier
+from kd_det.errors import InputError
+from kd_det.export import find_run, load_student, read_student_config
+
+TIMED_ROUNDS = 5
+
+
+@dataclass
+class Run:
+    """A trained model.
+
+    Attributes:
+        name: Its title. Runs of one name are the seeds of one experiment.
+        source: Where it comes from, as the user said.
+        cfg: Config of the student alone.
+        model: In evaluation mode.
+    """
+
+    name: str
+    source: str
+    cfg: CfgNode
+    model: nn.Module
+
+    @torch.no_grad()
+    def predict(self, image: dict[str, Any]) -> Instances | Tensor:
+        """What a detector finds in an image, or the scores (K,) that a classifier gives it, on the CPU."""
+        output = self.model([image])[0]
+        return output["instances" if "instances" in output else "scores"].to("cpu")
+
+    def evaluate(self, dataset: str, evaluator: DatasetEvaluator) -> dict[str, Any]:
+        """What an evaluator says of the predictions on a data set; what it prints is kept back."""
+        loader = Trainer.build_test_loader(self.cfg, dataset)
+        progress = tqdm(loader, desc=f"{self.name}: {dataset}", unit="batch", disable=None)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return inference_on_dataset(self.model, progress, evaluator)
+
+
+def load_runs(runs: Sequence[tuple[str, str]], dataset: str | None, device: str) -> tuple[str, list[Run]]:
+    """The name of the test set, and the runs, their configs checked before any model is built."""
+    cfgs, weights = [], []
+    for name, source in runs:
+        if not os.path.isdir(source) and ":" not in source:
+            raise InputError(f"--run {name}={source}: neither an output folder nor CONFIG:WEIGHTS.")
+        config_file, path = find_run(source) if os.path.isdir(source) else source.split(":", 1)
+        cfgs.append(read_student_config(config_file))
+        weights.append(path)
+        register_datasets(cfgs[-1])
+    classifiers = {is_classifier(cfg): name for (name, _), cfg in zip(runs, cfgs, strict=True)}
+    if len(classifiers) > 1:
+        raise InputError(
+            f"--run: {classifiers[True]!r} is an image classifier, {classifiers[False]!r} is a detector; all runs of a "
+            "comparison must be of one kind."
+        )
+    if not dataset and not cfgs[0].DATASETS.TEST:
+        raise InputError(f"--dataset: none is given, and DATASETS.TEST of {runs[0][1]} is empty.")
+    dataset = dataset or cfgs[0].DATASETS.TEST[0]
+    for cfg in cfgs:
+        cfg.DATASETS.TEST = (dataset,)
+        check_files(cfg, train=False)
+        check_num_classes(cfg, train=False)
+    parts = zip(runs, cfgs, weights, strict=True)
+    return dataset, [Run(*run, cfg, load_student(cfg, path, device)) for run, cfg, path in parts]
+
+
+def count_gflops(model: nn.Module, image: dict[str, Any]) -> float:
+    """Billions of multiply-adds of the inference on an image, as fvcore counts them."""
+    count = FlopCountAnalysis(model, [{"image": image["image"]}])
+    count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    return count.total() / 1e9
+
+
+def measure_times(runs: list[Run], samples: list[list[dict[str, Any]]]) -> list[float]:
+    """Median time of each run's inference on an image, in ms; the runs take turns, so all meet the same load."""
+    times: list[list[float]] = [[] for _ in runs]
+    for round_ in tqdm(range(TIMED_ROUNDS + 1), desc="speed", unit="round", disable=None):
+        for turn in zip(*samples, strict=True):
+            for own, run, image in zip(times, runs, turn, strict=True):
+                start = time.perf_counter()
+                run.predict(image)
+                if round_ > 0:  # The first one warms up.
+                    own.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(own) for own in times]

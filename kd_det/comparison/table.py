@@ -1,0 +1,85 @@
+"""The numbers of a comparison: mean and deviation over seeds, as a table and without NaN."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+# First letters of the metrics in the order of the table, and what is told of them below it.
+SECTIONS = {
+    "bbox": "bbox, segm: COCO AP.",
+    "segm": "",
+    "voc": "voc: PASCAL VOC AP, without objects marked as difficult.",
+    "top": "top1, top5: accuracy in percent; top1-NAME: of the images of one class.",
+    "parameters": "",
+    "GFLOPs": "GFLOPs: billions of multiply-adds per image.",
+    "ms": "",
+}
+# Their numbers may be far below 1; those of the others are percentages.
+COSTS = ("parameters", "GFLOPs", "ms")
+
+
+def summarise(names: Sequence[str], measured: Sequence[dict[str, float]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Name of an experiment and metric to the mean and the standard deviation (0 for one run) over its runs.
+
+    Args:
+        names: The experiment of each run.
+        measured: The metrics of each run.
+    """
+    seeds: dict[str, list[dict[str, float]]] = {}
+    for name, metrics in zip(names, measured, strict=True):
+        seeds.setdefault(name, []).append(metrics)
+    summary: dict[str, dict[str, dict[str, float]]] = {name: {} for name in seeds}
+    for name, found in seeds.items():
+        for metric in dict.fromkeys(metric for metrics in found for metric in metrics):
+            values = [metrics.get(metric, math.nan) for metrics in found]
+            std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            summary[name][metric] = {"mean": statistics.fmean(values), "std": std}
+    return summary
+
+
+def make_table(results: dict[str, Any]) -> str:
+    """The summary as a Markdown table, one column per name, with what the numbers are below it."""
+    summary = results["summary"]
+    counts = {name: sum(run["name"] == name for run in results["runs"]) for name in summary}
+    metrics = dict.fromkeys(metric for column in summary.values() for metric in column)
+    sections = {metric: next(x for x in SECTIONS if metric.startswith(x)) for metric in metrics}
+    order = sorted(metrics, key=lambda metric: list(SECTIONS).index(sections[metric]))
+
+    def row(metric: str) -> list[str]:
+        found = {name: column[metric] for name, column in summary.items() if metric in column}
+        found = {name: x for name, x in found.items() if not math.isnan(x["mean"])}
+        digits = decimals([x["mean"] for x in found.values()]) if sections[metric] in COSTS else 2
+        cells = {
+            name: f"{x['mean']:.{digits}f}" + (f" ± {x['std']:.{digits}f}" if counts[name] > 1 else "")
+            for name, x in found.items()
+        }
+        return [metric, *(cells.get(name, "-") for name in summary)]
+
+    headers = ["", *(name if count == 1 else f"{name} ({count} runs)" for name, count in counts.items())]
+    table = tabulate([row(metric) for metric in order], headers, tablefmt="pipe", disable_numparse=True)
+    told = [text for section, text in SECTIONS.items() if text and section in sections.values()]
+    return (
+        f"{table}\n\n"
+        f"{results['dataset']}, {results['dataset_images']} images. {' '.join(told)} "
+        "±: standard deviation over runs. "
+        f"Time: median, batch of one, models in turn, on {results['device']}; other work on the machine shifts it."
+    )
+
+
+def decimals(values: list[float]) -> int:
+    """Digits behind the point: two, or as many as leave the least value two that are not leading zeros."""
+    least = min((value for value in values if value > 0), default=1.0)
+    return max(2, 1 - math.floor(math.log10(least)))
+
+
+def without_nan(value: Any) -> Any:
+    """The same with None for NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

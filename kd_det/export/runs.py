@@ -1,0 +1,71 @@
+"""The student of a run: its files, its config, and the model."""
+
+from pathlib import Path
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
+from torch import nn
+
+from kd_det.checkpoint import load_strictly
+from kd_det.config import add_kd_config, merge_file, student_config
+from kd_det.engine import find_config
+from kd_det.errors import InputError
+
+
+def find_run(folder: str) -> tuple[str, str]:
+    """Config file and newest checkpoint of a run's output folder.
+
+    Raises:
+        InputError: If one of them is missing.
+    """
+    config = Path(folder, "config.yaml")
+    tag = Path(folder, "last_checkpoint")
+    weights = Path(folder, tag.read_text(encoding="utf-8").strip() if tag.is_file() else "model_final.pth")
+    for path in (config, weights):
+        if not path.is_file():
+            raise InputError(f"{folder}: not the output folder of a finished run: {path} does not exist.")
+    return str(config), str(weights)
+
+
+def read_student_config(config_file: str) -> CfgNode:
+    """Config of the student alone, with kd_det's keys at their defaults.
+
+    Args:
+        config_file: A file, or the name of a config of the model zoo.
+
+    Raises:
+        InputError: If there is no such file, or it names parts that are not registered.
+    """
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    cfg.KD.set_new_allowed(True)  # Heads of plugins, which the student alone does not need.
+    merge_file(cfg, find_config(config_file))
+    cfg = student_config(cfg)
+    # The checkpoint holds these weights.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    for key, (registry, name) in registered_parts(cfg).items():
+        if name not in registry:
+            raise InputError(
+                f"{config_file}: {key} is {name!r}, which nothing registers; --plugin FILE imports what does."
+            )
+    return cfg
+
+
+def load_student(cfg: CfgNode, weights: str, device: str) -> nn.Module:
+    """The student in evaluation mode, its weights loaded strictly.
+
+    Raises:
+        InputError: If the weights do not fit.
+    """
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = device
+    model = build_model(cfg)
+    load_strictly(model, weights, key="weights of the run")
+    return model.eval()
+
+
+def registered_parts(cfg: CfgNode) -> dict:
+    return {
+        "MODEL.META_ARCHITECTURE": (META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
+        "MODEL.BACKBONE.NAME": (BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
+    }
