@@ -51,6 +51,7 @@ from kd_det.data.shapes import make_scene
 from kd_det.data.writers import coco_annotation
 from kd_det.engine import Trainer, find_config, run_tool
 from kd_det.errors import InputError
+from kd_det.heads.build import teacher_signals
 from kd_det.taps import build_tap
 
 COMBINATIONS = [
@@ -60,6 +61,11 @@ COMBINATIONS = [
     "HintHead",
     "SoftTargetHead",
     "ReviewKDHead,SoftTargetHead",
+    "SoftmaxRegressionHead",
+    "FactorTransferHead",
+    "InheritExploreHead",
+    "OverhaulHead",
+    "BornAgainHead",
 ]
 WARM_UP = 2
 LOADER_SECONDS = 10.0
