@@ -72,6 +72,23 @@ class BackboneTap:
             self._forward(batched_inputs, set(names), student)
         return signals
 
+    @property
+    def features(self) -> list[str]:
+        """Names of the backbone's outputs."""
+        return list(self.model.backbone.output_shape())
+
+    def recompute(self, signals: Signals, names: Collection[str], student: Signals) -> Signals:
+        """Compute signals of the parts behind the backbone once more, on other boxes.
+
+        Args:
+            signals: What was recorded of the model: all of its :attr:`features` at least.
+            names: The signals to compute.
+            student: Signals of the model whose boxes they are computed on.
+        """
+        with self.record(names) as found:
+            self._run({name: signals[name] for name in self.features}, set(names), student)
+        return found
+
     def check_alignment(self, teacher: "BackboneTap", names: Collection[str]) -> None:
         """Check that equal places in two models' signals mean the same.
 

@@ -1,6 +1,6 @@
 """The tap of image classifiers."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ class ImageClassifierTap(BackboneTap):
 
     def _forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
         images = self.model.preprocess_image(batched_inputs)
-        with torch.set_grad_enabled("input_gradient" in names):
+        with torch.enable_grad() if "input_gradient" in names else nullcontext():
             features = self.model.backbone(images)
             if names & {"pooled", "logits", "logits_weight", "logits_bias", "input_gradient"}:
                 logits = self.model.classify(features)
