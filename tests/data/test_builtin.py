@@ -2,7 +2,10 @@
 
 import importlib.util
 import pickle
+from collections import Counter
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog
@@ -12,6 +15,13 @@ from kd_det.data import check_files, class_names
 from kd_det.errors import InputError
 
 KINDS = {"cifar10": (CIFAR10, "labels"), "cifar100": (CIFAR100, "fine_labels")}
+
+
+def load_script(path):
+    spec = importlib.util.spec_from_file_location("script", Path(__file__).resolve().parents[2] / path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def write_archive(root, reader, key):
@@ -98,3 +108,31 @@ def test_digits_without_scikit_learn(cfg, monkeypatch):
     cfg.DATASETS.TRAIN = ("digits_train",)
     with pytest.raises(InputError, match=r"^data set 'digits_train': scikit-learn is not installed; run pip install"):
         check_files(cfg)
+
+
+def test_a_part_of_cifar10_as_folders(archives, monkeypatch, capsys):
+    """Two images of each class, the same for the same seed, with the pixels of the archive."""
+    script = load_script("datasets/prepare_cifar10.py")
+
+    def prepare(name, *options):
+        monkeypatch.setattr(
+            "sys.argv", ["x", "--output", str(archives / name), "--train", "2", "--test", "1", *options]
+        )
+        script.main()
+        return sorted(path.relative_to(archives / name) for path in (archives / name).rglob("*.png"))
+
+    paths = prepare("one")
+    assert Counter(path.parts[:2] for path in paths) == {
+        **{("train", name): 2 for name in "abcd"},
+        **{("test", name): 1 for name in "abcd"},
+    }
+    assert prepare("two") == paths
+    assert prepare("three", "--seed", "1") != paths
+    for path in paths:
+        record = DatasetCatalog.get(f"cifar10_{path.parts[0]}")[int(path.stem)]
+        assert "abcd"[record["label"]] == path.parts[1]
+        assert np.array_equal(cv2.imread(str(archives / "one" / path))[:, :, ::-1], record["image"])
+    with pytest.raises(InputError, match=r"one exists already; delete it or choose another folder"):
+        prepare("one")
+    with pytest.raises(InputError, match=r"^--train, --test: got 9; each class has 5 images"):
+        prepare("four", "--train", "9")
