@@ -9,6 +9,7 @@ from kd_det.config import add_kd_config
 from kd_det.errors import InputError
 from kd_det.heads import build_kd_heads
 from kd_det.meta_arch import TeacherStudent
+from kd_det.mutual import MutualStudents
 from kd_det.registry import KD_HEAD_REGISTRY, TAP_REGISTRY
 from kd_det.signals import Batch, Signals
 from kd_det.teacher import Teacher, build_teacher
@@ -21,6 +22,7 @@ __all__ = [
     "Batch",
     "ImageClassifier",
     "InputError",
+    "MutualStudents",
     "Signals",
     "Teacher",
     "TeacherStudent",

@@ -1,7 +1,6 @@
-"""Checkpoints: loaded without running code from the file, strictly where asked, written in one piece."""
+"""Checkpoints: loaded without running code from the file, strictly where asked; a damaged one is passed over."""
 
 import os
-import pickle
 import re
 from typing import Any
 
@@ -12,7 +11,9 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from kd_det.errors import InputError
+from kd_det.errors import InputError, UnreadableError
+from kd_det.files import write_whole
+from kd_det.formats import backbone_of_classifier, load_zoo_pickle, rename_torchvision_resnet
 
 
 class KDCheckpointer(DetectionCheckpointer):
@@ -22,32 +23,85 @@ class KDCheckpointer(DetectionCheckpointer):
     the plain student. Loads what Detectron2 loads (``.pkl`` of its zoos, ``.pth``), and torchvision's ResNets as they
     come.
 
+    Attributes:
+        keep: How many checkpoints of iterations stay, the newest ones; 0: all.
+
     Raises:
         InputError: When loading, if the file does not exist, cannot be read, holds anything but arrays and plain
-            containers, shares no key with the model, or lacks a checkpointable that is to be loaded.
+            containers, shares no key with the model, or lacks a checkpointable that is to be loaded. When saving, if
+            the file cannot be written; the checkpoints before it are still there.
     """
 
+    keep = 0
+
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write a checkpoint beside its target and rename it: a reader sees all of it, or the file before it."""
+        """Write a checkpoint, whole or not at all; it becomes the one that a run is resumed from."""
         if not self.save_dir or not self.save_to_disk:
             return
+        self.write(name, **kwargs)
+        self.tag_last_checkpoint(f"{name}.pth")
+        if self.keep:
+            for path in self._periodic()[self.keep :]:
+                os.remove(path)
+
+    def write(self, name: str, **kwargs: Any) -> None:
+        """Write a checkpoint that no run is resumed from."""
         data = {"model": self.model.state_dict()}
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        torch.save(data | kwargs, f"{path}.partial")
-        os.replace(f"{path}.partial", path)
-        self.tag_last_checkpoint(os.path.basename(path))
+        write_whole(path, lambda file: torch.save(data | kwargs, file))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        write_whole(path, lambda file: file.write(last_filename_basename.encode()))
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """See Detectron2. Where the last checkpoint is damaged or gone, the newest before it is loaded.
+
+        Raises:
+            InputError: If all are damaged or gone.
+        """
+        if not (resume and self.has_checkpoint()):
+            return self.load(path, checkpointables=[])
+        last = self.get_checkpoint_file()
+        reasons = []
+        for file in [last, *self._before(last)]:
+            if not os.path.isfile(file):
+                reasons.append(f"{file} does not exist")
+                continue
+            try:
+                loaded = self.load(file)
+            except UnreadableError as error:
+                reasons.append(str(error))
+                continue
+            if reasons:
+                self.logger.warning("%s. Going on with the checkpoint before, %s.", "; ".join(reasons), file)
+            return loaded
+        told = "; ".join(reasons)
+        raise InputError(f"--resume: {told}. No checkpoint is left; without --resume the run begins anew.")
+
+    def _periodic(self) -> list[str]:
+        """Paths of the checkpoints of iterations, the one written last first."""
+        names = [name for name in os.listdir(self.save_dir) if iteration_of(name) >= 0]
+        paths = [os.path.join(self.save_dir, name) for name in names]
+        return sorted(paths, key=lambda path: (os.stat(path).st_mtime_ns, path), reverse=True)
+
+    def _before(self, last: str) -> list[str]:
+        """The checkpoints of iterations before that of another one."""
+        limit = iteration_of(last)
+        return [path for path in self._periodic() if limit < 0 or iteration_of(path) < limit]
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         self._required = list(self.checkpointables) if checkpointables is None else checkpointables
+        self._parsed_url_during_load = None  # Left behind by a load that failed.
         return super().load(find_file(path, "MODEL.WEIGHTS") if path else path, checkpointables)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             loaded = load_zoo_pickle(filename) if filename.endswith(".pkl") else super()._load_file(filename)
         except Exception as error:  # whatever a broken or hostile file provokes
-            raise InputError(f"{filename}: not a checkpoint that can be loaded safely: {reason(error)}") from error
+            raise UnreadableError(f"{filename}: not a checkpoint that can be loaded safely: {reason(error)}") from error
         model = loaded["model"]
         if isinstance(model, dict) and "state_dict" in model:  # as PyTorch's own training scripts save it
             loaded["model"] = model = model["state_dict"]
@@ -114,6 +168,12 @@ def load_strictly(model: nn.Module, path: str, *, key: str) -> None:
         raise InputError(f"{key}: {path} does not fit the config's {type(model).__name__}: {error}") from error
 
 
+def iteration_of(path: str) -> int:
+    """The iteration after which a checkpoint was written, as its name says; -1 where it says none."""
+    found = re.fullmatch(r"model_(\d+)\.pth", os.path.basename(path))
+    return int(found[1]) if found else -1
+
+
 def find_file(path: str, key: str) -> str:
     """Local path of a file or URL, downloaded if need be; a query after ``?`` is kept.
 
@@ -128,51 +188,6 @@ def find_file(path: str, key: str) -> str:
     if not os.path.isfile(local):
         raise InputError(f"{key}: there is no file {path}.")
     return local + mark + query
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain containers, the contents of the zoos' files, and nothing else."""
-
-    def find_class(self, module: str, name: str):
-        module = module.replace("numpy.core", "numpy._core")
-        if (module, name) in {
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "scalar"),
-            ("collections", "OrderedDict"),
-            ("_codecs", "encode"),
-        }:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def load_zoo_pickle(filename: str) -> dict[str, Any]:
-    """Read a ``.pkl`` of Detectron2's or Caffe2's zoo: "model", and what the checkpointer needs to match it."""
-    with open(filename, "rb") as file:
-        data = _ArrayUnpickler(file, encoding="latin1").load()
-    if "model" in data and "__author__" in data:
-        return data
-    blobs = data.get("blobs", data)
-    model = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
-    return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-def rename_torchvision_resnet(state: dict[str, Any]) -> dict[str, Any]:
-    """Give torchvision's ResNet weights our names: ``layer1.0.bn1.weight`` to ``res2.0.conv1.norm.weight``."""
-    renamed = {}
-    for key, value in state.items():
-        key = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
-        key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
-        key = re.sub(r"bn(\d)", r"conv\1.norm", key)
-        key = re.sub(r"^fc", "linear", key)
-        renamed[key if key.startswith(("res", "linear")) else f"stem.{key}"] = value
-    return renamed
-
-
-def backbone_of_classifier(state: dict[str, Any]) -> dict[str, Any]:
-    """The backbone's weights of an image classifier, named so that those of a detector's backbone match them."""
-    return {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
 
 
 def counted_keys(model: nn.Module) -> set[str]:

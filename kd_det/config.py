@@ -1,5 +1,6 @@
 """Every config key that kd_det adds to Detectron2's, and how configs are read."""
 
+import os
 from pathlib import Path
 
 import yaml
@@ -8,6 +9,9 @@ from detectron2.config import CfgNode
 
 from kd_det.errors import InputError
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
+
+# Meta-architectures around a student, which is KD.STUDENT_ARCHITECTURE.
+DISTILLED = ("TeacherStudent", "MutualStudents")
 
 
 def head_node(weight: float = 1.0, **keys) -> CfgNode:
@@ -28,8 +32,8 @@ def add_kd_config(cfg: CfgNode) -> None:
     """
     # ---- What to distil ----
     cfg.KD = CfgNode()
-    # The student's meta-architecture, where MODEL.META_ARCHITECTURE is TeacherStudent. All other keys of MODEL describe
-    # the student as in any Detectron2 config.
+    # The student's meta-architecture, where MODEL.META_ARCHITECTURE is TeacherStudent or MutualStudents. All other keys
+    # of MODEL describe the student as in any Detectron2 config.
     cfg.KD.STUDENT_ARCHITECTURE = "GeneralizedRCNN"
     # Distillation heads, any number of them; [] trains the plain student, without a teacher.
     cfg.KD.HEADS = []
@@ -48,6 +52,21 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TEACHER.OPTS = []
     # float32, float16 or bfloat16: precision of the teacher's forward alone.
     cfg.KD.TEACHER.DTYPE = "float32"
+
+    # ---- Students that teach each other (MODEL.META_ARCHITECTURE MutualStudents) ----
+    cfg.KD.MUTUAL = CfgNode()
+    # Config files, or names of model-zoo configs, of the other students; the first one is the student of this config.
+    # Their MODEL and INPUT count; images are augmented as this config says. A file may stand here several times.
+    cfg.KD.MUTUAL.PEERS = []
+    # Overrides on all of these: [KEY, VALUE, KEY, VALUE, ...].
+    cfg.KD.MUTUAL.OPTS = []
+    # "dml" (Zhang et al., CVPR 2018), or "ie_dml" (Huang et al., CVPR 2021), which further has KD.INHERIT_EXPLORE: each
+    # student's auto-encoder is trained together with it.
+    cfg.KD.MUTUAL.METHOD = "dml"
+    # What is compared: roi (classes of the sampled boxes) or cls (image classifiers).
+    cfg.KD.MUTUAL.SOURCE = "roi"
+    # Factor of the mean divergence from the peers.
+    cfg.KD.MUTUAL.WEIGHT = 1.0
 
     # ---- The stage before the main run, which some heads need ----
     cfg.KD.PRETRAIN = CfgNode()
@@ -238,9 +257,19 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFICATION.RESIZE_TEST = 0
 
     # ---- Schedule ----
+    # Each step's images pass through the model in so many parts, one after the other, for batches that do not fit into
+    # memory; IMS_PER_BATCH stays the number of images per step. Batch norms see parts.
+    cfg.SOLVER.ACCUMULATE = 1
     # Count in epochs: MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD, TEST.EVAL_PERIOD and every SCHEDULE of KD. They
     # are turned into iterations when a run begins.
     cfg.SOLVER.IN_EPOCHS = False
+
+    # ---- Checkpoints ----
+    # So many of model_0004999.pth and the like stay, the newest ones; 0: all. model_final.pth and model_best.pth stay.
+    cfg.SOLVER.CHECKPOINT_KEEP = 0
+    # The best of all evaluations by this is kept as model_best.pth: "bbox/AP", "classification/top1", or whatever else
+    # an evaluation prints and is better the higher it is; of several test sets "name_of_the_set/bbox/AP". "": none.
+    cfg.TEST.BEST_METRIC = ""
 
     # ---- Data sets named here need no code ----
     # name: {ROOT: folder with one folder of images per class}. Relative paths as below.
@@ -296,6 +325,23 @@ def merge_list(cfg: CfgNode, options: list, key: str) -> None:
         raise InputError(f"{key}: {one_line(error)}") from error
 
 
+def find_config(path: str, key: str = "--config-file") -> str:
+    """Path of a config file, or of the model zoo's config of that name.
+
+    Args:
+        key: What names the file, for messages.
+
+    Raises:
+        InputError: If there is neither.
+    """
+    if os.path.isfile(path):
+        return path
+    try:
+        return model_zoo.get_config_file(path)
+    except RuntimeError as error:
+        raise InputError(f"{key}: there is no such file, and {error}") from error
+
+
 def one_line(error: Exception) -> str:
     """The message of an error of yacs, which may have several lines."""
     return " ".join(str(error.args[0] if error.args else type(error).__name__).split())
@@ -305,6 +351,6 @@ def student_config(cfg: CfgNode) -> CfgNode:
     """The config of the student alone: a plain detector's, with neither teacher nor heads."""
     cfg = cfg.clone()
     cfg.defrost()
-    if cfg.MODEL.META_ARCHITECTURE == "TeacherStudent":
+    if cfg.MODEL.META_ARCHITECTURE in DISTILLED:
         cfg.MODEL.META_ARCHITECTURE = cfg.KD.STUDENT_ARCHITECTURE
     return cfg

@@ -1,24 +1,23 @@
 """The trainer, and the set-up that every tool shares."""
 
 import argparse
+import errno
 import importlib.util
 import logging
 import os
 import re
 import sys
+import uuid
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import detectron2.utils.comm as comm
 import torch
-from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import (
-    AMPTrainer,
     DefaultTrainer,
-    SimpleTrainer,
     TrainerBase,
     create_ddp_model,
     default_setup,
@@ -26,23 +25,33 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.logger import setup_logger
-from torch.multiprocessing import ProcessRaisedException
+from torch import nn
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.nn.parallel import DistributedDataParallel
 
+from kd_det.accumulation import build_step_trainer
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.classification import (
     ImageClassifier,
     build_classification_test_loader,
     build_classification_train_loader,
 )
-from kd_det.config import add_kd_config, merge_file, merge_list, student_config
+from kd_det.config import DISTILLED, add_kd_config, find_config, merge_file, merge_list, student_config
 from kd_det.data import DetectionMapper, check_files, check_num_classes, count_training_images, register_datasets
 from kd_det.data.loader import build_detection_training_loader, seed_everything
+from kd_det.data.workers import end_with_the_run
 from kd_det.errors import InputError
-from kd_det.evaluation import build_evaluator
+from kd_det.evaluation import build_evaluator, share_buffers
+from kd_det.hooks import with_own_hooks
+from kd_det.interruption import INTERRUPTED, in_own_session, passing_on
 from kd_det.meta_arch import TeacherStudent
+from kd_det.mutual import MutualStudents
+from kd_det.peers import PeerWriter, load_peer_weights
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
 
 logger = logging.getLogger(__name__)
+# How an error that is no defect begins in the traceback of another process.
+TOLD = re.compile(r"^(?:kd_det\.errors\.\w+|FloatingPointError|OSError(?=: \[Errno (?:28|122)\])): ", re.MULTILINE)
 
 
 class Trainer(DefaultTrainer):
@@ -51,7 +60,7 @@ class Trainer(DefaultTrainer):
     ``"model"`` in its checkpoints is the plain student; the heads' weights lie beside it as ``kd_heads``.
 
     Args:
-        cfg: The whole config, of a plain detector or of a ``TeacherStudent``.
+        cfg: The whole config, of a plain detector, a ``TeacherStudent`` or ``MutualStudents``.
     """
 
     find_unused_parameters = False
@@ -60,6 +69,8 @@ class Trainer(DefaultTrainer):
         # As DefaultTrainer.__init__, but for the checkpointer, which is the student's, and DDP, which may be on CPUs.
         TrainerBase.__init__(self)
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        # Tells the files of this run, resumed or not, from those of another one in the same folder.
+        self.run = uuid.uuid4().hex
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -69,12 +80,14 @@ class Trainer(DefaultTrainer):
         wrapped = create_ddp_model(
             model, broadcast_buffers=False, find_unused_parameters=self.find_unused_parameters, **devices
         )
-        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(wrapped, loader, optimizer)
+        self._trainer = build_step_trainer(cfg, wrapped, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # Without DDP around it.
         self.plain_model = model
-        student, parts = (model.student, model.checkpointables) if isinstance(model, TeacherStudent) else (model, {})
+        distilled = isinstance(model, TeacherStudent | MutualStudents)
+        student, parts = (model.student, model.checkpointables) if distilled else (model, {})
         self.checkpointer = KDCheckpointer(student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **parts)
+        self.checkpointer.keep = cfg.SOLVER.CHECKPOINT_KEEP
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -87,15 +100,43 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
+        if len(set(comm.all_gather(self.start_iter))) > 1:
+            raise InputError(f"--resume: the processes find different checkpoints in {self.cfg.OUTPUT_DIR}; share it.")
+        if isinstance(self.plain_model, MutualStudents) and self.start_iter == 0:
+            load_peer_weights(self.plain_model.students, self.plain_model.configs)
         batches = self._trainer.data_loader.batch_sampler
         batches.seed, batches.start = self.seed, self.start_iter
 
+    def build_hooks(self) -> list:
+        hooks = with_own_hooks(super().build_hooks(), self.cfg)
+        if isinstance(self.plain_model, MutualStudents) and comm.is_main_process():
+            hooks.insert(0, PeerWriter(self.plain_model.students, self.plain_model.configs))
+        return hooks
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
+        """See Detectron2. Each of ``MutualStudents`` is evaluated; from the second on under ``peer_2``, and so on."""
+        plain = model.module if isinstance(model, DistributedDataParallel) else model
+        share_buffers(plain)
+        if not isinstance(plain, MutualStudents):
+            return super().test(cfg, model, evaluators)
+        results = {}
+        for i, (student, own) in enumerate(zip(plain.students, plain.configs, strict=True), 1):
+            logger.info("Student %d of %d:", i, len(plain.students))
+            found = super().test(own, student, evaluators)
+            results |= found if i == 1 else {f"peer_{i}": found}
+        return results
+
     def state_dict(self) -> dict:
-        return super().state_dict() | {"seed": self.seed, "processes": comm.get_world_size()}
+        return super().state_dict() | {
+            "run": self.run,
+            "seed": self.seed,
+            "processes": comm.get_world_size(),
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        self.seed = state_dict["seed"]
+        self.run, self.seed = state_dict["run"], state_dict["seed"]
         if state_dict["processes"] != comm.get_world_size():
             logger.warning(
                 "Resumed by %d process(es) instead of %d: the order of the images and the random numbers are others.",
@@ -117,7 +158,9 @@ class Trainer(DefaultTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         if is_classifier(cfg):
             return build_classification_test_loader(cfg, dataset_name)
-        return build_detection_test_loader(cfg, dataset_name, mapper=DetectionMapper(cfg, is_train=False))
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=DetectionMapper(cfg, is_train=False))
+        loader.worker_init_fn = end_with_the_run
+        return loader
 
 
 def is_classifier(cfg: CfgNode) -> bool:
@@ -188,7 +231,7 @@ def apply_distillation_arguments(cfg: CfgNode, args: argparse.Namespace) -> None
         cfg.KD.TEACHER.WEIGHTS = args.teacher_weights
     if args.kd_heads is not None:
         cfg.KD.HEADS = [name for name in args.kd_heads.split(",") if name]
-    if cfg.MODEL.META_ARCHITECTURE == "TeacherStudent" or not (args.teacher or args.teacher_weights or args.kd_heads):
+    if cfg.MODEL.META_ARCHITECTURE in DISTILLED or not (args.teacher or args.teacher_weights or args.kd_heads):
         return
     if not (cfg.KD.TEACHER.CONFIG_FILE and cfg.KD.HEADS):
         raise InputError(
@@ -239,20 +282,6 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> None:
     solver.IN_EPOCHS = False
 
 
-def find_config(path: str) -> str:
-    """Path of a config file, or of the model zoo's config of that name.
-
-    Raises:
-        InputError: If there is neither.
-    """
-    if os.path.isfile(path):
-        return path
-    try:
-        return model_zoo.get_config_file(path)
-    except RuntimeError as error:
-        raise InputError(f"--config-file: there is no such file, and {error}") from error
-
-
 def import_plugin(path: str) -> None:
     """Import a Python file for what it registers.
 
@@ -268,27 +297,40 @@ def import_plugin(path: str) -> None:
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Run a tool; a user's mistake or a diverged loss ends it with one line and status 1, without a traceback."""
+    """Run a tool; what is no defect ends it with one line and status 1, without a traceback.
+
+    That is a user's mistake, a diverged loss or a full disk. For an interruption see :mod:`kd_det.interruption`.
+    """
     logging.getLogger("detectron2.engine.train_loop").addFilter(is_defect)
     try:
         main()
-    except (InputError, FloatingPointError) as error:
-        sys.exit(f"error: {tell(str(error))}")
-    except ProcessRaisedException as error:
-        if not re.search(r"^(kd_det\.errors\.InputError|FloatingPointError): ", str(error), re.MULTILINE):
+    except ProcessExitedException as error:
+        if error.exit_code != INTERRUPTED:
+            raise
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if not is_told(error):
             raise
         sys.exit(f"error: {tell(str(error))}")
 
 
 def tell(message: str) -> str:
     """The message of an error in one line; from another process it comes behind that one's traceback."""
-    own = re.split(r"^(?:kd_det\.errors\.InputError|FloatingPointError): ", message, flags=re.MULTILINE)[-1]
-    return " ".join(own.split())
+    return " ".join(TOLD.split(message)[-1].split())
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether :func:`run_tool` tells an error in one line."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, ProcessRaisedException):
+        return bool(TOLD.search(str(error)))
+    return isinstance(error, InputError | FloatingPointError)
 
 
 def is_defect(record: logging.LogRecord) -> bool:
     """Whether a log record tells of anything but what :func:`run_tool` tells itself."""
-    return not (record.exc_info and isinstance(record.exc_info[1], InputError | FloatingPointError))
+    return not (record.exc_info and is_told(record.exc_info[1]))
 
 
 def launch_workers(main: Callable, args: argparse.Namespace) -> None:
@@ -311,11 +353,15 @@ def launch_workers(main: Callable, args: argparse.Namespace) -> None:
         return
     if args.num_gpus > 1 and args.num_gpus > torch.cuda.device_count():
         raise InputError(f"--num-gpus: {args.num_gpus} asked for, but this machine has {torch.cuda.device_count()}.")
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    if args.num_gpus * args.num_machines <= 1:
+        main(args)
+        return
+    with passing_on():
+        launch(
+            in_own_session,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(main, args),
+        )

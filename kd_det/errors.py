@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that stand for a user's mistake."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message names the key or the file, what was found and what is allowed. The tools print it without a traceback
     and exit with status 1; every other exception is a defect and keeps its traceback.
     """
+
+
+class UnreadableError(InputError):
+    """A checkpoint that is damaged, or is no checkpoint."""

@@ -9,7 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from kd_det.config import student_config
+from kd_det.config import DISTILLED, student_config
 from kd_det.errors import InputError
 from kd_det.heads.build import build_kd_heads, freeze_pretrained, teacher_signals
 from kd_det.registry import config_key
@@ -65,15 +65,8 @@ class TeacherStudent(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        name = cfg.KD.STUDENT_ARCHITECTURE
-        if name not in META_ARCH_REGISTRY or name == TeacherStudent.__name__:
-            known = ", ".join(sorted(known for known, _ in META_ARCH_REGISTRY if known != TeacherStudent.__name__))
-            raise InputError(
-                f"KD.STUDENT_ARCHITECTURE: {name!r} is not a student's meta-architecture; registered: {known}."
-            )
-        student = build_model(student_config(cfg))
-        if not 0 <= cfg.KD.TASK_WEIGHT < math.inf:
-            raise InputError(f"KD.TASK_WEIGHT: must be finite and 0 or more, got {cfg.KD.TASK_WEIGHT}.")
+        student = build_student(cfg)
+        check_task_weight(cfg)
         parts = {"student": student, "teacher": None, "heads": {}, "mask_padding": cfg.KD.MASK_PADDING}
         parts["task_weight"] = cfg.KD.TASK_WEIGHT
         if cfg.KD.HEADS:
@@ -140,6 +133,31 @@ class TeacherStudent(nn.Module):
                     f"KD.HEADS: {name} takes the place of {key}, but the student's losses are {', '.join(losses)}."
                 )
         return {key for _, key in replaced}
+
+
+def build_student(cfg: CfgNode) -> nn.Module:
+    """Build the student of a distilled config.
+
+    Raises:
+        InputError: If ``KD.STUDENT_ARCHITECTURE`` names none.
+    """
+    name = cfg.KD.STUDENT_ARCHITECTURE
+    known = sorted(known for known, _ in META_ARCH_REGISTRY if known not in DISTILLED)
+    if name not in known:
+        raise InputError(
+            f"KD.STUDENT_ARCHITECTURE: {name!r} is not a student's meta-architecture; registered: {', '.join(known)}."
+        )
+    return build_model(student_config(cfg))
+
+
+def check_task_weight(cfg: CfgNode) -> None:
+    """Check ``KD.TASK_WEIGHT``.
+
+    Raises:
+        InputError: If it is negative or not finite.
+    """
+    if not 0 <= cfg.KD.TASK_WEIGHT < math.inf:
+        raise InputError(f"KD.TASK_WEIGHT: must be finite and 0 or more, got {cfg.KD.TASK_WEIGHT}.")
 
 
 def check_finite(losses: Mapping[str, Tensor], iteration: int) -> None:

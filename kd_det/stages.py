@@ -1,6 +1,7 @@
 """What runs before the main run, and what runs in a row: the stage of the heads, and born-again generations."""
 
 import copy
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,15 +13,17 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from kd_det.checkpoint import KDCheckpointer
+from kd_det.config import student_config
 from kd_det.engine import Trainer
 from kd_det.errors import InputError
 from kd_det.heads.build import has_stage
 from kd_det.meta_arch import TeacherStudent, check_finite
 from kd_det.signals import Batch
-from kd_det.teacher import Teacher
+from kd_det.teacher import Teacher, load_teacher_config
 
 logger = logging.getLogger(__name__)
 FINAL = "model_final.pth"
+TAG = "last_checkpoint"
 
 
 def train(cfg: CfgNode, *, resume: bool) -> None:
@@ -32,6 +35,8 @@ def train(cfg: CfgNode, *, resume: bool) -> None:
         InputError: If a head needs a stage that the config gives no iterations, or a checkpoint does not fit.
         FloatingPointError: If a loss is not finite.
     """
+    if not resume:
+        forget(cfg)
     if cfg.KD.GENERATIONS:
         train_generations(cfg, resume=resume)
         return
@@ -44,6 +49,21 @@ def train(cfg: CfgNode, *, resume: bool) -> None:
     if weights and trainer.start_iter == 0:
         load_stage(trainer.plain_model, weights)
     trainer.train()
+
+
+def forget(cfg: CfgNode) -> None:
+    """Begin anew: of what lies in the output folder from a run before, nothing will be resumed."""
+    folders = [Path(cfg.OUTPUT_DIR, name) for name in ("", *(f"gen_{i + 1}" for i in range(cfg.KD.GENERATIONS)))]
+    if comm.is_main_process():
+        for folder in folders:
+            for path in (folder / TAG, folder / "pretrain" / TAG):
+                path.unlink(missing_ok=True)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder came to its end."""
+    tag = folder / TAG
+    return tag.is_file() and tag.read_text(encoding="utf-8").strip() == FINAL and (folder / FINAL).is_file()
 
 
 def seed(cfg: CfgNode) -> None:
@@ -163,7 +183,7 @@ def pretrain(cfg: CfgNode, *, resume: bool) -> str:
         Path of its final checkpoint.
     """
     folder = Path(cfg.OUTPUT_DIR, "pretrain")
-    if resume and (folder / FINAL).is_file():
+    if resume and is_finished(folder):
         logger.info("The stage before the main run is finished: %s", folder / FINAL)
         return str(folder / FINAL)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +202,7 @@ def stage_config(cfg: CfgNode, folder: Path) -> CfgNode:
     node = cfg.KD.PRETRAIN
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.SOLVER.STEPS = node.MAX_ITER, node.BASE_LR, tuple(node.STEPS)
     cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.WARMUP_ITERS = "WarmupMultiStepLR", 0
-    cfg.DATASETS.TEST, cfg.TEST.EVAL_PERIOD = (), 0
+    cfg.DATASETS.TEST, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC = (), 0, ""
     cfg.OUTPUT_DIR = str(folder)
     cfg.freeze()
     return cfg
@@ -201,10 +221,28 @@ def load_stage(model: TeacherStudent, path: str) -> None:
 
 # ---- Generations ----
 def train_generations(cfg: CfgNode, *, resume: bool) -> None:
-    """Train a chain of students, each taught by the one before (Furlanello et al., 2018, 1805.04770)."""
+    """Train a chain of students, each taught by the one before (Furlanello et al., 2018, 1805.04770).
+
+    Raises:
+        InputError: If the config is not that of a student with a teacher.
+    """
+    if TeacherStudent.__name__ != cfg.MODEL.META_ARCHITECTURE or not cfg.KD.HEADS:
+        raise InputError(
+            f"KD.GENERATIONS: got {cfg.KD.GENERATIONS}, but there is no teacher: MODEL.META_ARCHITECTURE is "
+            f"{cfg.MODEL.META_ARCHITECTURE}, KD.HEADS {list(cfg.KD.HEADS)}; TeacherStudent and a head are needed."
+        )
+    own, other = student_config(cfg).MODEL, load_teacher_config(cfg)[0].MODEL
+    # As text, in which a list is a tuple.
+    texts = [{key: json.dumps(node[key]) for key in node if key not in ("WEIGHTS", "DEVICE")} for node in (own, other)]
+    different = [key for key in texts[0] if texts[0][key] != texts[1][key]]
+    if different:
+        logger.warning(
+            "KD.GENERATIONS: the first teacher is another network than the student; different are MODEL.%s.",
+            ", MODEL.".join(different),
+        )
     for generation in range(1, cfg.KD.GENERATIONS + 1):
         own = generation_config(cfg, generation)
-        if resume and Path(own.OUTPUT_DIR, FINAL).is_file():
+        if resume and is_finished(Path(own.OUTPUT_DIR)):
             logger.info("Generation %d is finished: %s", generation, own.OUTPUT_DIR)
             continue
         logger.info("Generation %d of %d, in %s", generation, cfg.KD.GENERATIONS, own.OUTPUT_DIR)

@@ -19,7 +19,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kd_det import add_kd_config
-from kd_det.engine import add_distillation_arguments, run_tool
+from kd_det.engine import add_distillation_arguments, launch_workers, run_tool
 from kd_det.registry import config_key
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,7 +217,7 @@ def train_net(*arguments: str) -> None:
     spec = importlib.util.spec_from_file_location("kd_det_train_net", TRAIN_NET)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    run_tool(lambda: module.main(parse(*arguments)))
+    run_tool(lambda: launch_workers(module.main, parse(*arguments)))
 
 
 def run_train_net(*arguments: str, launcher: tuple[str, ...] = (), cwd: Path | None = None):

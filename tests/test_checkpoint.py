@@ -63,15 +63,111 @@ def test_a_write_that_fails_leaves_the_file_before_it(model, tmp_path, monkeypat
     own.save("model_final")
     before = (tmp_path / "model_final.pth").read_bytes()
 
-    def half(_, path):
-        with open(path, "wb") as file:
-            file.write(b"half")
-        raise OSError("disk full")
+    def half(_, file):
+        file.write(b"half")
+        raise KeyError("a defect")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(KeyError, match="a defect"):
         own.save("model_final")
     assert (tmp_path / "model_final.pth").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model_final.pth"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(model, tmp_path):
+    own = checkpointer(model, tmp_path)
+    own.save("model_0000001")
+    (tmp_path / "unfinished.partial").symlink_to("/dev/full")
+    with pytest.raises(
+        InputError, match=rf"^{tmp_path}/model_0000003.pth: cannot be written: No space left on device;"
+    ):
+        own.save("model_0000003")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model_0000001.pth"]
+    assert own.get_checkpoint_file() == str(tmp_path / "model_0000001.pth")
+
+
+# ---- Which stay, and which is resumed from ----
+def save_four(model, folder, keep=0):
+    """Checkpoints of iterations 1, 3, 5, 7, each with its own weights, and which are the last two that stay."""
+    own = checkpointer(model, folder)
+    own.keep = keep
+    for iteration in (1, 3, 5, 7):
+        model.student.load_state_dict(filled(model.student.state_dict(), iteration))
+        own.save(f"model_{iteration:07d}", iteration=iteration)
+    return own
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 9])
+def test_the_newest_checkpoints_stay(model, tmp_path, keep):
+    own = checkpointer(model, tmp_path)
+    own.save("model_final")
+    own.write("model_best")
+    # Of a longer run before, in the same folder: older, whatever its name.
+    (tmp_path / "model_0000099.pth").write_bytes(b"old")
+    os.utime(tmp_path / "model_0000099.pth", (1, 1))
+    save_four(model, tmp_path, keep)
+    names = sorted(path.stem for path in tmp_path.glob("*.pth"))
+    periodic = ["model_0000001", "model_0000003", "model_0000005", "model_0000007"]
+    expected = (periodic[-keep:] if keep < 5 else periodic) if keep else periodic
+    assert names == expected + ([] if 0 < keep < 5 else ["model_0000099"]) + ["model_best", "model_final"]
+
+
+def test_the_best_checkpoint_is_not_resumed_from(model, tmp_path):
+    own = save_four(model, tmp_path)
+    own.write("model_best", iteration=99)
+    assert own.resume_or_load("", resume=True)["iteration"] == 7
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "gone"])
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_a_damaged_checkpoint_is_passed_over(model, tmp_path, caplog, damage, damaged):
+    own = save_four(model, tmp_path)
+    newest = [tmp_path / f"model_{iteration:07d}.pth" for iteration in (7, 5, 3)]
+    for path in newest[:damaged]:
+        content = path.read_bytes()
+        path.unlink()
+        if damage != "gone":
+            path.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
+    with caplog.at_level("WARNING"):
+        found = own.resume_or_load("", resume=True)
+    assert found["iteration"] == 7 - 2 * damaged
+    assert all((x == 7 - 2 * damaged).all() for x in model.student.state_dict().values())
+    warnings = [record.getMessage() for record in caplog.records if "Going on" in record.getMessage()]
+    assert len(warnings) == 1
+    assert str(newest[0]) in warnings[0]
+    assert warnings[0].endswith(f"Going on with the checkpoint before, {newest[damaged]}.")
+
+
+def test_when_the_final_checkpoint_is_damaged_the_newest_one_is_taken(model, tmp_path):
+    own = save_four(model, tmp_path)
+    own.save("model_final", iteration=8)
+    (tmp_path / "model_final.pth").write_bytes(b"")
+    assert own.resume_or_load("", resume=True)["iteration"] == 7
+
+
+def test_no_checkpoint_is_newer_than_the_last(model, tmp_path):
+    """A run that began anew in the folder of another one does not go on with the other one's."""
+    own = save_four(model, tmp_path)
+    own.tag_last_checkpoint("model_0000005.pth")
+    (tmp_path / "model_0000005.pth").unlink()
+    assert own.resume_or_load("", resume=True)["iteration"] == 3
+
+
+def test_when_all_are_damaged_the_run_does_not_begin_anew(model, tmp_path):
+    own = save_four(model, tmp_path)
+    for path in tmp_path.glob("*.pth"):
+        path.write_bytes(b"")
+    with pytest.raises(
+        InputError, match=r"^--resume: .*model_0000007.pth: not a .*model_0000001.pth: .* No checkpoint"
+    ):
+        own.resume_or_load("", resume=True)
+
+
+def test_a_checkpoint_of_something_else_is_not_passed_over(model, plain, tmp_path):
+    own = save_four(model, tmp_path)
+    torch.save({"model": plain.state_dict()}, tmp_path / "model_0000007.pth")
+    with pytest.raises(InputError, match=r"model_0000007.pth: cannot be resumed: it has model, .*but no kd_heads\.$"):
+        own.resume_or_load("", resume=True)
 
 
 # ---- What a student starts from ----

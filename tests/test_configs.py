@@ -121,7 +121,7 @@ def gradients(loss, module):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_config_trains_one_step(path, tmp_path):
     cfg = load(path)
-    shrink(cfg)
+    cfg.KD.MUTUAL.OPTS = shrink(cfg)
     if cfg.KD.HEADS:
         save_teacher(cfg, tmp_path / "teacher.pth")
     model = build_model(cfg).train()
@@ -147,6 +147,8 @@ def test_config_trains_one_step(path, tmp_path):
             assert any(grad is not None and grad.any() for grad in gradients(loss, model.student))
         if raw[name] and any(p.requires_grad for p in model.heads[name].parameters()):
             assert all(grad is not None for grad in gradients(sum(raw[name].values()), model.heads[name]))
+    if path in MUTUAL:
+        assert all(losses[f"loss_kd_mutual_peer_{i}"] > 0 for i in range(1, len(model.students) + 1))
     sum(losses.values()).backward()
     optimizer.step()
     after = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -176,7 +178,8 @@ def test_config_trains_one_step_of_its_stage(path, tmp_path):
 
 
 DISTILLED = [path for path in FILES if is_distilled(path)]
-BASELINES = {path: parents[0] for path in DISTILLED if (parents := ancestors(path)) and parents[0] in FILES}
+MUTUAL = [path for path in FILES if load(path).MODEL.META_ARCHITECTURE == "MutualStudents"]
+BASELINES = {path: parents[0] for path in DISTILLED + MUTUAL if (parents := ancestors(path)) and parents[0] in FILES}
 
 
 def test_each_published_pair_has_a_baseline_and_a_teacher_that_one_can_get():

@@ -1,10 +1,30 @@
-"""Two ranks with gloo on the CPU: the students stay the same without find_unused_parameters."""
+"""Two ranks with gloo on the CPU: the students stay the same, and what one process gives, without unused parameters."""
+
+import json
 
 import pytest
 import torch
 import torch.multiprocessing
+from children import Task, end, two_ranks
+from classification.models import classifier_cfg
 from detectron2.engine import create_ddp_model
-from helpers import build, distilled_cfg, run_train_net, step, tiny_inputs, with_data, write_yaml
+from detectron2.evaluation.testing import flatten_results_dict
+from helpers import (
+    build,
+    distilled_cfg,
+    parse,
+    run_train_net,
+    save_teacher,
+    step,
+    tiny_inputs,
+    train_net,
+    with_data,
+    write_yaml,
+)
+
+from kd_det.checkpoint import KDCheckpointer
+from kd_det.config import student_config
+from kd_det.engine import Trainer, setup
 
 HEADS = ["ReviewKDHead", "HintHead", "AttentionTransferHead", "SoftTargetHead"]
 # HintHead is idle in step 0, ReviewKDHead in step 2.
@@ -73,11 +93,57 @@ def test_buckets_hold_the_student_and_the_heads(ranks):
     assert {key.split(".")[0] for key in ranks[0]["parameters"]} == {"student", "heads"}
 
 
-def test_torchrun(teacher, coco_folder, tmp_path):
-    cfg = with_data(distilled_cfg(teacher, ["ReviewKDHead"]), coco_folder, tmp_path / "output")
-    cfg.DATASETS.TEST = ()
+# ---- What one process gives ----
+def evaluate(config, folder, weights):
+    """What one process finds in the test set."""
+    cfg = student_config(setup(parse("--config-file", config, "--eval-only", "OUTPUT_DIR", folder)))
+    model = Trainer.build_model(cfg)
+    KDCheckpointer(model).load(str(weights))
+    return flatten_results_dict(Trainer.test(cfg, model))
+
+
+def told(folder):
+    """The scalars that a run told last: of its last iteration, then of the evaluation."""
+    lines = (folder / "metrics.json").read_text().splitlines()
+    return {key: value for line in lines for key, value in json.loads(line).items()}
+
+
+@pytest.mark.usefixtures("in_process")
+def test_torchrun_gives_what_one_process_gives(tmp_path):
+    """Each image has the same augmentation, whoever reads it, and no batch norm makes images meet."""
+    size = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8}
+    size |= {"SOLVER.MAX_ITER": 3, "SOLVER.BASE_LR": 0.01, "SEED": 1}
+    options = save_teacher(tmp_path / "teacher", classifier_cfg("detectron2", options=size))
+    options |= {"MODEL.META_ARCHITECTURE": "TeacherStudent", "KD.STUDENT_ARCHITECTURE": "ImageClassifier"}
+    options |= {"KD.HEADS": ["HintHead", "SoftTargetHead"], "MODEL.RESNETS.NORM": "GN", "SOLVER.WARMUP_ITERS": 0}
+    cfg = classifier_cfg("detectron2", options=size | options)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("digits_train",), ("digits_test",)
+    config = write_yaml(tmp_path / "config.yaml", cfg)
+
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run_train_net("--config-file", write_yaml(tmp_path / "c.yaml", cfg), launcher=launcher)
+    done = run_train_net("--config-file", config, "OUTPUT_DIR", tmp_path / "two", launcher=launcher)
     assert done.returncode == 0, done.stderr
-    assert torch.load(tmp_path / "output" / "model_final.pth", weights_only=True)["iteration"] == 1
-    assert (tmp_path / "output" / "log.txt.rank1").is_file()
+    assert (tmp_path / "two" / "log.txt.rank1").is_file()
+    train_net("--config-file", config, "OUTPUT_DIR", tmp_path / "one")
+
+    one, two = told(tmp_path / "one"), told(tmp_path / "two")
+    losses = [key for key in one if "loss" in key]
+    assert sorted(losses) == ["loss_cls", "loss_kd_hint", "loss_kd_soft_target_cls", "total_loss"]
+    assert [two[key] for key in losses] == pytest.approx([one[key] for key in losses], rel=1e-4)
+    found = evaluate(config, tmp_path / "evaluation", tmp_path / "two" / "model_final.pth")
+    assert {key: two[key] for key in found} == found
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_detector_evaluated_by_two_ranks(teacher, coco_folder, tmp_path):
+    cfg = with_data(distilled_cfg(teacher, ["ReviewKDHead"]), coco_folder, tmp_path)
+    task = Task(write_yaml(tmp_path / "config.yaml", cfg), tmp_path)
+    assert end(*[task.start("two", prepare=(rank,)) for rank in two_ranks()]) == [0, 0]
+    found = evaluate(task.config, tmp_path / "one", tmp_path / "two" / "model_final.pth")
+    assert "segm/AP" in found
+    two = {key: told(tmp_path / "two")[key] for key in found}
+    assert two == pytest.approx(found, rel=0, abs=0, nan_ok=True)
+    boxes = [tmp_path / name / "inference" / "coco_instances_results.json" for name in ("one", "two")]
+    one, two = (sorted(json.loads(path.read_text()), key=json.dumps) for path in boxes)
+    assert len(one) > 0
+    assert one == two

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAVES = {"errors", "registry", "signals", "config", "schedules"}
+LEAVES = {"errors", "registry", "signals", "config", "schedules", "files", "formats"}
 # What a part of kd_det may import of kd_det beside itself; of `data.x` and `heads.x` the first word counts.
 ALLOWED = {
     "losses": set(),
@@ -23,9 +23,11 @@ ALLOWED = {
     "teacher": LEAVES | {"taps", "checkpoint"},
     "ensemble": LEAVES | {"taps"},
     "meta_arch": LEAVES | {"taps", "teacher", "heads", "losses"},
+    "peers": LEAVES | {"taps", "heads", "checkpoint"},
+    "mutual": LEAVES | {"taps", "heads", "losses", "meta_arch", "peers"},
 }
 # These stand above all of them; nothing below may import them.
-ABOVE = {"engine", "stages", "export", "comparison", "pictures"}
+ABOVE = {"accumulation", "hooks", "interruption", "engine", "stages", "export", "comparison", "pictures"}
 ALLOWED_IN_LOSSES = {"torch", "__future__", *sys.stdlib_module_names}
 
 

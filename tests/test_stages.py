@@ -215,3 +215,21 @@ def test_interrupted_generations_go_on(digits, tmp_path, monkeypatch):
             torch.load(tmp_path / x / f"gen_{i}" / FINAL, weights_only=True)["model"] for x in ("cut", "whole")
         )
         assert same(cut, whole)
+
+
+def test_a_first_teacher_of_another_kind_is_said(digits, tmp_path, caplog):
+    other = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "MODEL.CIFAR.NAME": "resnet14"}
+    cfg = digits()
+    cfg.merge_from_list(
+        [x for pair in save_teacher(tmp_path / "o", classifier_cfg(options=other)).items() for x in pair]
+    )
+    cfg.KD.GENERATIONS = 1
+    train(cfg, resume=False)
+    assert "the first teacher is another network than the student; different are MODEL.CIFAR." in caplog.text
+
+
+def test_generations_without_a_teacher(digits):
+    cfg = digits()
+    cfg.KD.HEADS = []
+    with pytest.raises(InputError, match=r"^KD.GENERATIONS: got 3, but there is no teacher: .*KD.HEADS \[\]; Teacher"):
+        train(cfg, resume=False)

@@ -11,6 +11,9 @@ Any Detectron2 config becomes a distillation run with a teacher and heads named 
         --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml --kd-heads ReviewKDHead
 
 Under torchrun: torchrun --nproc-per-node 8 tools/train_net.py --config-file ...
+
+SIGTERM, Ctrl-C and SIGUSR1 (SLURM: --signal=USR1@120) end a training after its iteration, with a checkpoint and status
+75; --resume goes on. A second Ctrl-C ends it at once.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from detectron2.engine import default_argument_parser
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import student_config
 from kd_det.engine import Trainer, add_distillation_arguments, launch_workers, run_tool, setup
+from kd_det.interruption import interruptible
 from kd_det.stages import train
 
 
@@ -31,7 +35,8 @@ def main(args: argparse.Namespace) -> None:
         KDCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         Trainer.test(cfg, model)
         return
-    train(cfg, resume=args.resume)
+    with interruptible():
+        train(cfg, resume=args.resume)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from kd_det.classification.mapper import ClassificationMapper
 from kd_det.data.loader import SeededDataset, build_training_loader, sampler_factory
+from kd_det.data.workers import end_with_the_run
 from kd_det.errors import InputError
 
 
@@ -70,8 +71,15 @@ def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> SplitBa
     dataset = MapDataset(records, ClassificationMapper(cfg, is_train=False))
     batch_size = max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
     sampler = InferenceSampler(len(dataset))
-    workers = cfg.DATALOADER.NUM_WORKERS
-    return SplitBatches(DataLoader(dataset, sampler=sampler, batch_size=batch_size, num_workers=workers))
+    return SplitBatches(
+        DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=batch_size,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            worker_init_fn=end_with_the_run,
+        )
+    )
 
 
 def _load(cfg: CfgNode, name: str) -> list[dict[str, Any]]:

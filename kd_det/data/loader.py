@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
 from kd_det.data.mapper import DetectionMapper
+from kd_det.data.workers import end_with_the_run
 from kd_det.errors import InputError
 
 
@@ -124,6 +125,7 @@ def build_training_loader(
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=collate_fn,
+        worker_init_fn=end_with_the_run,
         # Of its own, because a loader draws a number when it begins, which is at another iteration in a resumed run.
         generator=torch.Generator(),
     )

@@ -7,8 +7,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_mod
 from torch import nn
 
 from kd_det.checkpoint import load_strictly
-from kd_det.config import add_kd_config, merge_file, student_config
-from kd_det.engine import find_config
+from kd_det.config import add_kd_config, find_config, merge_file, student_config
 from kd_det.errors import InputError
 
 

@@ -11,12 +11,12 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from kd_det.checkpoint import backbone_of_classifier
 from kd_det.classification import ImageClassifier
 from kd_det.config import add_kd_config
 from kd_det.errors import InputError
 from kd_det.export.runs import load_student, registered_parts
 from kd_det.export.torchscript import trace
+from kd_det.formats import backbone_of_classifier
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,11 @@ class InheritExploreHead(nn.Module):
         return {"loss_kd_inherit_explore_reconstruct": loss}
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
-        targets, losses = self.teacher_factors(teacher, batch), {}
+        return self.compare(student, self.teacher_factors(teacher, batch), batch)
+
+    def compare(self, student: Signals, targets: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """The losses, with the teacher's factors as :meth:`teacher_factors` gives them."""
+        losses = {}
         for part, halves in self.halves(student, batch).items():
             distances = [self._distance(part, halves[name], targets[name], name, batch) for name in self.features]
             losses[f"loss_kd_inherit_explore_{part}"] = self.weights[part] * sum(distances)

@@ -1,0 +1,87 @@
+"""Steps whose images pass through the model in parts, for batches that do not fit into memory at once."""
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from kd_det.errors import InputError
+
+
+class AccumulatingTrainer(SimpleTrainer):
+    """Adds up the gradients of the parts of a batch, of the mean of their losses; processes exchange them once.
+
+    What a model does with a batch as a whole, such as batch normalisation, it does with each part.
+
+    Args:
+        parts: Into how many a batch is split; they divide its images.
+    """
+
+    def __init__(self, *arguments, parts: int):
+        super().__init__(*arguments)
+        self.parts = parts
+
+    def run_step(self) -> None:
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        size = len(data) // self.parts
+        self.optimizer.zero_grad()
+        means: dict[str, Tensor] = {}
+        for i in range(self.parts):
+            with nullcontext() if i == self.parts - 1 else self._unsynchronised():
+                with self._precision():
+                    losses = self.model(data[i * size : (i + 1) * size])
+                    loss = sum(losses.values()) / self.parts
+                self._backward(loss)
+            for key, value in losses.items():
+                means[key] = means.get(key, 0.0) + value.detach() / self.parts
+        self.after_backward()
+        self._write_metrics(means, data_time)
+        self._update()
+
+    def _unsynchronised(self) -> AbstractContextManager:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def _precision(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _update(self) -> None:
+        self.optimizer.step()
+
+
+class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
+    """The same, in mixed precision."""
+
+    def _precision(self) -> AbstractContextManager:
+        return torch.autocast("cuda", dtype=self.precision)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.grad_scaler.scale(loss).backward()
+
+    def _update(self) -> None:
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+
+def build_step_trainer(cfg: CfgNode, model: nn.Module, loader, optimizer: Optimizer) -> SimpleTrainer:
+    """What runs one iteration: Detectron2's trainer, or where SOLVER.ACCUMULATE splits batches one of these.
+
+    Raises:
+        InputError: If SOLVER.ACCUMULATE does not divide the images of a process.
+    """
+    parts, images = cfg.SOLVER.ACCUMULATE, loader.batch_sampler.batch_size
+    if parts == 1:
+        return (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, loader, optimizer)
+    if parts < 1 or images % parts:
+        raise InputError(f"SOLVER.ACCUMULATE: got {parts}; it must divide the {images} image(s) of a process and step.")
+    kind = AccumulatingAMPTrainer if cfg.SOLVER.AMP.ENABLED else AccumulatingTrainer
+    return kind(model, loader, optimizer, parts=parts)

@@ -1,0 +1,94 @@
+"""Hooks of the trainer beside Detectron2's: the best checkpoint, and what a run needs to be resumed."""
+
+import logging
+import math
+import os
+from collections.abc import Iterable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase, hooks
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+
+from kd_det.errors import InputError
+from kd_det.interruption import Interruption
+
+logger = logging.getLogger(__name__)
+
+
+class BestCheckpointer(HookBase):
+    """Keeps the checkpoint of the best evaluation so far as ``model_best.pth``, which itself says how good it is.
+
+    Args:
+        period: Iterations from one evaluation to the next; 0: only at the end.
+        metric: Of the evaluation, for example ``bbox/AP``; more is better.
+    """
+
+    def __init__(self, period: int, metric: str):
+        self.period = period
+        self.metric = metric
+        self.best = -math.inf
+
+    def before_train(self) -> None:
+        path = os.path.join(self.trainer.checkpointer.save_dir, "model_best.pth")
+        if not (self.trainer.start_iter and os.path.isfile(path)):
+            return
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if data["trainer"]["run"] == self.trainer.run:
+            self.best = data["best"].get(self.metric, self.best)
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self.period and done % self.period == 0 and done != self.trainer.max_iter:
+            self._check()
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:  # Not interrupted.
+            self._check()
+
+    def _check(self) -> None:
+        found = flatten_results_dict(self.trainer._last_eval_results)
+        if self.metric not in found:
+            raise InputError(f"TEST.BEST_METRIC: got {self.metric!r}; the evaluation gives {', '.join(found)}.")
+        if found[self.metric] > self.best:
+            self.best = float(found[self.metric])
+            logger.info("The best so far: %s is %.4f.", self.metric, self.best)
+            iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
+            self.trainer.checkpointer.write("model_best", iteration=iteration, best={self.metric: self.best})
+
+
+class Rewind(HookBase):
+    """Lets precise batch norm take the same images each time: a resumed run takes those of an uninterrupted one.
+
+    Args:
+        hook: Runs before this one.
+    """
+
+    def __init__(self, hook: hooks.PreciseBN):
+        self.hook = hook
+
+    def after_step(self) -> None:
+        self.hook._data_iter = None
+
+
+def with_own_hooks(found: Iterable[HookBase | None], cfg: CfgNode) -> list[HookBase | None]:
+    """Detectron2's hooks and, where each belongs, those of this package.
+
+    Raises:
+        InputError: If TEST.BEST_METRIC is set, but nothing is evaluated.
+    """
+    metric = cfg.TEST.BEST_METRIC
+    if metric and not cfg.DATASETS.TEST:
+        raise InputError(f"TEST.BEST_METRIC: got {metric!r}, but DATASETS.TEST names no data set.")
+    own: list[HookBase | None] = []
+    for hook in found:
+        if isinstance(hook, hooks.EvalHook):
+            # An evaluation may take longer than a cluster waits.
+            own.append(Interruption())
+        own.append(hook)
+        if isinstance(hook, hooks.PreciseBN):
+            own.append(Rewind(hook))
+        if isinstance(hook, hooks.EvalHook) and metric and comm.is_main_process():
+            own.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, metric))
+    return own

@@ -1,0 +1,126 @@
+"""The students of a mutual run: their configs, how they fit each other, and each as a run of its own in the end."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import HookBase
+from detectron2.layers import ShapeSpec
+from torch import nn
+
+from kd_det.checkpoint import KDCheckpointer
+from kd_det.config import add_kd_config, find_config, merge_file, merge_list, student_config
+from kd_det.errors import InputError
+from kd_det.heads import InheritExploreHead
+from kd_det.heads.factors import Feature
+from kd_det.taps import BackboneTap
+
+# What is compared: the signal, and how many of its channels are no class.
+SOURCES = {"roi": ("roi_logits", 1), "cls": ("logits", 0)}
+
+
+def load_peer_configs(cfg: CfgNode) -> list[CfgNode]:
+    """Plain configs of all students: the run's own, then those of ``KD.MUTUAL.PEERS``.
+
+    MODEL and INPUT are the student's; all else is the run's, but for OUTPUT_DIR: ``peer_1``, ``peer_2``, ... below it.
+
+    Raises:
+        InputError: If no peer is named, or a file cannot be read.
+    """
+    node = cfg.KD.MUTUAL
+    if not node.PEERS:
+        raise InputError("KD.MUTUAL.PEERS: no peer is named; give the config file of each other student.")
+    configs = [student_config(cfg)]
+    for name in node.PEERS:
+        peer = get_cfg()
+        add_kd_config(peer)
+        merge_file(peer, find_config(name, "KD.MUTUAL.PEERS"))
+        merge_list(peer, node.OPTS, "KD.MUTUAL.OPTS")
+        peer = student_config(peer)
+        peer.MODEL.DEVICE = cfg.MODEL.DEVICE
+        configs.append(student_config(cfg))
+        configs[-1].MODEL, configs[-1].INPUT = peer.MODEL, peer.INPUT
+    for i, config in enumerate(configs, 1):
+        config.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, f"peer_{i}"))
+    return configs
+
+
+def check_formats(configs: Sequence[CfgNode], names: Sequence[str]) -> None:
+    """Check that the first student's images can be turned into those of each other.
+
+    Raises:
+        InputError: Naming both formats.
+    """
+    first = configs[0].INPUT.FORMAT
+    for name, cfg in zip(names, configs, strict=True):
+        own = cfg.INPUT.FORMAT
+        if own != first and {own, first} != {"RGB", "BGR"}:
+            raise InputError(f"INPUT.FORMAT: {names[0]} reads {first}, {name} {own}; only RGB and BGR convert.")
+
+
+def check_classes(source: str, specs: Sequence[Mapping[str, ShapeSpec]], names: Sequence[str]) -> None:
+    """Check that all students have the logits that are compared, for equally many classes.
+
+    Raises:
+        InputError: Naming the students.
+    """
+    signal, others = SOURCES[source]
+    counts = []
+    for name, spec in zip(names, specs, strict=True):
+        if signal not in spec:
+            raise InputError(f"KD.MUTUAL.SOURCE: {source!r} needs {signal}, which the student of {name} does not have.")
+        counts.append(spec[signal].channels - others)
+        if counts[-1] != counts[0]:
+            raise InputError(
+                f"KD.MUTUAL.PEERS: all students must know the same classes, but {names[0]} has {counts[0]} and {name} "
+                f"has {counts[-1]}."
+            )
+
+
+def build_heads(cfg: CfgNode, taps: Sequence[BackboneTap], names: Sequence[str]) -> list[InheritExploreHead]:
+    """One head per student, as KD.INHERIT_EXPLORE says; its factor is FACTOR_RATE of the fewest channels.
+
+    Raises:
+        InputError: If a feature does not fit, or an option is wrong.
+    """
+    specs, parts = [tap.spec() for tap in taps], []
+    for name, tap, spec in zip(names, taps, specs, strict=True):
+        try:
+            parts.append(InheritExploreHead.from_config(cfg, spec, specs[0]))
+            tap.check_alignment(taps[0], parts[-1]["features"])
+        except InputError as error:
+            raise InputError(f"{name}, beside this config as teacher: {error}") from error
+    rate, heads = cfg.KD.INHERIT_EXPLORE.FACTOR_RATE, []
+    for own in parts:
+        features = {}
+        for name, (channels, _, _, stride) in own["features"].items():
+            fewest = min(other["features"][name].student_channels for other in parts)
+            features[name] = Feature(channels, channels, max(round(rate * fewest), 1), stride)
+        heads.append(InheritExploreHead(**own | {"features": features}))
+    return heads
+
+
+def load_peer_weights(students: Sequence[nn.Module], configs: Sequence[CfgNode]) -> None:
+    """Load MODEL.WEIGHTS of each student but the first, whose weights are the run's.
+
+    Raises:
+        InputError: If a file cannot be read, or has nothing of its student.
+    """
+    for student, cfg in list(zip(students, configs, strict=True))[1:]:
+        KDCheckpointer(student).load(cfg.MODEL.WEIGHTS)
+
+
+class PeerWriter(HookBase):
+    """At the end of a run, writes each student as a finished run of its own: ``config.yaml``, ``model_final.pth``."""
+
+    def __init__(self, students: Sequence[nn.Module], configs: Sequence[CfgNode]):
+        self.students = students
+        self.configs = configs
+
+    def after_train(self) -> None:
+        if self.trainer.iter < self.trainer.max_iter:  # It was interrupted.
+            return
+        for student, cfg in zip(self.students, self.configs, strict=True):
+            Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
+            Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump(), encoding="utf-8")
+            KDCheckpointer(student, cfg.OUTPUT_DIR).save("model_final")
