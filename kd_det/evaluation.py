@@ -1,10 +1,13 @@
-"""Choice of the evaluator of a data set."""
+"""What an evaluation needs: the evaluator of a data set, and one model in all processes."""
 
 import os
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.utils import comm
+from torch import nn
 
 from kd_det.classification.evaluator import ClassificationEvaluator
 from kd_det.errors import InputError
@@ -27,3 +30,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         f"DATASETS.TEST: {dataset_name} cannot be evaluated: its evaluator_type is {kind!r}; "
         "allowed are coco, pascal_voc, classification."
     )
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the main one's buffers: what is evaluated is what is saved.
+
+    Each process of a training has running statistics of its own in its batch norms.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)

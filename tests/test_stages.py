@@ -126,6 +126,18 @@ def test_a_finished_stage_is_not_repeated(run, monkeypatch):
     assert path.stat().st_mtime_ns == time
 
 
+def test_a_run_that_begins_anew_is_not_resumed_from_what_lies_there(run, monkeypatch):
+    """Neither the stage nor the main run of the one before, although both were finished."""
+    go(run())
+    options = {"SEED": 8}
+    whole = go(run("whole", **options))
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1, PretrainingTrainer)
+        with pytest.raises(KeyboardInterrupt):
+            go(run(**options))
+    assert same(go(run(**options), resume=True), whole)
+
+
 def test_a_stage_can_be_taken_from_another_run(run):
     first = run("first")
     go(first)
@@ -211,6 +223,26 @@ def test_interrupted_generations_go_on(digits, tmp_path, monkeypatch):
     train(digits("cut"), resume=True)
     assert done == 4
     for i in (1, 2, 3):
+        cut, whole = (
+            torch.load(tmp_path / x / f"gen_{i}" / FINAL, weights_only=True)["model"] for x in ("cut", "whole")
+        )
+        assert same(cut, whole)
+
+
+def test_generations_that_begin_anew_are_not_resumed_from_what_lies_there(digits, tmp_path, monkeypatch):
+    def with_seed(name):
+        cfg = digits(name)
+        cfg.SEED, cfg.KD.GENERATIONS = 9, 2
+        return cfg
+
+    train(digits("cut"), resume=False)
+    train(with_seed("whole"), resume=False)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1, Trainer)
+        with pytest.raises(KeyboardInterrupt):
+            train(with_seed("cut"), resume=False)
+    train(with_seed("cut"), resume=True)
+    for i in (1, 2):
         cut, whole = (
             torch.load(tmp_path / x / f"gen_{i}" / FINAL, weights_only=True)["model"] for x in ("cut", "whole")
         )
