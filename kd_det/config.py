@@ -112,6 +112,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.HINT = head_node(
         weight=1.0,
         IN_FEATURES=["p2", "p3", "p4", "p5"],
+        # From student to teacher: "linear", a 1x1 convolution, or "rectified", with batch norm and ReLU behind it, for
+        # features behind a ReLU; published weights on CIFAR are for that one.
+        REGRESSOR="linear",
         # 1: together with the task. 2: in a stage before the run, the student's features on the hint alone (paper).
         STAGES=1,
     )

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
+import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
@@ -12,6 +13,8 @@ from kd_det.losses import hint_loss
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
+REGRESSORS = ("linear", "rectified")
+
 
 @KD_HEAD_REGISTRY.register()
 class HintHead(nn.Module):
@@ -19,7 +22,9 @@ class HintHead(nn.Module):
 
     A 1x1 convolution per feature map regresses the student's channels to the teacher's; the loss is the mean squared
     error, summed over features. The paper takes half the squared norm per image (C H W / 2 times this) and a regressor
-    with a nonlinearity.
+    with a nonlinearity. The ``rectified`` regressor has a batch norm and a ReLU behind the convolution, as in
+    RepDistiller and mdistiller, whose weight of 100 on CIFAR belongs to it; the ``linear`` one suits features that are
+    signed, such as those of an FPN.
 
     With one stage hints are trained together with the task. With two, as in the paper, a stage before the run trains
     the student's part up to the features on the hint alone; the run then starts from it and has no loss of this head.
@@ -27,6 +32,7 @@ class HintHead(nn.Module):
     Args:
         student_spec: Name to shape of each compared feature map in the student.
         teacher_spec: The same in the teacher.
+        regressor: "linear" or "rectified".
         stages: 1 or 2.
         weight: Factor of the loss in the stage before the run.
     """
@@ -37,6 +43,7 @@ class HintHead(nn.Module):
         *,
         student_spec: Mapping[str, ShapeSpec],
         teacher_spec: Mapping[str, ShapeSpec],
+        regressor: str = "linear",
         stages: int = 1,
         weight: float = 1.0,
     ):
@@ -50,7 +57,7 @@ class HintHead(nn.Module):
         self.strides = {name: shape.stride for name, shape in student_spec.items()}
         self.regressors = nn.ModuleDict(
             {
-                name: Conv2d(shape.channels, teacher_spec[name].channels, kernel_size=1)
+                name: build_regressor(shape.channels, teacher_spec[name].channels, kind=regressor)
                 for name, shape in student_spec.items()
             }
         )
@@ -59,11 +66,14 @@ class HintHead(nn.Module):
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         names = cfg.KD.HINT.IN_FEATURES
         check_feature_maps("KD.HINT.IN_FEATURES", names, student_spec, teacher_spec)
+        if cfg.KD.HINT.REGRESSOR not in REGRESSORS:
+            raise InputError(f"KD.HINT.REGRESSOR: {cfg.KD.HINT.REGRESSOR!r} is not one of {', '.join(REGRESSORS)}.")
         if cfg.KD.HINT.STAGES not in (1, 2):
             raise InputError(f"KD.HINT.STAGES: {cfg.KD.HINT.STAGES} is not one of 1, 2.")
         return {
             "student_spec": {name: student_spec[name] for name in names},
             "teacher_spec": {name: teacher_spec[name] for name in names},
+            "regressor": cfg.KD.HINT.REGRESSOR,
             "stages": cfg.KD.HINT.STAGES,
             "weight": cfg.KD.HINT.WEIGHT,
         }
@@ -84,3 +94,11 @@ class HintHead(nn.Module):
             for name, stride in self.strides.items()
         ]
         return sum(losses)
+
+
+def build_regressor(channels: int, teacher_channels: int, *, kind: str) -> Conv2d:
+    """A 1x1 convolution, "rectified" with batch norm and ReLU behind it."""
+    if kind == "linear":
+        return Conv2d(channels, teacher_channels, kernel_size=1)
+    norm = get_norm("BN", teacher_channels)
+    return Conv2d(channels, teacher_channels, kernel_size=1, norm=norm, activation=F.relu)

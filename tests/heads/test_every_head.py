@@ -29,7 +29,11 @@ VARIANTS = {
         "classifier": {"IN_FEATURES": ["res2", "res3", "res4"]},
         "gradient": {"KIND": "gradient"},
     },
-    "HintHead": {"fpn": {}, "bottom_up": {"IN_FEATURES": ["res4", "res5"]}},
+    "HintHead": {
+        "fpn": {},
+        "bottom_up": {"IN_FEATURES": ["res4", "res5"]},
+        "rectified": {"IN_FEATURES": ["res4"], "REGRESSOR": "rectified"},
+    },
     "FactorTransferHead": {
         "boxes": {},
         "BN": {"NORM": "BN", "SCALE": "code", "RECONSTRUCTION": "l2", "FACTOR_RATE": 0.25},

@@ -252,6 +252,7 @@ def test_box_regression_by_hand(agnostic):
         ("AttentionTransferHead", "ATTENTION_TRANSFER.REDUCTION", "sum", "'sum' is not one of sum_hw, mean"),
         ("SoftTargetHead", "SOFT_TARGET.SOURCES", ["roi", "box"], r"got \['roi', 'box'\]; allowed are roi, rpn"),
         ("SoftTargetHead", "SOFT_TARGET.SOURCES", [], r"got \[\]; allowed are roi, rpn, mask, dense"),
+        ("HintHead", "HINT.REGRESSOR", "conv", "'conv' is not one of linear, rectified"),
         ("SoftTargetHead", "SOFT_TARGET.ROIS", "fg", "got 'fg'; allowed are all, foreground"),
         ("SoftTargetHead", "SOFT_TARGET.TEMPERATURE", 0.0, "TEMPERATURE: must be above 0, got 0.0"),
     ],
