@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from children import same
 from detectron2.config import get_cfg
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer
@@ -44,17 +45,6 @@ def start(cfg, kind=Trainer):
     register_datasets(cfg)
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
     return kind(cfg)
-
-
-def same(a, b):
-    """Whether two nested states are equal, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def state(trainer):

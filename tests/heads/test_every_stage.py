@@ -7,7 +7,7 @@ from kd_det import InputError, build_kd_heads
 from kd_det.heads.build import freeze_pretrained
 from kd_det.registry import config_key
 
-from .test_every_head import CASES, LAYERS, STUDENT, TEACHER, make_cfg, pair, total
+from .test_every_head import CASES, LAYERS, STUDENT, TEACHER, check_losses, make_cfg, pair, total
 
 # These have no loss in the run.
 ENDED = {
@@ -42,14 +42,8 @@ def trained_by_stage(head):
 @each(STAGE_CASES)
 def test_losses(name, options, batch):
     losses = make(name, options).pretrain(*pair(), batch)
-    prefix = f"loss_kd_{config_key(name).lower()}"
-    assert losses
-    for key, loss in losses.items():
-        assert key == prefix or key.startswith(f"{prefix}_"), key
-        assert loss.shape == ()
-        assert loss.dtype == torch.float32
-        assert loss.isfinite()
-        assert loss > 0
+    check_losses(name, losses)
+    assert min(losses.values()) > 0
 
 
 @each(STAGE_CASES)
