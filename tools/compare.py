@@ -5,6 +5,7 @@
 
 A run is NAME=FOLDER, the output folder of a training, or NAME=CONFIG:WEIGHTS. Several runs of one name, for example
 with other seeds, become one column: mean and standard deviation. All runs are detectors, or all are image classifiers.
+Of the output folder of KD.GENERATIONS each generation is compared, and their ensemble.
 """
 
 import argparse

@@ -23,7 +23,8 @@ def compare(
     """Evaluate runs on one test set and write ``comparison.json``, ``comparison.md`` and ``comparison.png``.
 
     Args:
-        runs: Name and source of each: a run's output folder, or "CONFIG:WEIGHTS". Runs of equal names are averaged.
+        runs: Name and source of each: a run's output folder, or "CONFIG:WEIGHTS". Runs of equal names are averaged. Of
+            a chain of generations each one and their ensemble are compared.
         output: The folder for the files, which are replaced.
         dataset: Name of the test set; the first run's DATASETS.TEST if None.
         images: Number of images in the picture; speed and operations are measured on them, too.

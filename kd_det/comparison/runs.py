@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 from kd_det.data import check_files, check_num_classes, register_datasets
 from kd_det.engine import Trainer, is_classifier
+from kd_det.ensemble import Ensemble
 from kd_det.errors import InputError
 from kd_det.export import find_run, load_student, read_student_config
 
@@ -56,7 +59,12 @@ class Run:
 
 
 def load_runs(runs: Sequence[tuple[str, str]], dataset: str | None, device: str) -> tuple[str, list[Run]]:
-    """The name of the test set, and the runs, their configs checked before any model is built."""
+    """The name of the test set, and the runs, their configs checked before any model is built.
+
+    The output folder of a chain (``KD.GENERATIONS``) becomes a run for each generation and one for their ensemble.
+    """
+    chains = [find_generations(*run) for run in runs]
+    given, runs = runs, [one for run, chain in zip(runs, chains, strict=True) for one in chain or [run]]
     cfgs, weights = [], []
     for name, source in runs:
         if not os.path.isdir(source) and ":" not in source:
@@ -79,11 +87,32 @@ def load_runs(runs: Sequence[tuple[str, str]], dataset: str | None, device: str)
         check_files(cfg, train=False)
         check_num_classes(cfg, train=False)
     parts = zip(runs, cfgs, weights, strict=True)
-    return dataset, [Run(*run, cfg, load_student(cfg, path, device)) for run, cfg, path in parts]
+    models = iter([Run(*run, cfg, load_student(cfg, path, device)) for run, cfg, path in parts])
+    loaded = []
+    for (name, source), chain in zip(given, chains, strict=True):
+        loaded += itertools.islice(models, len(chain) or 1)
+        if chain:
+            loaded.append(join(f"{name} ensemble", source, loaded[-len(chain) :]))
+    return dataset, loaded
+
+
+def find_generations(name: str, source: str) -> list[tuple[str, str]]:
+    """Name and folder of each generation, the first one first; none where the source is no chain of them."""
+    folders = {int(path.name.removeprefix("gen_")): path for path in Path(source).glob("gen_[1-9]*")}
+    return [(f"{name} gen {i}", str(folders[i])) for i in sorted(folders)]
+
+
+def join(name: str, source: str, runs: Sequence[Run]) -> Run:
+    """The ensemble of a chain's generations, which all read images the same way."""
+    cfg = runs[-1].cfg.clone()
+    cfg.MODEL.MASK_ON = False  # Masks are not fused.
+    return Run(name, source, cfg, Ensemble([run.model for run in runs]))
 
 
 def count_gflops(model: nn.Module, image: dict[str, Any]) -> float:
     """Billions of multiply-adds of the inference on an image, as fvcore counts them."""
+    if isinstance(model, Ensemble):
+        return sum(count_gflops(member, image) for member in model.models)
     count = FlopCountAnalysis(model, [{"image": image["image"]}])
     count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     return count.total() / 1e9

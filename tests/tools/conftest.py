@@ -46,6 +46,9 @@ def save_run():
             # RetinaNet's scores start equal, and an order among equals means nothing.
             torch.nn.init.normal_(model.head.cls_score.weight, std=0.3)
         student = getattr(model, "student", model)
+        if hasattr(student, "linear"):
+            # A classifier that is sure of everything leaves an ensemble nothing but ties.
+            torch.nn.init.normal_(student.linear.weight, std=0.01)
         torch.save({"model": student.state_dict(), "iteration": 1}, folder / "model_0000001.pth")
         (folder / "last_checkpoint").write_text("model_0000001.pth")
         return str(folder)

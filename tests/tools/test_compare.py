@@ -9,7 +9,7 @@ import torch
 from classification.models import classifier_cfg
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from helpers import tiny_cfg, with_data
+from helpers import tiny_cfg, with_data, write_yaml
 
 from kd_det import pictures
 from kd_det.classification.mapper import ClassificationMapper
@@ -108,6 +108,54 @@ def test_classifiers_and_seeds(tmp_path, save_run, run_tool):
     hits = [answer == image["label"] for answer, image in zip(answers, images, strict=True)]
     assert results["runs"][2]["metrics"]["top1"] == pytest.approx(100 * sum(hits) / len(hits))
     assert cv2.imread(str(output / "comparison.png")).shape[1] == 4 * SMALL_CELL  # image, label, narrow, wide
+
+
+def save_chain(folder, cfg, save_run, *, seed: int = 0) -> list[str]:
+    """The output folder of two generations, below config.yaml as a training leaves it."""
+    generations = [save_run(folder / f"gen_{i}", cfg, seed=seed + i) for i in (1, 2)]
+    write_yaml(folder / "config.yaml", cfg)
+    return generations
+
+
+def test_generations_of_classifiers_and_their_ensemble(tmp_path, save_run, run_tool):
+    cfg = classifier_cfg(options=DIGITS)
+    generations = [save_chain(tmp_path / f"seed{seed}", cfg, save_run, seed=seed) for seed in (10, 20)]
+    run_tool(
+        "compare",
+        *(
+            "--run",
+            f"ban={tmp_path / 'seed10'}",
+            "--run",
+            f"ban={tmp_path / 'seed20'}",
+            "--run",
+            f"one={generations[0][1]}",
+        ),
+        *("--output", tmp_path / "out", "--images", 1),
+    )
+    rows = read_rows((tmp_path / "out/comparison.md").read_text())
+    assert rows[""] == ["ban gen 1 (2 runs)", "ban gen 2 (2 runs)", "ban ensemble (2 runs)", "one"]
+    parameters = [float(cell.split()[0]) for cell in rows["parameters (M)"]]
+    assert parameters[2] == pytest.approx(parameters[0] + parameters[1], rel=0.1)
+    assert float(rows["GFLOPs"][2].split()[0]) > float(rows["GFLOPs"][0].split()[0])
+
+    models = [load_student(cfg, path + "/model_0000001.pth", "cpu") for path in generations[0]]
+    mapper = ClassificationMapper(cfg, is_train=False)
+    images = [mapper(record) for record in DatasetCatalog.get("digits_test")]
+    with torch.no_grad():
+        scores = sum(torch.stack([output["scores"] for output in model(images)]) for model in models)
+    hits = (scores.argmax(dim=1) == torch.tensor([image["label"] for image in images])).double().mean()
+    results = json.loads((tmp_path / "out/comparison.json").read_text())
+    ensembles = [run["metrics"]["top1"] for run in results["runs"] if run["name"] == "ban ensemble"]
+    assert ensembles[0] == pytest.approx(100 * hits.item())
+
+
+def test_generations_of_detectors_and_their_ensemble(coco_folder, tmp_path, save_run, run_tool):
+    save_chain(tmp_path / "chain", with_data(tiny_cfg(), coco_folder, tmp_path), save_run)
+    run_tool("compare", "--run", f"ban={tmp_path / 'chain'}", "--output", tmp_path / "out", "--images", 1)
+    rows = read_rows((tmp_path / "out/comparison.md").read_text())
+    assert rows[""] == ["ban gen 1", "ban gen 2", "ban ensemble"]
+    assert rows["segm AP"][2] == "-"  # Boxes are fused, masks are not.
+    assert rows["bbox AP"][2] != "-"
 
 
 def test_folders_of_images_name_the_classes(tmp_path, save_run, run_tool):
