@@ -10,9 +10,8 @@ Of the output folder of KD.GENERATIONS each generation is compared, and their en
 
 import argparse
 
-from kd_det.comparison import compare
+from kd_det.comparison import compare, split_run
 from kd_det.engine import import_plugin, run_tool
-from kd_det.errors import InputError
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,12 +33,7 @@ def main() -> None:
     args = parse_args()
     for path in args.plugin:
         import_plugin(path)
-    runs = []
-    for run in args.run:
-        name, separator, source = run.partition("=")
-        if not (name and separator and source):
-            raise InputError(f"--run: got {run!r}; NAME=FOLDER or NAME=CONFIG:WEIGHTS is needed.")
-        runs.append((name, source))
+    runs = [split_run(run) for run in args.run]
     results = compare(runs, args.output, dataset=args.dataset, images=args.images, threshold=args.threshold)
     print(results["table"])
     print(f"\n{args.output}: comparison.json, comparison.md, comparison.png")

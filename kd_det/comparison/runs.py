@@ -58,6 +58,18 @@ class Run:
             return inference_on_dataset(self.model, progress, evaluator)
 
 
+def split_run(text: str) -> tuple[str, str]:
+    """Name and source of a run, given as NAME=SOURCE.
+
+    Raises:
+        InputError: If one is missing.
+    """
+    name, _, source = text.partition("=")
+    if not (name and source):
+        raise InputError(f"--run: got {text!r}; NAME=FOLDER or NAME=CONFIG:WEIGHTS is needed.")
+    return name, source
+
+
 def load_runs(runs: Sequence[tuple[str, str]], dataset: str | None, device: str) -> tuple[str, list[Run]]:
     """The name of the test set, and the runs, their configs checked before any model is built.
 

@@ -1,0 +1,36 @@
+#!/usr/bin/env python
+"""Measure how alike the two halves of students' channels are, and each to the teacher's features: linear CKA.
+
+    tools/similarity.py --teacher output/teacher --feature res4 --run plain=output/plain --run IE=output/inherit_explore
+
+The teacher and each run are a FOLDER, the output folder of a training, or CONFIG:WEIGHTS. Several runs of one name
+become one row: mean and standard deviation. The halves are those of KD.INHERIT_EXPLORE.
+"""
+
+import argparse
+
+from kd_det.comparison import split_run
+from kd_det.comparison.similarity import compare_halves, make_table
+from kd_det.engine import import_plugin, run_tool
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, metavar="SOURCE")
+    parser.add_argument("--run", action="append", required=True, metavar="NAME=SOURCE", help="a student; repeat it")
+    parser.add_argument("--feature", required=True, metavar="NAME", help="for example res4, p4 or roi_features")
+    parser.add_argument("--dataset", metavar="NAME", help="the test set (default: DATASETS.TEST of the teacher)")
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file to import first")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    for path in args.plugin:
+        import_plugin(path)
+    runs = [split_run(run) for run in args.run]
+    print(make_table(compare_halves(args.teacher, runs, args.feature, dataset=args.dataset)))
+
+
+if __name__ == "__main__":
+    run_tool(main)
