@@ -18,7 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+from detectron2.config import get_cfg
 from tqdm import tqdm
+
+from kd_det import TeacherStudent, add_kd_config
+from kd_det.config import find_config, merge_file
+from kd_det.errors import InputError
 
 TOOLS = Path(__file__).resolve().parent
 
@@ -57,6 +62,15 @@ def train(config: str, output: Path, options: list[str], *, log: bool, threads: 
     call("train_net.py", *arguments, log=output / "output.txt" if log else None, threads=threads)
 
 
+def has_teacher(config: str) -> bool:
+    """Whether a config is that of a student with a teacher; plain students and those of mutual learning have none."""
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    cfg.KD.set_new_allowed(True)  # Heads of plugins.
+    merge_file(cfg, find_config(config))
+    return TeacherStudent.__name__ == cfg.MODEL.META_ARCHITECTURE
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, metavar="CONFIG")
@@ -82,9 +96,14 @@ def main() -> None:
     else:
         train(args.teacher, Path(teacher), ["SEED", "0", *args.opts], log=False, threads=None)
         weights = f"{teacher}/model_final.pth"
-    taught = ["KD.TEACHER.CONFIG_FILE", args.teacher, "KD.TEACHER.WEIGHTS", weights]
+    options = ["KD.TEACHER.CONFIG_FILE", args.teacher, "KD.TEACHER.WEIGHTS", weights]
     runs = [
-        (name, config, args.output / f"{name}_seed{seed}", ["SEED", str(seed), *taught, *args.opts])
+        (
+            name,
+            config,
+            args.output / f"{name}_seed{seed}",
+            ["SEED", str(seed), *(options if has_teacher(config) else []), *args.opts],
+        )
         for seed in args.seeds
         for name, config in (student.split("=", 1) for student in args.student)
     ]
@@ -110,7 +129,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except CallError as error:
+    except (CallError, InputError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; the same command goes on.")
