@@ -1,5 +1,6 @@
 """Two ranks with gloo on the CPU: the students stay the same, and what one process gives, without unused parameters."""
 
+import copy
 import json
 
 import pytest
@@ -25,16 +26,44 @@ from helpers import (
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import student_config
 from kd_det.engine import Trainer, setup
+from kd_det.meta_arch import TeacherStudent
+from kd_det.stages import Pretraining
 
 HEADS = ["ReviewKDHead", "HintHead", "AttentionTransferHead", "SoftTargetHead"]
 # HintHead is idle in step 0, ReviewKDHead in step 2.
 OPTIONS = {"KD.HINT.SCHEDULE.START": 1, "KD.REVIEW.SCHEDULE.STOP": 2, "KD.SOFT_TARGET.SOURCES": ["roi", "rpn", "mask"]}
 STEPS = 3
+# Heads of a run, and of the stage before it, that are tried for nothing but this: that the ranks stay the same.
+OTHERS = {
+    TeacherStudent: [
+        "FactorTransferHead",
+        "InheritExploreHead",
+        "OverhaulHead",
+        "SoftmaxRegressionHead",
+        "BornAgainHead",
+    ],
+    Pretraining: ["FactorTransferHead", "InheritExploreHead", "ActivationBoundaryHead", "HintHead"],
+}
+STAGES = ["res2", "res3", "res4", "res5"]
+OTHER_OPTIONS = {
+    "KD.PRETRAIN.MAX_ITER": 1,
+    "KD.HINT.STAGES": 2,
+    "KD.HINT.IN_FEATURES": STAGES[:3],
+    "KD.OVERHAUL.IN_FEATURES": STAGES,
+    "KD.ACTIVATION_BOUNDARY.IN_FEATURES": STAGES,
+}
+
+
+def train_all(rank, teacher, folder):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/init", world_size=2, rank=rank)
+    train(rank, teacher, folder)
+    for kind in OTHERS:
+        train_others(rank, teacher, folder, kind)
+    torch.distributed.destroy_process_group()
 
 
 def train(rank, teacher, folder):
     """Three steps on a rank's own data, from its own random weights; DDP hands out those of rank 0."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/init", world_size=2, rank=rank)
     cfg = distilled_cfg(teacher, HEADS, OPTIONS)
     model = create_ddp_model(build(cfg, seed=rank), broadcast_buffers=False, device_ids=None)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -54,14 +83,39 @@ def train(rank, teacher, folder):
         "tensors_in_buckets": model._get_ddp_logging_data()["num_parameter_tensors"],
     }
     torch.save(results, f"{folder}/{rank}.pth")
-    torch.distributed.destroy_process_group()
+
+
+def train_others(rank, teacher, folder, kind):
+    """The same with other heads, of a run or of a stage; two steps, the states before and behind them saved."""
+    torch.manual_seed(rank)
+    model = kind(distilled_cfg(teacher, OTHERS[kind], OTHER_OPTIONS)).train()
+    parallel = create_ddp_model(
+        model, broadcast_buffers=False, device_ids=None, find_unused_parameters=kind is not TeacherStudent
+    )
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    before = copy.deepcopy(model.state_dict())
+    for iteration in range(2):
+        losses = step(parallel, tiny_inputs(seed=10 * rank + iteration), iteration=iteration)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    torch.save([before, model.state_dict()], f"{folder}/{kind.__name__}_{rank}.pth")
 
 
 @pytest.fixture(scope="module")
-def ranks(teacher, tmp_path_factory):
+def trained(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(train, args=(teacher, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
+    torch.multiprocessing.spawn(train_all, args=(teacher, str(folder)), nprocs=2)
+    found = [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
+    others = {
+        x: [torch.load(folder / f"{x.__name__}_{rank}.pth", weights_only=True) for rank in range(2)] for x in OTHERS
+    }
+    return found, others
+
+
+@pytest.fixture
+def ranks(trained):
+    return trained[0]
 
 
 def test_ranks_saw_different_data(ranks):
@@ -75,6 +129,18 @@ def test_weights_are_equal_after_the_steps(ranks, teacher):
     start = dict(build(distilled_cfg(teacher, HEADS, OPTIONS), seed=0).named_parameters())
     for part in ("student.backbone.", "heads.ReviewKDHead.", "heads.HintHead."):
         assert any(not torch.equal(first[key], start[key]) for key in first if key.startswith(part)), part
+
+
+@pytest.mark.parametrize(("kind", "head"), [(kind, head) for kind, heads in OTHERS.items() for head in heads])
+def test_every_head_is_the_same_on_both_ranks(trained, kind, head):
+    (before, first), (_, second) = trained[1][kind]
+    # Running statistics are each rank's own until they are evaluated or saved.
+    own = [key for key in first if key.startswith(f"heads.{head}.") and "running_" not in key]
+    learned = [key for key in own if not torch.equal(before[key], first[key])]
+    assert learned or head == "BornAgainHead"  # It has no weights.
+    assert all(torch.equal(first[key], second[key]) for key in own)
+    student = [key for key in first if key.startswith("student.") and "running_" not in key]
+    assert all(torch.equal(first[key], second[key]) for key in student)
 
 
 def test_heads_were_idle(ranks):
