@@ -150,7 +150,7 @@ class _StrictCheckpointer(KDCheckpointer):
         raise InputError(f"{matched} of {total} keys ({matched / total:.0%}) match; {told}.")
 
 
-def load_strictly(model: nn.Module, path: str, *, key: str) -> None:
+def load_strictly(model: nn.Module, path: str, *, key: str) -> dict[str, Any]:
     """Load weights that must fit a model key for key.
 
     Args:
@@ -158,12 +158,15 @@ def load_strictly(model: nn.Module, path: str, *, key: str) -> None:
         path: Path or URL of a detector's checkpoint, ``.pth`` or ``.pkl``.
         key: The config key that names the file, for messages.
 
+    Returns:
+        What else the file holds.
+
     Raises:
         InputError: If there is no such file, it cannot be read, or keys are missing, unexpected or of another shape.
     """
     find_file(path, key)
     try:
-        _StrictCheckpointer(model).load(path)
+        return _StrictCheckpointer(model).load(path)
     except InputError as error:
         raise InputError(f"{key}: {path} does not fit the config's {type(model).__name__}: {error}") from error
 

@@ -263,6 +263,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Each step's images pass through the model in so many parts, one after the other, for batches that do not fit into
     # memory; IMS_PER_BATCH stays the number of images per step. Batch norms see parts.
     cfg.SOLVER.ACCUMULATE = 1
+    # Keep an exponential moving average of the student's weights with this decay, for example 0.999 or 0.9999; 0: none.
+    # It is "ema" in checkpoints, is evaluated after the student as ema/bbox/AP and the like, and becomes a checkpoint
+    # of its own by tools/export_student.py --ema. At the beginning, and so all through a short run, the decay is lower.
+    cfg.SOLVER.EMA_DECAY = 0.0
     # Count in epochs: MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD, TEST.EVAL_PERIOD and every SCHEDULE of KD. They
     # are turned into iterations when a run begins.
     cfg.SOLVER.IN_EPOCHS = False
@@ -271,7 +275,8 @@ def add_kd_config(cfg: CfgNode) -> None:
     # So many of model_0004999.pth and the like stay, the newest ones; 0: all. model_final.pth and model_best.pth stay.
     cfg.SOLVER.CHECKPOINT_KEEP = 0
     # The best of all evaluations by this is kept as model_best.pth: "bbox/AP", "classification/top1", or whatever else
-    # an evaluation prints and is better the higher it is; of several test sets "name_of_the_set/bbox/AP". "": none.
+    # an evaluation prints and is better the higher it is; of several test sets "name_of_the_set/bbox/AP";
+    # "ema/..." of the averaged weights. "": none.
     cfg.TEST.BEST_METRIC = ""
 
     # ---- Data sets named here need no code ----

@@ -40,6 +40,7 @@ from kd_det.config import DISTILLED, add_kd_config, find_config, merge_file, mer
 from kd_det.data import DetectionMapper, check_files, check_num_classes, count_training_images, register_datasets
 from kd_det.data.loader import build_detection_training_loader, seed_everything
 from kd_det.data.workers import end_with_the_run
+from kd_det.ema import build_ema
 from kd_det.errors import InputError
 from kd_det.evaluation import build_evaluator, share_buffers
 from kd_det.hooks import with_own_hooks
@@ -57,7 +58,8 @@ TOLD = re.compile(r"^(?:kd_det\.errors\.\w+|FloatingPointError|OSError(?=: \[Err
 class Trainer(DefaultTrainer):
     """Detectron2's trainer, for plain and for distilled students.
 
-    ``"model"`` in its checkpoints is the plain student; the heads' weights lie beside it as ``kd_heads``.
+    ``"model"`` in its checkpoints is the plain student; the heads' weights lie beside it as ``kd_heads``, and the
+    average of the student's, where one is kept, as ``ema``.
 
     Args:
         cfg: The whole config, of a plain detector, a ``TeacherStudent`` or ``MutualStudents``.
@@ -73,6 +75,11 @@ class Trainer(DefaultTrainer):
         self.run = uuid.uuid4().hex
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        distilled = isinstance(model, TeacherStudent | MutualStudents)
+        self.student, parts = (model.student, model.checkpointables) if distilled else (model, {})
+        self.ema = build_ema(cfg, self.student)
+        if self.ema is not None:
+            parts |= {"ema": self.ema}
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         loader.batch_sampler.seed = self.seed
@@ -84,9 +91,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # Without DDP around it.
         self.plain_model = model
-        distilled = isinstance(model, TeacherStudent | MutualStudents)
-        student, parts = (model.student, model.checkpointables) if distilled else (model, {})
-        self.checkpointer = KDCheckpointer(student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **parts)
+        self.checkpointer = KDCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **parts)
         self.checkpointer.keep = cfg.SOLVER.CHECKPOINT_KEEP
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -97,6 +102,8 @@ class Trainer(DefaultTrainer):
         # An iteration draws the same random numbers whether or not the run was interrupted before it.
         seed_everything(self.seed, self.iter, comm.get_rank())
         super().run_step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.student)
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
@@ -108,7 +115,7 @@ class Trainer(DefaultTrainer):
         batches.seed, batches.start = self.seed, self.start_iter
 
     def build_hooks(self) -> list:
-        hooks = with_own_hooks(super().build_hooks(), self.cfg)
+        hooks = with_own_hooks(super().build_hooks(), self.cfg, self.ema)
         if isinstance(self.plain_model, MutualStudents) and comm.is_main_process():
             hooks.insert(0, PeerWriter(self.plain_model.students, self.plain_model.configs))
         return hooks

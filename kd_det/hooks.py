@@ -10,7 +10,9 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
+from torch.optim.swa_utils import AveragedModel
 
+from kd_det.ema import EMAEvaluation
 from kd_det.errors import InputError
 from kd_det.interruption import Interruption
 
@@ -72,8 +74,13 @@ class Rewind(HookBase):
         self.hook._data_iter = None
 
 
-def with_own_hooks(found: Iterable[HookBase | None], cfg: CfgNode) -> list[HookBase | None]:
+def with_own_hooks(found: Iterable[HookBase | None], cfg: CfgNode, ema: AveragedModel | None) -> list[HookBase | None]:
     """Detectron2's hooks and, where each belongs, those of this package.
+
+    Args:
+        found: Detectron2's.
+        cfg: The whole config.
+        ema: The averaged student, if there is one.
 
     Raises:
         InputError: If TEST.BEST_METRIC is set, but nothing is evaluated.
@@ -89,6 +96,14 @@ def with_own_hooks(found: Iterable[HookBase | None], cfg: CfgNode) -> list[HookB
         own.append(hook)
         if isinstance(hook, hooks.PreciseBN):
             own.append(Rewind(hook))
+            if ema is not None:
+                # Its batch norms, too, get the statistics of its own weights.
+                hook = hooks.PreciseBN(
+                    cfg.TEST.EVAL_PERIOD, ema.module, hook._data_loader, cfg.TEST.PRECISE_BN.NUM_ITER
+                )
+                own += [hook, Rewind(hook)]
+        if isinstance(hook, hooks.EvalHook) and ema is not None:
+            own.append(EMAEvaluation(cfg, ema))
         if isinstance(hook, hooks.EvalHook) and metric and comm.is_main_process():
             own.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, metric))
     return own

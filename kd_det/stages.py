@@ -196,12 +196,13 @@ def pretrain(cfg: CfgNode, *, resume: bool) -> str:
 
 
 def stage_config(cfg: CfgNode, folder: Path) -> CfgNode:
-    """Config of the stage: that of the run, with its own schedule and output, and without evaluation."""
+    """Config of the stage: that of the run, with its own schedule and output, without averaging and evaluation."""
     cfg = cfg.clone()
     cfg.defrost()
     node = cfg.KD.PRETRAIN
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.SOLVER.STEPS = node.MAX_ITER, node.BASE_LR, tuple(node.STEPS)
     cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.WARMUP_ITERS = "WarmupMultiStepLR", 0
+    cfg.SOLVER.EMA_DECAY = 0.0
     cfg.DATASETS.TEST, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC = (), 0, ""
     cfg.OUTPUT_DIR = str(folder)
     cfg.freeze()

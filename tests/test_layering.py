@@ -17,6 +17,7 @@ ALLOWED = {
     "data": LEAVES,
     "backbones": LEAVES,
     "classification": LEAVES | {"data"},
+    "ema": LEAVES,
     "evaluation": LEAVES | {"data", "classification"},
     "taps": LEAVES,
     "heads": LEAVES | {"losses"},

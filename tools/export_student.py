@@ -3,6 +3,7 @@
 
     tools/export_student.py --run output/reviewkd --output exported
     tools/export_student.py --config-file configs/reviewkd_r101_r18.yaml --weights model.pth --output exported
+    tools/export_student.py --run output/reviewkd --ema --output averaged
 
 exported/student.yaml and student.pth need no kd_det, except where the model or its backbone is one of kd_det's own.
 exported/student.ts maps one image, (3, H, W) float32 from 0 to 255, to a tuple of tensors. It takes one image at a
@@ -31,6 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--run", metavar="FOLDER", help="output folder of a run: its config.yaml and newest checkpoint")
     parser.add_argument("--config-file", metavar="FILE", help="instead of --run, together with --weights")
     parser.add_argument("--weights", metavar="FILE", help="instead of --run, together with --config-file")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights (SOLVER.EMA_DECAY of the run)")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to make")
     sample = parser.add_mutually_exclusive_group()
     sample.add_argument("--image", metavar="FILE", help="image to trace on (default: the first of DATASETS.TEST)")
@@ -75,7 +77,7 @@ def main() -> None:
     config_file, weights = find_run(args.run) if args.run else (args.config_file, args.weights)
     cfg = read_student_config(config_file)
     sample = None if args.no_torchscript else read_sample(cfg, args.image, args.size)
-    done = export_student(cfg, weights, args.output, sample=sample, device=args.device)
+    done = export_student(cfg, weights, args.output, ema=args.ema, sample=sample, device=args.device)
     print(f"{args.output}: {', '.join(done.files)}")
     print(header(done.needs).replace("# ", ""), end="")
     if done.tried:

@@ -5,6 +5,7 @@ from pathlib import Path
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from kd_det.checkpoint import load_strictly
 from kd_det.config import add_kd_config, find_config, merge_file, student_config
@@ -50,16 +51,28 @@ def read_student_config(config_file: str) -> CfgNode:
     return cfg
 
 
-def load_student(cfg: CfgNode, weights: str, device: str) -> nn.Module:
+def load_student(cfg: CfgNode, weights: str, device: str, *, ema: bool = False) -> nn.Module:
     """The student in evaluation mode, its weights loaded strictly.
 
+    Args:
+        cfg: Config of the student alone.
+        weights: The run's checkpoint.
+        device: Where the student is built.
+        ema: Whether to take the averaged weights.
+
     Raises:
-        InputError: If the weights do not fit.
+        InputError: If the weights do not fit, or there are no averaged ones.
     """
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = device
     model = build_model(cfg)
-    load_strictly(model, weights, key="weights of the run")
+    rest = load_strictly(model, weights, key="weights of the run")
+    if ema:
+        if "ema" not in rest:
+            raise InputError(f"--ema: {weights} has no averaged weights; SOLVER.EMA_DECAY of its run was 0.")
+        averaged = AveragedModel(model)
+        averaged.load_state_dict(rest["ema"])
+        model = averaged.module
     return model.eval()
 
 

@@ -37,7 +37,13 @@ class Exported:
 
 
 def export_student(
-    cfg: CfgNode, weights: str, output: str, *, sample: Tensor | None = None, device: str = "cpu"
+    cfg: CfgNode,
+    weights: str,
+    output: str,
+    *,
+    ema: bool = False,
+    sample: Tensor | None = None,
+    device: str = "cpu",
 ) -> Exported:
     """Write ``student.pth``, ``student.yaml`` and, given a sample, ``student.ts``: all of them, or nothing.
 
@@ -48,17 +54,18 @@ def export_student(
         cfg: Config of the student alone.
         weights: The run's checkpoint.
         output: The folder to make.
+        ema: Whether to export the averaged weights instead of the student's latest ones.
         sample: Image (3, H, W), float32, as the model expects it: 0 to 255, channels as INPUT.FORMAT says.
         device: Where the model is traced; ``student.ts`` is bound to it.
 
     Raises:
-        InputError: If the folder exists, the weights do not fit, nothing is detected on the sample, or the traced model
-            gives other results than the eager one.
+        InputError: If the folder exists, the weights do not fit, there are no averaged ones, nothing is detected on the
+            sample, or the traced model gives other results than the eager one.
     """
     target = Path(output)
     if target.exists():
         raise InputError(f"--output: {output} exists already; delete it or choose another folder.")
-    model = load_student(cfg, weights, device)
+    model = load_student(cfg, weights, device, ema=ema)
     plain, needs = plain_config(cfg, str(target.resolve() / "student.pth"))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:

@@ -199,3 +199,10 @@ def test_mistakes_end_in_one_line(arguments, message, tmp_path, save_run, run_to
     arguments = [argument.format(run=run) for argument in arguments]
     with pytest.raises(SystemExit, match=message):
         run_tool("export_student", "--output", tmp_path / "out", *arguments)
+
+
+def test_a_run_that_kept_no_average(teacher, tmp_path, save_run, run_tool):
+    run = save_run(tmp_path / "run", distilled_cfg(teacher, ["HintHead"]))
+    with pytest.raises(SystemExit, match=r"^error: --ema: .*/model_0000001.pth has no averaged weights; SOLVER.EMA"):
+        run_tool("export_student", "--run", run, "--ema", "--output", tmp_path / "out", "--no-torchscript")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,57 @@
+"""The exponential moving average of a student's weights, which is saved and evaluated beside the student."""
+
+from detectron2.config import CfgNode
+from detectron2.engine import hooks
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kd_det.errors import InputError
+
+
+def build_ema(cfg: CfgNode, student: nn.Module) -> AveragedModel | None:
+    """Build the average that ``SOLVER.EMA_DECAY`` asks for; None where it is 0.
+
+    Its first update copies the student. Buffers are averaged as the parameters are: the running statistics of batch
+    norms then belong to the averaged weights, not to the student's latest ones.
+
+    Raises:
+        InputError: If the decay is not below 1, or several students are trained.
+    """
+    decay = cfg.SOLVER.EMA_DECAY
+    if not 0 <= decay < 1:
+        raise InputError(f"SOLVER.EMA_DECAY: must be 0 or more and below 1, got {decay}.")
+    if not decay:
+        return None
+    if cfg.MODEL.META_ARCHITECTURE == "MutualStudents":
+        raise InputError(f"SOLVER.EMA_DECAY: got {decay}, but MutualStudents have no averages; allowed is 0.")
+
+    def average(averaged: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
+        # As in TensorFlow the decay grows: after n updates the average reaches back over n / 9 of them at most, so that
+        # of a short run has forgotten its beginning, too.
+        ramp = (1 + int(updates)) / (10 + int(updates))
+        get_ema_multi_avg_fn(min(decay, ramp))(averaged, current, updates)
+
+    return AveragedModel(student, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
+
+
+class EMAEvaluation(hooks.EvalHook):
+    """Evaluates the averaged student after the student itself; its results are ``ema/bbox/AP`` and the like.
+
+    What the evaluation writes is below ``OUTPUT_DIR/ema``.
+
+    Args:
+        cfg: The whole config.
+        ema: The averaged student.
+    """
+
+    def __init__(self, cfg: CfgNode, ema: AveragedModel):
+        super().__init__(cfg.TEST.EVAL_PERIOD, self._evaluate)
+        self.cfg = cfg.clone()
+        self.cfg.defrost()
+        self.cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/ema"
+        self.ema = ema
+
+    def _evaluate(self) -> dict:
+        found = {"ema": self.trainer.test(self.cfg, self.ema.module)}
+        self.trainer._last_eval_results |= found
+        return found
