@@ -21,7 +21,6 @@ from detectron2.engine import (
     TrainerBase,
     create_ddp_model,
     default_setup,
-    launch,
 )
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.logger import setup_logger
@@ -44,7 +43,7 @@ from kd_det.ema import build_ema
 from kd_det.errors import InputError
 from kd_det.evaluation import build_evaluator, share_buffers
 from kd_det.hooks import with_own_hooks
-from kd_det.interruption import INTERRUPTED, in_own_session, passing_on
+from kd_det.interruption import INTERRUPTED
 from kd_det.meta_arch import TeacherStudent
 from kd_det.mutual import MutualStudents
 from kd_det.peers import PeerWriter, load_peer_weights
@@ -338,37 +337,3 @@ def is_told(error: BaseException) -> bool:
 def is_defect(record: logging.LogRecord) -> bool:
     """Whether a log record tells of anything but what :func:`run_tool` tells itself."""
     return not (record.exc_info and is_told(record.exc_info[1]))
-
-
-def launch_workers(main: Callable, args: argparse.Namespace) -> None:
-    """Run `main(args)` on each GPU that ``--num-gpus`` asks for, or as one rank of ``torchrun``.
-
-    Raises:
-        InputError: If the machine has fewer GPUs.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(local_rank)
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
-        comm.create_local_process_group(local_size)
-        try:
-            main(args)
-        finally:
-            torch.distributed.destroy_process_group()
-        return
-    if args.num_gpus > 1 and args.num_gpus > torch.cuda.device_count():
-        raise InputError(f"--num-gpus: {args.num_gpus} asked for, but this machine has {torch.cuda.device_count()}.")
-    if args.num_gpus * args.num_machines <= 1:
-        main(args)
-        return
-    with passing_on():
-        launch(
-            in_own_session,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(main, args),
-        )

@@ -19,7 +19,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kd_det import add_kd_config
-from kd_det.engine import add_distillation_arguments, launch_workers, run_tool
+from kd_det.engine import add_distillation_arguments, run_tool
+from kd_det.launching import launch_workers
 from kd_det.registry import config_key
 
 ROOT = Path(__file__).resolve().parents[1]

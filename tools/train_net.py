@@ -10,7 +10,8 @@ Any Detectron2 config becomes a distillation run with a teacher and heads named 
     tools/train_net.py --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml \\
         --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml --kd-heads ReviewKDHead
 
-Under torchrun: torchrun --nproc-per-node 8 tools/train_net.py --config-file ...
+On several GPUs: --num-gpus 8, or under torchrun --nproc-per-node 8, or SLURM's srun with one task per GPU; see
+docs/clusters.md.
 
 SIGTERM, Ctrl-C and SIGUSR1 (SLURM: --signal=USR1@120) end a training after its iteration, with a checkpoint and status
 75; --resume goes on. A second Ctrl-C ends it at once.
@@ -22,8 +23,9 @@ from detectron2.engine import default_argument_parser
 
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import student_config
-from kd_det.engine import Trainer, add_distillation_arguments, launch_workers, run_tool, setup
+from kd_det.engine import Trainer, add_distillation_arguments, run_tool, setup
 from kd_det.interruption import interruptible
+from kd_det.launching import launch_workers
 from kd_det.stages import train
 
 
