@@ -91,7 +91,7 @@ def add_kd_config(cfg: CfgNode) -> None:
         IN_FEATURES=["p2", "p3", "p4", "p5", "p6"],
         # Channels inside the fusion modules.
         MID_CHANNELS=256,
-        # Normalisation of the fusion modules: BN, SyncBN or GN.
+        # Normalisation of the fusion modules: BN (published), SyncBN, GN or LN. SyncBN needs GPUs.
         NORM="BN",
         # Compare with the teacher's features before the ReLU at the end of each stage (published for classifiers).
         TEACHER_PREACT=False,
@@ -115,6 +115,8 @@ def add_kd_config(cfg: CfgNode) -> None:
         # From student to teacher: "linear", a 1x1 convolution, or "rectified", with batch norm and ReLU behind it, for
         # features behind a ReLU; published weights on CIFAR are for that one.
         REGRESSOR="linear",
+        # In place of that batch norm: SyncBN, GN or LN.
+        NORM="BN",
         # 1: together with the task. 2: in a stage before the run, the student's features on the hint alone (paper).
         STAGES=1,
     )
@@ -125,7 +127,7 @@ def add_kd_config(cfg: CfgNode) -> None:
         IN_FEATURES=["roi_features"],
         # Channels of the factor over those of the teacher's feature.
         FACTOR_RATE=0.5,
-        # Normalisation in paraphraser and translator: "" (published code) or BN.
+        # Normalisation in paraphraser and translator: "" (published code), BN, SyncBN, GN or LN.
         NORM="",
         # "map_invariant": the same strength at every map size. "code": the published mean, whose strength falls with
         # the square root of the factor's elements (its weight is 500 on CIFAR).
@@ -147,6 +149,8 @@ def add_kd_config(cfg: CfgNode) -> None:
         EXPLORE_WEIGHT=1.0,
         # Channels of the factors over those of the teacher's feature.
         FACTOR_RATE=0.5,
+        # Normalisation in the encoders and decoders: BN (published), SyncBN, GN or LN.
+        NORM="BN",
         # "map_invariant": the same strength at every map size. "code": the published mean (its weight is 50 on CIFAR).
         SCALE="map_invariant",
         # How the auto-encoder reconstructs: "l1" (published code) or "l2" (paper).
@@ -157,6 +161,8 @@ def add_kd_config(cfg: CfgNode) -> None:
         weight=0.001,
         # From the finest stage to the coarsest.
         IN_FEATURES=["res2", "res3", "res4", "res5"],
+        # Normalisation in the connectors: BN (published), SyncBN, GN or LN.
+        NORM="BN",
         # Where margins come from: "estimate", the teacher's first MARGIN_BATCHES batches; "batch_norm", its last batch
         # norm of each stage (published; wrong where statistics were folded into it, as in converted ImageNet weights).
         MARGIN="estimate",
@@ -170,6 +176,8 @@ def add_kd_config(cfg: CfgNode) -> None:
         weight=0.003,
         # From the finest stage of the network to the coarsest.
         IN_FEATURES=["res2", "res3", "res4", "res5"],
+        # Normalisation in the connectors, where the channels differ: BN (published), SyncBN, GN or LN.
+        NORM="BN",
         # "map_invariant": the strength it has on CIFAR, at every map size. "code": the published sum over cells.
         SCALE="map_invariant",
     )
@@ -206,7 +214,7 @@ def add_kd_config(cfg: CfgNode) -> None:
         weight=1.0,
         # The student's feature: roi_box_features of an R-CNN; of an image classifier its last map, such as res5.
         IN_FEATURE="roi_box_features",
-        # Normalisation between the student's feature and the teacher's classifier: BN (published) or LN.
+        # Normalisation between the student's feature and the teacher's classifier: BN (published), SyncBN, GN or LN.
         NORM="BN",
         # How logits are compared: "mse" (published code), or "ce", cross-entropy with the teacher's probabilities.
         KIND="mse",

@@ -6,6 +6,7 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
+from kd_det.heads.norms import check_norm
 from kd_det.heads.preactivations import (
     build_connector,
     check_stage_options,
@@ -34,6 +35,7 @@ class ActivationBoundaryHead(nn.Module):
     Args:
         student_spec: Name to shape of each stage's ``<name>_preact`` in the student, finest first.
         teacher_spec: The same of the teacher.
+        norm: Of the connectors: "BN" (published code), "SyncBN", "GN" or "LN".
         weight: Factor of the loss in the stage.
         scale: "map_invariant" or "code".
     """
@@ -48,6 +50,7 @@ class ActivationBoundaryHead(nn.Module):
         *,
         student_spec: Mapping[str, ShapeSpec],
         teacher_spec: Mapping[str, ShapeSpec],
+        norm: str = "BN",
         weight: float = 0.003,
         scale: str = "map_invariant",
     ):
@@ -58,17 +61,19 @@ class ActivationBoundaryHead(nn.Module):
         self.scale = scale
         self.connectors = nn.ModuleDict()
         for name, shape in student_spec.items():
-            channels = shape.channels, teacher_spec[name].channels
-            self.connectors[name] = nn.Identity() if channels[0] == channels[1] else build_connector(*channels)
+            own, other = shape.channels, teacher_spec[name].channels
+            self.connectors[name] = nn.Identity() if own == other else build_connector(own, other, norm=norm)
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         node = cfg.KD.ACTIVATION_BOUNDARY
         check_stage_options("KD.ACTIVATION_BOUNDARY", node, student_spec, teacher_spec)
         names = [f"{name}_preact" for name in node.IN_FEATURES]
+        check_norm(cfg, "ACTIVATION_BOUNDARY", [teacher_spec[name].channels for name in names])
         return {
             "student_spec": {name: student_spec[name] for name in names},
             "teacher_spec": {name: teacher_spec[name] for name in names},
+            "norm": node.NORM,
             "weight": node.WEIGHT,
             "scale": node.SCALE,
         }

@@ -8,7 +8,6 @@ from detectron2.config import configurable
 from detectron2.layers import get_norm
 from torch import Tensor, nn
 
-from kd_det.errors import InputError
 from kd_det.heads.factors import (
     AutoEncoder,
     Feature,
@@ -18,11 +17,10 @@ from kd_det.heads.factors import (
     rescale,
     valid_cells,
 )
+from kd_det.heads.norms import NORMS, check_norm
 from kd_det.losses import factor_transfer_loss
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
-
-NORMS = ("", "BN")
 
 
 @KD_HEAD_REGISTRY.register()
@@ -40,7 +38,7 @@ class FactorTransferHead(nn.Module):
 
     Args:
         features: Name to description of each compared feature: maps of the backbone, or ``roi_features``.
-        norm: "" (published code), or "BN" between convolution and leaky ReLU.
+        norm: "" (published code), or what is between convolution and leaky ReLU: "BN", "SyncBN", "GN" or "LN".
         scale: "map_invariant" or "code".
         reconstruction: "l1" (published code) or "l2" (paper): the paraphraser's loss in the stage.
     """
@@ -76,8 +74,8 @@ class FactorTransferHead(nn.Module):
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         node = cfg.KD.FACTOR_TRANSFER
         features = check_factor_options("KD.FACTOR_TRANSFER", node, student_spec, teacher_spec)
-        if node.NORM not in NORMS:
-            raise InputError(f"KD.FACTOR_TRANSFER.NORM: {node.NORM!r} is not one of {', '.join(map(repr, NORMS))}.")
+        channels = [c for feature in features.values() for c in feature[:3]]
+        check_norm(cfg, "FACTOR_TRANSFER", channels, allowed=("", *NORMS))
         return {
             "features": features,
             "norm": node.NORM,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.heads.build import check_feature_maps
+from kd_det.heads.norms import check_norm
 from kd_det.losses import hint_loss
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
@@ -33,6 +34,7 @@ class HintHead(nn.Module):
         student_spec: Name to shape of each compared feature map in the student.
         teacher_spec: The same in the teacher.
         regressor: "linear" or "rectified".
+        norm: Of the rectified one: "BN" (published code), "SyncBN", "GN" or "LN".
         stages: 1 or 2.
         weight: Factor of the loss in the stage before the run.
     """
@@ -44,6 +46,7 @@ class HintHead(nn.Module):
         student_spec: Mapping[str, ShapeSpec],
         teacher_spec: Mapping[str, ShapeSpec],
         regressor: str = "linear",
+        norm: str = "BN",
         stages: int = 1,
         weight: float = 1.0,
     ):
@@ -57,7 +60,7 @@ class HintHead(nn.Module):
         self.strides = {name: shape.stride for name, shape in student_spec.items()}
         self.regressors = nn.ModuleDict(
             {
-                name: build_regressor(shape.channels, teacher_spec[name].channels, kind=regressor)
+                name: build_regressor(shape.channels, teacher_spec[name].channels, kind=regressor, norm=norm)
                 for name, shape in student_spec.items()
             }
         )
@@ -68,12 +71,15 @@ class HintHead(nn.Module):
         check_feature_maps("KD.HINT.IN_FEATURES", names, student_spec, teacher_spec)
         if cfg.KD.HINT.REGRESSOR not in REGRESSORS:
             raise InputError(f"KD.HINT.REGRESSOR: {cfg.KD.HINT.REGRESSOR!r} is not one of {', '.join(REGRESSORS)}.")
+        rectified = cfg.KD.HINT.REGRESSOR == "rectified"
+        check_norm(cfg, "HINT", [teacher_spec[name].channels for name in names] if rectified else [])
         if cfg.KD.HINT.STAGES not in (1, 2):
             raise InputError(f"KD.HINT.STAGES: {cfg.KD.HINT.STAGES} is not one of 1, 2.")
         return {
             "student_spec": {name: student_spec[name] for name in names},
             "teacher_spec": {name: teacher_spec[name] for name in names},
             "regressor": cfg.KD.HINT.REGRESSOR,
+            "norm": cfg.KD.HINT.NORM,
             "stages": cfg.KD.HINT.STAGES,
             "weight": cfg.KD.HINT.WEIGHT,
         }
@@ -96,9 +102,9 @@ class HintHead(nn.Module):
         return sum(losses)
 
 
-def build_regressor(channels: int, teacher_channels: int, *, kind: str) -> Conv2d:
-    """A 1x1 convolution, "rectified" with batch norm and ReLU behind it."""
+def build_regressor(channels: int, teacher_channels: int, *, kind: str, norm: str) -> Conv2d:
+    """A 1x1 convolution, "rectified" with a normalisation and ReLU behind it."""
     if kind == "linear":
         return Conv2d(channels, teacher_channels, kernel_size=1)
-    norm = get_norm("BN", teacher_channels)
-    return Conv2d(channels, teacher_channels, kernel_size=1, norm=norm, activation=F.relu)
+    layer = get_norm(norm, teacher_channels)
+    return Conv2d(channels, teacher_channels, kernel_size=1, norm=layer, activation=F.relu)

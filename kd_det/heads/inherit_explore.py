@@ -21,6 +21,7 @@ from kd_det.heads.factors import (
     rescale,
     valid_cells,
 )
+from kd_det.heads.norms import check_norm
 from kd_det.losses import exploration_loss, inheritance_loss
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
@@ -61,6 +62,7 @@ class InheritExploreHead(nn.Module):
         seed: Of the random division; the same on every process.
         inherit_weight: Factor of the inheriting half's loss; 0 leaves it out.
         explore_weight: Factor of the exploring half's loss; 0 leaves it out.
+        norm: Of encoders and decoders: "BN" (published code), "SyncBN", "GN" or "LN".
         scale: "map_invariant" or "code".
         reconstruction: "l1" (published code) or "l2" (paper): the auto-encoder's loss in the stage.
     """
@@ -77,6 +79,7 @@ class InheritExploreHead(nn.Module):
         seed: int = 0,
         inherit_weight: float = 1.0,
         explore_weight: float = 1.0,
+        norm: str = "BN",
         scale: str = "map_invariant",
         reconstruction: str = "l1",
     ):
@@ -98,9 +101,9 @@ class InheritExploreHead(nn.Module):
             order = torch.randperm(student, generator=generator) if divide == "random" else None
             self.register_buffer(f"order_{name}", order)
             if kind != "at":
-                self.auto_encoders[name] = AutoEncoder(coder(teacher, factor), coder(factor, teacher))
+                self.auto_encoders[name] = AutoEncoder(coder(teacher, factor, norm), coder(factor, teacher, norm))
             for encoders in self.encoders.values():
-                encoders[name] = nn.Identity() if kind == "at" else coder(student // 2, factor)
+                encoders[name] = nn.Identity() if kind == "at" else coder(student // 2, factor, norm)
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
@@ -115,6 +118,8 @@ class InheritExploreHead(nn.Module):
                     f"{key}.IN_FEATURES: {name!r} has {feature.student_channels} channels in the student; their number "
                     "must be even to be divided into halves."
                 )
+        channels = [c for student, *others, _ in features.values() for c in (student // 2, *others)]
+        check_norm(cfg, "INHERIT_EXPLORE", channels if node.KIND != "at" else [])
         weights = node.INHERIT_WEIGHT, node.EXPLORE_WEIGHT
         if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             raise InputError(
@@ -128,6 +133,7 @@ class InheritExploreHead(nn.Module):
             "seed": max(cfg.SEED, 0),
             "inherit_weight": node.INHERIT_WEIGHT,
             "explore_weight": node.EXPLORE_WEIGHT,
+            "norm": node.NORM,
             "scale": node.SCALE,
             "reconstruction": node.RECONSTRUCTION,
         }
@@ -189,11 +195,11 @@ def with_length_of(x: Tensor, other: Tensor) -> Tensor:
     return (F.normalize(x.flatten(1), eps=1e-12) * other.flatten(1).norm(dim=1, keepdim=True)).view_as(x)
 
 
-def coder(before: int, after: int) -> nn.Sequential:
-    """Three 3x3 convolutions with batch norms between leaky ReLUs, as published; the first one keeps the channels."""
+def coder(before: int, after: int, norm: str = "BN") -> nn.Sequential:
+    """Three normalised 3x3 convolutions between leaky ReLUs, as published; the first one keeps the channels."""
     layers = [nn.LeakyReLU(0.1)]
     for i, o in pairwise([before, before, after, after]):
         conv = nn.Conv2d(i, o, 3, padding=1, bias=False)
         weight_init.c2_msra_fill(conv)
-        layers += [conv, get_norm("BN", o), nn.LeakyReLU(0.1)]
+        layers += [conv, get_norm(norm, o), nn.LeakyReLU(0.1)]
     return nn.Sequential(*layers)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.heads.build import check_signals
+from kd_det.heads.norms import check_norm
 from kd_det.heads.preactivations import (
     build_connector,
     check_stage_options,
@@ -47,6 +48,7 @@ class OverhaulHead(nn.Module):
     Args:
         student_spec: Name to shape of each stage's ``<name>_preact`` in the student, finest first.
         teacher_spec: The same of the teacher.
+        norm: Of the connectors: "BN" (published code), "SyncBN", "GN" or "LN".
         margin: "estimate" or "batch_norm".
         margin_batches: Batches from which margins are estimated; from the first of them on they are in use.
         scale: "map_invariant" or "code".
@@ -58,6 +60,7 @@ class OverhaulHead(nn.Module):
         *,
         student_spec: Mapping[str, ShapeSpec],
         teacher_spec: Mapping[str, ShapeSpec],
+        norm: str = "BN",
         margin: str = "estimate",
         margin_batches: int = 200,
         scale: str = "map_invariant",
@@ -73,7 +76,7 @@ class OverhaulHead(nn.Module):
         self.connectors = nn.ModuleDict()
         for name, shape in student_spec.items():
             channels = teacher_spec[name].channels
-            self.connectors[name] = build_connector(shape.channels, channels)
+            self.connectors[name] = build_connector(shape.channels, channels, norm=norm)
             if margin == "estimate":
                 # Per channel: sum and number of the teacher's negative values.
                 self.register_buffer(f"{name}_negative", torch.zeros(2, channels))
@@ -89,11 +92,13 @@ class OverhaulHead(nn.Module):
         if node.MARGIN_BATCHES < 1:
             raise InputError(f"{key}.MARGIN_BATCHES: must be 1 or more, got {node.MARGIN_BATCHES}.")
         names = [f"{name}_preact" for name in node.IN_FEATURES]
+        check_norm(cfg, "OVERHAUL", [teacher_spec[name].channels for name in names])
         if node.MARGIN == "batch_norm":
             check_signals(f"{key}.MARGIN", [], student_spec, teacher_spec, norm_signals(names))
         return {
             "student_spec": {name: student_spec[name] for name in names},
             "teacher_spec": {name: teacher_spec[name] for name in names},
+            "norm": node.NORM,
             "margin": node.MARGIN,
             "margin_batches": node.MARGIN_BATCHES,
             "scale": node.SCALE,

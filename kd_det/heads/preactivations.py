@@ -49,10 +49,10 @@ def check_stage_options(
         raise InputError(f"{key}.SCALE: {node.SCALE!r} is not one of {', '.join(SCALES)}.")
 
 
-def build_connector(student_channels: int, teacher_channels: int) -> nn.Module:
-    """Build a 1x1 convolution with batch norm, which brings the student's channels to the teacher's."""
-    norm = get_norm("BN", teacher_channels)
-    connector = Conv2d(student_channels, teacher_channels, 1, bias=False, norm=norm)
+def build_connector(student_channels: int, teacher_channels: int, *, norm: str) -> nn.Module:
+    """Build a 1x1 convolution with a normalisation, which brings the student's channels to the teacher's."""
+    layer = get_norm(norm, teacher_channels)
+    connector = Conv2d(student_channels, teacher_channels, 1, bias=False, norm=layer)
     weight_init.c2_msra_fill(connector)
     return connector
 

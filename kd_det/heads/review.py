@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.heads.build import check_feature_maps, check_signals
+from kd_det.heads.norms import check_norm
 from kd_det.losses import hierarchical_context_loss
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
-
-NORMS = ("BN", "SyncBN", "GN")
 
 
 class AttentionFusion(nn.Module):
@@ -65,7 +64,7 @@ class ReviewKDHead(nn.Module):
         student_spec: Name to shape of each level in the student, finest first.
         teacher_spec: Name to shape of each level in the teacher, in the same order.
         mid_channels: Channels inside the fusion modules (published code: 256 for detectors).
-        norm: "BN" (published code), "SyncBN" or "GN".
+        norm: "BN" (published code), "SyncBN", "GN" or "LN".
     """
 
     @configurable
@@ -98,13 +97,8 @@ class ReviewKDHead(nn.Module):
         check_feature_maps(key, maps, student_spec, teacher_spec, teacher_maps)
         pooled = ["pooled"] if "pooled" in node.IN_FEATURES else []
         check_signals(key, pooled, student_spec, teacher_spec)
-        if node.NORM not in NORMS:
-            raise InputError(f"KD.REVIEW.NORM: got {node.NORM!r}; allowed are {', '.join(NORMS)}.")
-        channels = {node.MID_CHANNELS, *(teacher_spec[name].channels for name in [*teacher_maps, *pooled])}
-        if node.NORM == "GN" and any(c % 32 for c in channels):
-            raise InputError(
-                f"KD.REVIEW.NORM: GN has 32 groups, which do not divide {sorted(channels)} channels evenly."
-            )
+        others = [*teacher_maps, *pooled]
+        check_norm(cfg, "REVIEW", [node.MID_CHANNELS, *(teacher_spec[name].channels for name in others)])
         strides = [student_spec[name].stride for name in maps]
         if strides != sorted(strides) or [*maps, *pooled] != list(node.IN_FEATURES):
             raise InputError(
@@ -113,7 +107,7 @@ class ReviewKDHead(nn.Module):
             )
         return {
             "student_spec": {name: student_spec[name] for name in node.IN_FEATURES},
-            "teacher_spec": {name: teacher_spec[name] for name in [*teacher_maps, *pooled]},
+            "teacher_spec": {name: teacher_spec[name] for name in others},
             "mid_channels": node.MID_CHANNELS,
             "norm": node.NORM,
         }

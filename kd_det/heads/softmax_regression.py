@@ -6,17 +6,18 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, get_norm
+from detectron2.utils import comm
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.heads.build import check_signals
+from kd_det.heads.norms import check_norm
 from kd_det.losses import feature_matching_loss, softmax_regression_loss
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
 KINDS = ("mse", "ce")
-NORMS = ("BN", "LN")
 # What a classifier takes in.
 VECTORS = ("roi_box_features", "pooled")
 
@@ -39,7 +40,8 @@ class SoftmaxRegressionHead(nn.Module):
         out_channels: Channels D of the teacher's feature.
         teacher_signals: The teacher's feature (N, D), its logits (N, K), and weight (K, D) and bias (K,) of the layer
             between them.
-        norm: "BN" (published code), or "LN", which does not depend on the share of background among the boxes.
+        norm: "BN" (published code), "SyncBN", or "GN" or "LN", which do not depend on the share of background among the
+            boxes.
         kind: "mse" of the logits (published code), or "ce", the cross-entropy with the teacher's probabilities.
         feature_weight: Factor of the features' loss.
         logit_weight: Factor of the logits' loss.
@@ -80,9 +82,9 @@ class SoftmaxRegressionHead(nn.Module):
                 f"{key}.IN_FEATURE: {name!r} cannot enter a classifier; allowed are {', '.join(VECTORS)} and the "
                 "feature maps of a classifier's backbone."
             )
-        for option, allowed in (("KIND", KINDS), ("NORM", NORMS)):
-            if node[option] not in allowed:
-                raise InputError(f"{key}.{option}: {node[option]!r} is not one of {', '.join(allowed)}.")
+        if node.KIND not in KINDS:
+            raise InputError(f"{key}.KIND: {node.KIND!r} is not one of {', '.join(KINDS)}.")
+        check_norm(cfg, "SOFTMAX_REGRESSION", [teacher_spec[feature].channels])
         for option in ("FEATURE_WEIGHT", "LOGIT_WEIGHT"):
             if node[option] < 0:
                 raise InputError(f"{key}.{option}: must be 0 or more, got {node[option]}.")
@@ -112,5 +114,7 @@ class SoftmaxRegressionHead(nn.Module):
         """The student's feature (N, C) or (N, C, H, W) as one of the teacher's, (N, D)."""
         x = self.connector(x if x.dim() == 4 else x[:, :, None, None])
         # Batch norm cannot normalise fewer than two values per channel: without boxes it uses its running statistics.
-        self.norm.train(self.training and x.numel() > x.shape[1])
+        # SyncBN has the values of all processes, and each of these must take part.
+        synchronised = isinstance(self.norm, nn.SyncBatchNorm) and comm.get_world_size() > 1
+        self.norm.train(self.training and (synchronised or x.numel() > x.shape[1]))
         return self.norm(x).relu().float().mean(dim=(2, 3))

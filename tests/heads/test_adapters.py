@@ -453,7 +453,6 @@ PREACTIVATIONS = ("OVERHAUL", "ACTIVATION_BOUNDARY")
         *[(node, "FACTOR_RATE", 0.0, "must be above 0, got 0.0.") for node in FACTORS],
         *[(node, "IN_FEATURES", [], "no feature is named; allowed are p2, .*, roi_features") for node in FACTORS],
         *[(node, "IN_FEATURES", ["pooled"], "'pooled' is not a feature map; allowed are p2") for node in FACTORS],
-        ("FACTOR_TRANSFER", "NORM", "GN", "'GN' is not one of '', 'BN'."),
         ("INHERIT_EXPLORE", "KIND", "ofd", "'ofd' is not one of ft, at, od."),
         ("INHERIT_EXPLORE", "DIVIDE", "half", "'half' is not one of natural, random."),
         *[

@@ -20,6 +20,7 @@ VARIANTS = {
     "ReviewKDHead": {
         "BN": {"MID_CHANNELS": 8},
         "GN": {"MID_CHANNELS": 32, "NORM": "GN", "IN_FEATURES": ["p3"]},
+        "LN": {"MID_CHANNELS": 8, "NORM": "LN", "IN_FEATURES": ["p4", "p5"]},
         "bottom_up": {"MID_CHANNELS": 8, "IN_FEATURES": ["res3", "res5"]},
         "classifier": {"MID_CHANNELS": 8, "IN_FEATURES": ["res3", "res4", "pooled"], "TEACHER_PREACT": True},
     },
@@ -33,6 +34,7 @@ VARIANTS = {
         "fpn": {},
         "bottom_up": {"IN_FEATURES": ["res4", "res5"]},
         "rectified": {"IN_FEATURES": ["res4"], "REGRESSOR": "rectified"},
+        "SyncBN": {"IN_FEATURES": ["res4"], "REGRESSOR": "rectified", "NORM": "SyncBN"},
     },
     "FactorTransferHead": {
         "boxes": {},
@@ -47,6 +49,7 @@ VARIANTS = {
         "od": {"KIND": "od"},
         "od_fpn": {"KIND": "od", "IN_FEATURES": ["p4"], "SCALE": "code"},
         "random": {"DIVIDE": "random", "SCALE": "code", "RECONSTRUCTION": "l2", "IN_FEATURES": ["p3", "p5"]},
+        "SyncBN": {"NORM": "SyncBN"},
         "inherit": {"EXPLORE_WEIGHT": 0.0},
         "explore": {"INHERIT_WEIGHT": 0.0, "EXPLORE_WEIGHT": 2.0},
         "classifier": {"IN_FEATURES": ["res2"]},
@@ -54,6 +57,7 @@ VARIANTS = {
     "OverhaulHead": {
         "estimate": {},
         "batch_norm": {"MARGIN": "batch_norm", "SCALE": "code"},
+        "GN": {"NORM": "GN"},
         "classifier": {"IN_FEATURES": ["res2", "res3", "res4"], "MARGIN_BATCHES": 1},
     },
     # Its work ends before the run: see test_every_stage.py.
@@ -73,6 +77,7 @@ VARIANTS = {
     "SoftmaxRegressionHead": {
         "BN": {},
         "LN": {"NORM": "LN", "KIND": "ce"},
+        "SyncBN": {"NORM": "SyncBN"},
         "classifier": {"IN_FEATURE": "res4", "LOGIT_WEIGHT": 5.0},
     },
     "BornAgainHead": {

@@ -347,7 +347,6 @@ def test_a_classifier_trains_with_all_of_them():
         ),
         ("SoftmaxRegressionHead", {"IN_FEATURE": "roi_features"}, "IN_FEATURE: 'roi_features' cannot enter a class"),
         ("SoftmaxRegressionHead", {"IN_FEATURE": "p9"}, "IN_FEATURE: 'p9' is not a signal of the student"),
-        ("SoftmaxRegressionHead", {"NORM": "GN"}, r"NORM: 'GN' is not one of BN, LN\."),
         ("SoftmaxRegressionHead", {"KIND": "kl"}, r"KIND: 'kl' is not one of mse, ce\."),
         ("SoftmaxRegressionHead", {"LOGIT_WEIGHT": -1.0}, "LOGIT_WEIGHT: must be 0 or more, got -1.0"),
         ("BornAgainHead", {"KIND": "BAN"}, r"KIND: 'BAN' is not one of ban, cwtm, dkpp\."),

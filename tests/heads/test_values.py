@@ -247,7 +247,7 @@ def test_box_regression_by_hand(agnostic):
 @pytest.mark.parametrize(
     ("name", "key", "value", "told"),
     [
-        ("ReviewKDHead", "REVIEW.NORM", "LN", r"KD.REVIEW.NORM: got 'LN'; allowed are BN, SyncBN, GN\."),
+        ("ReviewKDHead", "REVIEW.NORM", "IN", r"KD.REVIEW.NORM: 'IN' is not one of BN, SyncBN, GN, LN\."),
         ("ReviewKDHead", "REVIEW.IN_FEATURES", ["p4", "p2"], r"must go from the finest .* p4, p2 are \[16, 4\]\."),
         ("AttentionTransferHead", "ATTENTION_TRANSFER.REDUCTION", "sum", "'sum' is not one of sum_hw, mean"),
         ("SoftTargetHead", "SOFT_TARGET.SOURCES", ["roi", "box"], r"got \['roi', 'box'\]; allowed are roi, rpn"),
