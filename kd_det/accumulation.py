@@ -1,4 +1,4 @@
-"""Steps whose images pass through the model in parts, for batches that do not fit into memory at once."""
+"""Steps in mixed precision, and steps whose images pass through the model in parts, where memory is short."""
 
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from kd_det.errors import InputError
 
+AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 class AccumulatingTrainer(SimpleTrainer):
     """Adds up the gradients of the parts of a batch, of the mean of their losses; processes exchange them once.
@@ -22,8 +24,8 @@ class AccumulatingTrainer(SimpleTrainer):
         parts: Into how many a batch is split; they divide its images.
     """
 
-    def __init__(self, *arguments, parts: int):
-        super().__init__(*arguments)
+    def __init__(self, *arguments, parts: int, **options):
+        super().__init__(*arguments, **options)
         self.parts = parts
 
     def run_step(self) -> None:
@@ -59,10 +61,10 @@ class AccumulatingTrainer(SimpleTrainer):
 
 
 class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
-    """The same, in mixed precision."""
+    """The same, in mixed precision on any device, of which Detectron2's own trainer knows GPUs alone."""
 
     def _precision(self) -> AbstractContextManager:
-        return torch.autocast("cuda", dtype=self.precision)
+        return torch.autocast(next(self.model.parameters()).device.type, dtype=self.precision)
 
     def _backward(self, loss: Tensor) -> None:
         self.grad_scaler.scale(loss).backward()
@@ -73,15 +75,21 @@ class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
 
 
 def build_step_trainer(cfg: CfgNode, model: nn.Module, loader, optimizer: Optimizer) -> SimpleTrainer:
-    """What runs one iteration: Detectron2's trainer, or where SOLVER.ACCUMULATE splits batches one of these.
+    """What runs one iteration: Detectron2's trainer or, for mixed precision or batches in parts, one of these.
 
     Raises:
-        InputError: If SOLVER.ACCUMULATE does not divide the images of a process.
+        InputError: If SOLVER.ACCUMULATE does not divide the images of a process, or SOLVER.AMP.DTYPE is unknown.
     """
     parts, images = cfg.SOLVER.ACCUMULATE, loader.batch_sampler.batch_size
-    if parts == 1:
-        return (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, loader, optimizer)
     if parts < 1 or images % parts:
         raise InputError(f"SOLVER.ACCUMULATE: got {parts}; it must divide the {images} image(s) of a process and step.")
-    kind = AccumulatingAMPTrainer if cfg.SOLVER.AMP.ENABLED else AccumulatingTrainer
-    return kind(model, loader, optimizer, parts=parts)
+    if cfg.SOLVER.AMP.DTYPE not in AMP_DTYPES:
+        raise InputError(f"SOLVER.AMP.DTYPE: got {cfg.SOLVER.AMP.DTYPE!r}; allowed are {', '.join(AMP_DTYPES)}.")
+    if cfg.SOLVER.AMP.ENABLED:
+        dtype, device = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE], torch.device(cfg.MODEL.DEVICE).type
+        # Gradients in bfloat16 have the range of float32, and are not scaled.
+        scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+        return AccumulatingAMPTrainer(model, loader, optimizer, precision=dtype, grad_scaler=scaler, parts=parts)
+    if parts > 1:
+        return AccumulatingTrainer(model, loader, optimizer, parts=parts)
+    return SimpleTrainer(model, loader, optimizer)

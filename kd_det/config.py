@@ -52,6 +52,13 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TEACHER.OPTS = []
     # float32, float16 or bfloat16: precision of the teacher's forward alone.
     cfg.KD.TEACHER.DTYPE = "float32"
+    # Keep the teacher's convolutions with the channels last in memory, which GPUs read faster in half precision.
+    cfg.KD.TEACHER.CHANNELS_LAST = False
+    # Compile the teacher's backbone (without its FPN) with torch.compile; the first steps take minutes. Not for heads
+    # that read its inside: OverhaulHead, ActivationBoundaryHead, ReviewKDHead with TEACHER_PREACT.
+    cfg.KD.TEACHER.COMPILE = False
+    # Let the teacher run beside the student, on a CUDA stream of its own: faster where small batches leave a GPU idle.
+    cfg.KD.TEACHER.SIDE_STREAM = False
 
     # ---- Students that teach each other (MODEL.META_ARCHITECTURE MutualStudents) ----
     cfg.KD.MUTUAL = CfgNode()
@@ -275,6 +282,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     # It is "ema" in checkpoints, is evaluated after the student as ema/bbox/AP and the like, and becomes a checkpoint
     # of its own by tools/export_student.py --ema. At the beginning, and so all through a short run, the decay is lower.
     cfg.SOLVER.EMA_DECAY = 0.0
+    # Precision of SOLVER.AMP.ENABLED: float16, with scaled gradients, or bfloat16, which has the range of float32.
+    cfg.SOLVER.AMP.DTYPE = "float16"
+    # Keep the weights of all that is trained with the channels last in memory; see KD.TEACHER.CHANNELS_LAST.
+    cfg.SOLVER.CHANNELS_LAST = False
     # Count in epochs: MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD, TEST.EVAL_PERIOD and every SCHEDULE of KD. They
     # are turned into iterations when a run begins.
     cfg.SOLVER.IN_EPOCHS = False

@@ -74,6 +74,8 @@ class Trainer(DefaultTrainer):
         self.run = uuid.uuid4().hex
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        if cfg.SOLVER.CHANNELS_LAST:
+            model.to(memory_format=torch.channels_last)
         distilled = isinstance(model, TeacherStudent | MutualStudents)
         self.student, parts = (model.student, model.checkpointables) if distilled else (model, {})
         self.ema = build_ema(cfg, self.student)

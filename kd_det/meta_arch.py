@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -14,8 +15,8 @@ from kd_det.errors import InputError
 from kd_det.heads.build import build_kd_heads, freeze_pretrained, teacher_signals
 from kd_det.registry import config_key
 from kd_det.schedules import build_schedule
-from kd_det.signals import Batch
-from kd_det.taps import build_tap
+from kd_det.signals import Batch, Signals
+from kd_det.taps import build_tap, preprocess_alike, shared_images
 from kd_det.teacher import Teacher, build_teacher
 
 
@@ -24,7 +25,8 @@ class TeacherStudent(nn.Module):
     """A student, untouched, whose loss dict gains the distillation losses of some heads.
 
     In training the student's own forward runs once while its tap records; the teacher computes the same signals on the
-    same batch; each head turns both into losses. In inference it is the student.
+    same batch, those of boxes after the student, the others before it; each head turns both into losses. In inference
+    it is the student.
 
     Args:
         student: Any meta-architecture with a tap or a backbone.
@@ -62,6 +64,9 @@ class TeacherStudent(nn.Module):
         if self.heads:
             self.tap = build_tap(student)
             self.tap.check_alignment(teacher.tap, {name for head in self.heads.values() for name in head.signals})
+            teacher.check({name for head in self.heads.values() for name in teacher_signals(head)})
+            # Else each network preprocesses the images itself.
+            self.shares_images = not teacher.flip_channels and preprocess_alike(student, teacher.model)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -103,11 +108,9 @@ class TeacherStudent(nn.Module):
         names = {signal for name in active for signal in self.heads[name].signals}
         teacher_names = {signal for name in active for signal in teacher_signals(self.heads[name])}
 
-        with self.tap.record(names) as student:
-            losses = self.student(batched_inputs)
+        losses, student, teacher = self._forwards(batched_inputs, names, teacher_names)
         replaced = self._replaced(active, losses)
         losses = {key: (0.0 if key in replaced else self.task_weight) * loss for key, loss in losses.items()}
-        teacher = self.teacher.to(self.device)(batched_inputs, teacher_names, student) if teacher_names else {}
         batch = Batch.from_inputs(batched_inputs, mask_padding=self.mask_padding)
         for name in active:
             found = self.heads[name](student, teacher, batch)
@@ -123,6 +126,21 @@ class TeacherStudent(nn.Module):
             losses["loss_kd_idle"] = 0.0 * torch.stack([p.sum() for p in idle]).sum()
         check_finite(losses, iteration)
         return losses
+
+    def _forwards(
+        self, batched_inputs: list[dict], names: set[str], teacher_names: set[str]
+    ) -> tuple[dict[str, Tensor], Signals, Signals]:
+        """Run both networks: the student's losses, its signals, and the teacher's, of which only the named ones."""
+        if not teacher_names:
+            with self.tap.record(names) as student:
+                return self.student(batched_inputs), student, {}
+        teacher = self.teacher.to(self.device)
+        models = [self.student, teacher.model]
+        with shared_images(models, batched_inputs) if self.shares_images else nullcontext():
+            started = teacher.start(batched_inputs, teacher_names)
+            with self.tap.record(names) as student:
+                losses = self.student(batched_inputs)
+            return losses, student, teacher.finish(started, teacher_names, student)
 
     def _replaced(self, active: list[str], losses: Mapping[str, Tensor]) -> set[str]:
         """Names of the student's own losses whose place the active heads' losses take."""

@@ -35,6 +35,8 @@ import torch
 from torch import Tensor
 
 Signals = dict[str, Tensor]
+# How the names of signals begin that are computed on the student's boxes.
+BOX_SIGNALS = ("roi_", "mask_")
 
 
 @dataclass(frozen=True)

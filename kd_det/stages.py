@@ -86,6 +86,7 @@ class Pretraining(TeacherStudent):
     def __init__(self, **parts):
         super().__init__(**parts)
         staged = [head for head in self.heads.values() if has_stage(head)]
+        self.teacher.check({name for head in staged for name in head.pretrain_teacher_signals})
         self.pretrains_student = any(head.pretrains_student for head in staged)
         self.heads.requires_grad_(False)
         for head in staged:

@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from detectron2 import model_zoo
@@ -14,7 +15,7 @@ from torch import nn
 from kd_det.checkpoint import load_strictly
 from kd_det.config import add_kd_config, merge_file, merge_list, student_config
 from kd_det.errors import InputError
-from kd_det.signals import Signals
+from kd_det.signals import BOX_SIGNALS, Signals
 from kd_det.taps import build_tap
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -29,6 +30,9 @@ class Teacher:
         model: The trained model. It is frozen and put into evaluation mode.
         flip_channels: Whether the images come in the reversed channel order (RGB for BGR or the other way round).
         dtype: Precision of the forward.
+        channels_last: Whether its convolutions keep the channels last in memory.
+        compiled: Whether its backbone is compiled, without the FPN on top of it.
+        side_stream: Whether what :meth:`start` computes runs on a CUDA stream of its own; without a GPU it does not.
         source: Where the model comes from, for messages.
     """
 
@@ -38,6 +42,9 @@ class Teacher:
         *,
         flip_channels: bool = False,
         dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        compiled: bool = False,
+        side_stream: bool = False,
         source: str = "a model without a file",
     ):
         self.source = source
@@ -45,6 +52,15 @@ class Teacher:
         self.tap = build_tap(model)
         self.flip_channels = flip_channels
         self.dtype = dtype
+        self.compiled = compiled
+        self.side_stream = side_stream
+        self.stream: torch.cuda.Stream | None = None
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
+        if compiled:
+            # The method alone: hooks on the module, which the tap sets at each step, stay outside.
+            network = getattr(model.backbone, "bottom_up", model.backbone)
+            network.forward = torch.compile(network.forward, dynamic=True)
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +80,19 @@ class Teacher:
             self.model.to(device)
         return self
 
+    def check(self, names: Collection[str]) -> None:
+        """Check that the teacher can compute the named signals, all of which its model has.
+
+        Raises:
+            InputError: If one of them lies inside of what is compiled.
+        """
+        inside = sorted(name for name in names if name.endswith("_preact") and not name.startswith(BOX_SIGNALS))
+        if self.compiled and inside:
+            raise InputError(
+                f"KD.TEACHER.COMPILE: must be False for heads that read {', '.join(inside)}, which a compiled backbone "
+                "does not give."
+            )
+
     @torch.no_grad()
     def __call__(self, batched_inputs: list[dict], names: Collection[str], student: Signals) -> Signals:
         """Compute the named signals on the student's batch.
@@ -75,9 +104,64 @@ class Teacher:
         """
         if self.flip_channels:
             batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with self._autocast():
             signals = self.tap.compute(batched_inputs, names, student)
         return {name: signal.detach() for name, signal in signals.items()}
+
+    def start(self, batched_inputs: list[dict], names: Collection[str]) -> Signals:
+        """Compute what needs no boxes, before the student runs; :meth:`finish` does the rest.
+
+        On a side stream nothing but :meth:`finish` may read the result.
+
+        Args:
+            batched_inputs: As the data loader gives them to the student.
+            names: The signals that some head asked for.
+        """
+        early = {name for name in names if not name.startswith(BOX_SIGNALS)}
+        if len(early) < len(names):
+            early.update(self.tap.features)
+        with self._aside():
+            return self(batched_inputs, early, {})
+
+    @torch.no_grad()
+    def finish(self, started: Signals, names: Collection[str], student: Signals) -> Signals:
+        """Compute the signals of boxes.
+
+        Args:
+            started: What :meth:`start` gave for these names.
+            names: The signals that some head asked for.
+            student: The student's signals, whose boxes they are computed on.
+
+        Returns:
+            The signals that :meth:`__call__` gives.
+        """
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.stream)
+            for signal in started.values():
+                signal.record_stream(current)
+        late = {name for name in names if name.startswith(BOX_SIGNALS)}
+        if not late:
+            return started
+        with self._autocast():
+            found = self.tap.recompute(started, late, student)
+        kept = {name: signal for name, signal in started.items() if name in names}
+        return kept | {name: signal.detach() for name, signal in found.items()}
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Run on the side stream, after all that the current stream was given so far."""
+        if not self.side_stream or self.device.type != "cuda":
+            yield
+            return
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(self.device)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
 
 
 def build_teacher(cfg: CfgNode) -> Teacher:
@@ -90,8 +174,7 @@ def build_teacher(cfg: CfgNode) -> Teacher:
         InputError: If the config or the weights do not exist or do not fit each other.
     """
     node = cfg.KD.TEACHER
-    if node.DTYPE not in DTYPES:
-        raise InputError(f"KD.TEACHER.DTYPE: got {node.DTYPE!r}; allowed are {', '.join(DTYPES)}.")
+    options = teacher_options(cfg)
     teacher_cfg, weights = load_teacher_config(cfg)
     formats = cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT
     if formats[0] != formats[1] and set(formats) != {"RGB", "BGR"}:
@@ -102,7 +185,26 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     load_strictly(model, weights, key="KD.TEACHER.WEIGHTS")
     logging.getLogger(__name__).info("Teacher: %s, weights %s", node.CONFIG_FILE, weights)
     source = f"{node.CONFIG_FILE} with {weights}"
-    return Teacher(model, flip_channels=formats[0] != formats[1], dtype=DTYPES[node.DTYPE], source=source)
+    return Teacher(model, flip_channels=formats[0] != formats[1], source=source, **options)
+
+
+def teacher_options(cfg: CfgNode) -> dict:
+    """How the teacher computes: arguments of :class:`Teacher` that ``KD.TEACHER`` holds.
+
+    Raises:
+        InputError: If KD.TEACHER.DTYPE is unknown.
+    """
+    node = cfg.KD.TEACHER
+    if node.DTYPE not in DTYPES:
+        raise InputError(f"KD.TEACHER.DTYPE: got {node.DTYPE!r}; allowed are {', '.join(DTYPES)}.")
+    if node.SIDE_STREAM and torch.device(cfg.MODEL.DEVICE).type != "cuda":
+        logging.getLogger(__name__).warning("KD.TEACHER.SIDE_STREAM: has no effect on %s.", cfg.MODEL.DEVICE)
+    return {
+        "dtype": DTYPES[node.DTYPE],
+        "channels_last": node.CHANNELS_LAST,
+        "compiled": node.COMPILE,
+        "side_stream": node.SIDE_STREAM,
+    }
 
 
 def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:

@@ -64,14 +64,17 @@ class ImageClassifier(nn.Module):
         """
         logits = self.classify(self.backbone(self.preprocess_image(batched_inputs)))
         if self.training:
-            labels = torch.tensor([int(x["label"]) for x in batched_inputs], device=self.device)
-            return self.losses(logits, labels)
+            return self.losses(logits, self.labels(batched_inputs))
         return [{"scores": scores} for scores in logits.float().softmax(dim=1)]
 
     def preprocess_image(self, batched_inputs: list[dict]) -> Tensor:
         """Stack, move and normalise the images: (N, 3, H, W)."""
         images = torch.stack([x["image"] for x in batched_inputs]).to(self.device, non_blocking=True)
         return (images - self.pixel_mean) / self.pixel_std
+
+    def labels(self, batched_inputs: list[dict]) -> Tensor:
+        """The images' classes, (N,)."""
+        return torch.tensor([int(x["label"]) for x in batched_inputs], device=self.device)
 
     def classify(self, features: dict[str, Tensor]) -> Tensor:
         """Logits (N, K) of the backbone's features."""

@@ -4,6 +4,15 @@ from kd_det.taps.backbone import BackboneTap
 from kd_det.taps.build import build_tap
 from kd_det.taps.classifier import ImageClassifierTap
 from kd_det.taps.dense import RetinaNetTap
+from kd_det.taps.preprocessing import preprocess_alike, shared_images
 from kd_det.taps.rcnn import GeneralizedRCNNTap
 
-__all__ = ["BackboneTap", "GeneralizedRCNNTap", "ImageClassifierTap", "RetinaNetTap", "build_tap"]
+__all__ = [
+    "BackboneTap",
+    "GeneralizedRCNNTap",
+    "ImageClassifierTap",
+    "RetinaNetTap",
+    "build_tap",
+    "preprocess_alike",
+    "shared_images",
+]

@@ -9,7 +9,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
-from kd_det.signals import Signals
+from kd_det.signals import BOX_SIGNALS, Signals
 
 
 class BackboneTap:
@@ -99,7 +99,7 @@ class BackboneTap:
         Raises:
             InputError: If they do not, for example because the anchors differ.
         """
-        maps = [name for name in names if not name.startswith(("roi_", "mask_"))]
+        maps = [name for name in names if not name.startswith(BOX_SIGNALS)]
         sizes = [tap.model.backbone.size_divisibility for tap in (self, teacher)]
         if maps and sizes[0] != sizes[1]:
             raise InputError(

@@ -60,7 +60,7 @@ class ImageClassifierTap(BackboneTap):
             if names & {"pooled", "logits", "logits_weight", "logits_bias", "input_gradient"}:
                 logits = self.model.classify(features)
             if "input_gradient" in names:
-                self.model.losses(logits, student["labels"])
+                self.model.losses(logits, self.model.labels(batched_inputs))
 
 
 def input_gradient(logits: Tensor, labels: Tensor, images: Tensor, *, create_graph: bool) -> Tensor:
