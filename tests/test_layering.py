@@ -28,7 +28,18 @@ ALLOWED = {
     "mutual": LEAVES | {"taps", "heads", "losses", "meta_arch", "peers"},
 }
 # These stand above all of them; nothing below may import them.
-ABOVE = {"accumulation", "hooks", "interruption", "launching", "engine", "stages", "export", "comparison", "pictures"}
+ABOVE = {
+    "accumulation",
+    "hooks",
+    "interruption",
+    "launching",
+    "engine",
+    "stages",
+    "export",
+    "comparison",
+    "pictures",
+    "benchmarking",
+}
 ALLOWED_IN_LOSSES = {"torch", "__future__", *sys.stdlib_module_names}
 
 

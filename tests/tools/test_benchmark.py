@@ -9,25 +9,23 @@ import torch
 from detectron2.utils.events import EventStorage
 from helpers import LEVELS, tiny_cfg, with_data, write_yaml
 
-from kd_det import Teacher
+from kd_det.benchmarking import Row, Setup, case, loader, measurement, switches
 
 
 @pytest.fixture
 def benchmark(load_tool, monkeypatch):
     """The tool with tiny detectors, and without processes of their own."""
-    module = load_tool("benchmark")
 
-    def config(depth, heads):
+    def config(depth):
         options = {"MODEL.RESNETS.RES2_OUT_CHANNELS": depth, "MODEL.RESNETS.NORM": "FrozenBN", "SOLVER.BASE_LR": 0.0}
         cfg = tiny_cfg(options=options | {"MODEL.ROI_HEADS.NUM_CLASSES": 6})
-        cfg.KD.HEADS = heads
         cfg.KD.SOFT_TARGET.SOURCES = ["roi", "rpn", "mask"]
         cfg.KD.HINT.IN_FEATURES = LEVELS
         return cfg
 
-    monkeypatch.setattr(module, "detector_config", config)
-    monkeypatch.setattr(module, "in_new_processes", lambda jobs: [module.measure_memory(job) for job in jobs])
-    return module
+    monkeypatch.setattr(case, "detector_config", config)
+    monkeypatch.setattr(measurement, "in_new_processes", lambda jobs: [measurement.measure_memory(job) for job in jobs])
+    return load_tool("benchmark")
 
 
 def run(benchmark, monkeypatch, *arguments):
@@ -42,33 +40,62 @@ def test_table_and_json(benchmark, monkeypatch, tmp_path, capsys):
     assert table in capsys.readouterr().out
     assert "| HintHead,SoftTargetHead" in table
     results = json.loads((tmp_path / "out/benchmark.json").read_text())
-    none, both = (results["combinations"][name] for name in ("none", "HintHead,SoftTargetHead"))
+    none, both = (results["rows"][name] for name in ("none", "HintHead,SoftTargetHead"))
     assert none["B"] < both["B"]
     assert both["ratio_low"] <= both["ratio"] <= both["ratio_high"]
     assert both["memory"] > 0
 
 
-def test_weights_and_boxes_stay(benchmark, monkeypatch):
+@pytest.mark.usefixtures("benchmark")
+@pytest.mark.parametrize("options", [{}, {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"}])
+def test_weights_and_boxes_stay(options):
     """All steps of a case do the same work: they change no weight, and the teacher sees the boxes of the student."""
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--size", "64", "--batch", "1", "--depths", "8", "16"])
-    args = benchmark.parse_args()
-    student = benchmark.build_detector(benchmark.detector_config(8, [])).train()
-    teacher = Teacher(benchmark.build_detector(benchmark.detector_config(16, [])))
+    row, setup = Row("a", ("SoftTargetHead",), options), Setup(depths=(8, 16), batch=1, size=64, rounds=1)
+    student, teacher = case.build_networks(case.row_config(row, setup), setup)
     with EventStorage():
-        case = benchmark.Case(["SoftTargetHead"], student, teacher, args)
+        first = case.Case(row, setup, student, teacher)
         before = {key: value.clone() for key, value in student.state_dict().items()}
-        case.plain_step()
-        case.distilled_step()
-        again = benchmark.Case(["SoftTargetHead"], student, teacher, args)
+        first.plain_step()
+        first.distilled_step()
+        again = case.Case(row, setup, student, teacher)
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
-    assert torch.equal(case.signals["roi_boxes"], again.signals["roi_boxes"])
-    found = teacher(case.batch, case.names, case.signals)
-    assert len(found["roi_logits"]) == len(case.signals["roi_boxes"]) > 0
+    assert torch.equal(first.signals["roi_boxes"], again.signals["roi_boxes"])
+    found = teacher(first.batch, first.names, first.signals)
+    assert len(found["roi_logits"]) == len(first.signals["roi_boxes"]) > 0
+
+
+def test_switches(benchmark, monkeypatch, tmp_path, capsys):
+    off = Row("all off", ("HintHead",))
+    rows = [off, *(row for row in switches(off) if row.name == "KD.TEACHER.CHANNELS_LAST")]
+    monkeypatch.setattr(benchmark, "switches", lambda row: rows)
+    run(benchmark, monkeypatch, "--switches", "--heads", "none", "HintHead", "--output", tmp_path)
+    assert "| KD.TEACHER.CHANNELS_LAST |" in capsys.readouterr().out
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    assert list(results["rows"]) == ["all off", "KD.TEACHER.CHANNELS_LAST"]
+    for x in results["rows"].values():
+        assert x["images_per_second"] == pytest.approx(1000 / x["C"])
+
+
+def test_each_row_has_its_switch_and_what_all_have():
+    rows = {row.name: row.options for row in switches(Row("a", ("HintHead",), {"SOLVER.AMP.ENABLED": True}))}
+    assert rows.pop("all off") == {"SOLVER.AMP.ENABLED": True}
+    assert rows["KD.TEACHER.COMPILE"] == {"SOLVER.AMP.ENABLED": True, "KD.TEACHER.COMPILE": True}
+    together = rows.pop("all, bfloat16")
+    assert all(options.keys() <= together.keys() for options in rows.values())
+
+
+def test_profile(benchmark, monkeypatch, tmp_path, capsys):
+    run(benchmark, monkeypatch, "--profile", "--heads", "none", "SoftTargetHead", "--output", tmp_path)
+    assert "kd_det: student " in capsys.readouterr().out
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    for part in ("student", "teacher", "teacher, boxes", "SoftTargetHead"):
+        assert names.count(f"kd_det: {part}") == 3
 
 
 @pytest.mark.usefixtures("in_process")
 def test_loader(benchmark, monkeypatch, coco_folder, tmp_path, capsys):
-    monkeypatch.setattr(benchmark, "LOADER_SECONDS", 0.1)
+    monkeypatch.setattr(loader, "SECONDS", 0.1)
     config = write_yaml(tmp_path / "config.yaml", with_data(tiny_cfg(), coco_folder, tmp_path))
     run(benchmark, monkeypatch, "--loader", config, "SOLVER.IMS_PER_BATCH", 3)
     found = re.fullmatch(r"\S+: (\d+) images per second with 0 workers, 3 per batch\n", capsys.readouterr().out)
@@ -80,6 +107,8 @@ def test_loader(benchmark, monkeypatch, coco_folder, tmp_path, capsys):
     [
         (["--rounds", 0], "--rounds"),
         (["--heads", "NoHead"], "'NoHead' is not a distillation head"),
+        (["--heads", "none", "--switches"], "--heads: only 'none' is named"),
+        (["--heads", "none", "--profile"], "--heads: only 'none' is named"),
         (["--loader", "a.yaml"], "--config-file"),
     ],
 )

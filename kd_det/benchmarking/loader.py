@@ -1,0 +1,31 @@
+"""Speed of a config's data loader alone."""
+
+import time
+
+from detectron2.config import get_cfg
+
+from kd_det.config import add_kd_config, find_config, merge_file, merge_list
+from kd_det.data import check_files, register_datasets
+from kd_det.engine import Trainer
+
+SECONDS = 10.0
+
+
+def measure_loader(config: str, overrides: list[str]) -> str:
+    """Let a config's training data loader run for some seconds, and tell how fast it was."""
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    merge_file(cfg, find_config(config))
+    merge_list(cfg, overrides, "--loader")
+    register_datasets(cfg)
+    check_files(cfg)
+    batches = iter(Trainer.build_train_loader(cfg))
+    workers = cfg.DATALOADER.NUM_WORKERS
+    # What the workers have ready by now does not count, nor does their start.
+    for _ in range(1 + 2 * workers):
+        next(batches)
+    start, images = time.perf_counter(), 0
+    while time.perf_counter() < start + SECONDS:
+        images += len(next(batches))
+    rate = images / (time.perf_counter() - start)
+    return f"{config}: {rate:.0f} images per second with {workers} workers, {cfg.SOLVER.IMS_PER_BATCH} per batch"

@@ -1,0 +1,57 @@
+"""What was measured, as Markdown."""
+
+from tabulate import tabulate
+
+STEPS = ["A: plain step, ms", "B: teacher, ms", "C: KD step, ms"]
+RATES = ["C / A", "images/s"]
+MEMORY = "peak memory of C, MB"
+
+
+def combinations_table(results: dict) -> str:
+    """Table of combinations of heads, for results with arithmetic."""
+    rows = []
+    for name, x in results["rows"].items():
+        ratio = f"{x['ratio']:.3f} ({x['ratio_low']:.3f} - {x['ratio_high']:.3f})"
+        operations, memory = f"{x['ratio_of_operations']:.3f}", f"{x['memory']:.0f}"
+        rows.append([name, *times(x), ratio, operations, *rates(x), memory])
+    headers = ["KD.HEADS", *STEPS, "C / (A + B)", "in arithmetic", *RATES, MEMORY]
+    note = (
+        "in brackets the quartiles of the ratio. In arithmetic: the same ratio of the multiply-adds of convolutions "
+        "and matrix products, what the heads cost by definition."
+    )
+    return markdown(rows, headers) + describe(results, note)
+
+
+def switches_table(results: dict) -> str:
+    """Table of switches, the first row of which has none of them on."""
+    off = next(iter(results["rows"].values()))["C"]
+    rows = [
+        [name, *times(x), f"{x['ratio']:.3f}", *rates(x), f"{off / x['C']:.2f}", f"{x['memory']:.0f}"]
+        for name, x in results["rows"].items()
+    ]
+    headers = ["switched on", *STEPS, "C / (A + B)", *RATES, "times as fast", MEMORY]
+    note = f"all with {','.join(results['heads'])}. Times as fast: C with all off over C."
+    return markdown(rows, headers) + describe(results, note)
+
+
+def markdown(rows: list[list[str]], headers: list[str]) -> str:
+    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
+
+
+def times(x: dict[str, float]) -> list[str]:
+    return [f"{x[key]:.0f}" for key in "ABC"]
+
+
+def rates(x: dict[str, float]) -> list[str]:
+    return [f"{x['ratio_to_plain']:.3f}", f"{x['images_per_second']:.1f}"]
+
+
+def describe(results: dict, note: str) -> str:
+    """What stands below a table: how it was measured."""
+    precision = "float32" if results["amp"] == "none" else f"mixed precision of {results['amp']}"
+    return (
+        f"\n\nMask R-CNN R{results['depths'][0]}-FPN from R{results['depths'][1]}-FPN, random weights, "
+        f"{results['batch']} images of {results['size']} x {results['size']}, {precision}, on {results['device']}. "
+        f"Medians of {results['rounds']} interleaved rounds; {note} SoftTargetHead: roi, rpn and mask. Memory: "
+        f"{results['memory_kind']}, of one process per row; the plain student has {results['plain_memory']:.0f} MB."
+    )
