@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kd_det.config import DISTILLED, student_config
 from kd_det.errors import InputError
+from kd_det.gradients import GradientShares, build_gradient_shares
 from kd_det.heads.build import build_kd_heads, freeze_pretrained, teacher_signals
 from kd_det.registry import config_key
 from kd_det.schedules import build_schedule
@@ -28,6 +29,8 @@ class TeacherStudent(nn.Module):
     same batch, those of boxes after the student, the others before it; each head turns both into losses. In inference
     it is the student.
 
+    The event storage gets each head's weight as ``kd/weight/<head>``.
+
     Args:
         student: Any meta-architecture with a tap or a backbone.
         teacher: The teacher; None only without heads.
@@ -35,6 +38,7 @@ class TeacherStudent(nn.Module):
         schedules: Name of a head to its weight at an iteration; a head without one has weight 1.
         mask_padding: Whether feature losses leave out padding.
         task_weight: Factor of the student's own losses.
+        gradient_shares: When to measure the losses' gradients; None: never.
     """
 
     # What heads trained in a stage before this run stays as it is.
@@ -50,6 +54,7 @@ class TeacherStudent(nn.Module):
         schedules: Mapping[str, Callable[[int], float]] | None = None,
         mask_padding: bool = False,
         task_weight: float = 1.0,
+        gradient_shares: GradientShares | None = None,
     ):
         super().__init__()
         self.student = student
@@ -58,6 +63,7 @@ class TeacherStudent(nn.Module):
         self.schedules = dict(schedules or {})
         self.mask_padding = mask_padding
         self.task_weight = task_weight
+        self.gradient_shares = gradient_shares or GradientShares()
         if self.frozen_adapters:
             for head in self.heads.values():
                 freeze_pretrained(head)
@@ -74,6 +80,7 @@ class TeacherStudent(nn.Module):
         check_task_weight(cfg)
         parts = {"student": student, "teacher": None, "heads": {}, "mask_padding": cfg.KD.MASK_PADDING}
         parts["task_weight"] = cfg.KD.TASK_WEIGHT
+        parts["gradient_shares"] = build_gradient_shares(cfg, student)
         if cfg.KD.HEADS:
             # With the same seed the student's training must draw the same random numbers with and without a teacher.
             with torch.random.fork_rng(devices=[]):
@@ -102,8 +109,10 @@ class TeacherStudent(nn.Module):
         """
         if not self.training or not self.heads:
             return self.student(batched_inputs)
-        iteration = get_event_storage().iter
+        storage = get_event_storage()
+        iteration = storage.iter
         weights = {name: self.schedules.get(name, lambda _: 1.0)(iteration) for name in self.heads}
+        storage.put_scalars(smoothing_hint=False, **{f"kd/weight/{name}": weight for name, weight in weights.items()})
         active = [name for name in self.heads if weights[name] > 0]
         names = {signal for name in active for signal in self.heads[name].signals}
         teacher_names = {signal for name in active for signal in teacher_signals(self.heads[name])}
@@ -112,12 +121,15 @@ class TeacherStudent(nn.Module):
         replaced = self._replaced(active, losses)
         losses = {key: (0.0 if key in replaced else self.task_weight) * loss for key, loss in losses.items()}
         batch = Batch.from_inputs(batched_inputs, mask_padding=self.mask_padding)
+        groups = {"task": list(losses.values())}
         for name in active:
             found = self.heads[name](student, teacher, batch)
             repeated = losses.keys() & found.keys()
             if repeated:
                 raise InputError(f"KD.HEADS: {name} gives {', '.join(sorted(repeated))}, which exists already.")
-            losses |= {key: weights[name] * loss for key, loss in found.items()}
+            found = {key: weights[name] * loss for key, loss in found.items()}
+            groups[name] = list(found.values())
+            losses |= found
         idle = [
             p for name in self.heads if name not in active for p in self.heads[name].parameters() if p.requires_grad
         ]
@@ -125,6 +137,8 @@ class TeacherStudent(nn.Module):
             # DDP wants every parameter in the graph of every step.
             losses["loss_kd_idle"] = 0.0 * torch.stack([p.sum() for p in idle]).sum()
         check_finite(losses, iteration)
+        if self.gradient_shares.is_due(iteration):
+            self.gradient_shares.measure(self.student, groups)
         return losses
 
     def _forwards(

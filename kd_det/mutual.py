@@ -11,6 +11,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
+from kd_det.gradients import GradientShares, build_gradient_shares
 from kd_det.heads import InheritExploreHead
 from kd_det.losses import mutual_loss
 from kd_det.meta_arch import build_student, check_finite, check_task_weight
@@ -54,6 +55,7 @@ class MutualStudents(nn.Module):
         mask_padding: Whether the heads leave out padding.
         task_weight: Factor of the students' own losses.
         configs: Plain config of each student, for whoever evaluates or saves it.
+        gradient_shares: When to measure the losses' gradients; None: never.
     """
 
     @configurable
@@ -69,6 +71,7 @@ class MutualStudents(nn.Module):
         mask_padding: bool = False,
         task_weight: float = 1.0,
         configs: Sequence[CfgNode] = (),
+        gradient_shares: GradientShares | None = None,
     ):
         super().__init__()
         self.students = nn.ModuleList(students)
@@ -81,6 +84,7 @@ class MutualStudents(nn.Module):
         self.mask_padding = mask_padding
         self.task_weight = task_weight
         self.configs = list(configs)
+        self.gradient_shares = gradient_shares or GradientShares()
         self.signals = {self.logits, *(name for head in heads for name in head.signals)}
         self.box_signals = {name for name in self.signals if name.startswith("roi_")}
 
@@ -114,6 +118,7 @@ class MutualStudents(nn.Module):
             "mask_padding": cfg.KD.MASK_PADDING,
             "task_weight": cfg.KD.TASK_WEIGHT,
             "configs": configs,
+            "gradient_shares": build_gradient_shares(cfg, *students),
         }
 
     @property
@@ -137,24 +142,34 @@ class MutualStudents(nn.Module):
             return self.student(batched_inputs)
         storage = get_event_storage()
         batch = Batch.from_inputs(batched_inputs, mask_padding=self.mask_padding)
-        losses, recorded = {}, []
+        losses, recorded, groups = {}, [], []
         for i, (student, tap) in enumerate(zip(self.students, self.taps, strict=True)):
             with tap.record(self.signals | set(tap.features)) as signals, storage.name_scope(f"peer_{i + 1}"):
                 found = student(flipped(batched_inputs) if self.flip_channels[i] else batched_inputs)
             found = {key: self.task_weight * loss for key, loss in found.items()}
+            groups.append({"task": list(found.values())})
             if self.heads and self.heads[i].pretrained:
                 found |= self.heads[i].pretrain({}, signals, batch)
             losses |= {f"{key}_peer_{i + 1}": loss for key, loss in found.items()}
             recorded.append(signals)
+        weight = self.head_weight(storage.iter)
+        if self.heads:
+            storage.put_scalar(f"kd/weight/{InheritExploreHead.__name__}", weight, smoothing_hint=False)
         # What runs without gradients runs last: autocast may keep the first low-precision copy of a weight.
         for i, own in enumerate(recorded):
             peers = {j: self._on_boxes_of(own, j, peer) for j, peer in enumerate(recorded) if j != i}
             divergences = [mutual_loss(own[self.logits], peer[self.logits]) for peer in peers.values()]
             found = {"loss_kd_mutual": self.weight * sum(divergences) / len(divergences)}
+            groups[i]["mutual"] = list(found.values())
             if self.heads:
-                found |= self._inherit_and_explore(i, own, peers, batch, self.head_weight(storage.iter))
+                compared = self._inherit_and_explore(i, own, peers, batch, weight)
+                groups[i][InheritExploreHead.__name__] = list(compared.values())
+                found |= compared
             losses |= {f"{key}_peer_{i + 1}": loss for key, loss in found.items()}
         check_finite(losses, storage.iter)
+        if self.gradient_shares.is_due(storage.iter):
+            for i, student in enumerate(self.students):
+                self.gradient_shares.measure(student, groups[i], suffix=f"_peer_{i + 1}")
         return losses
 
     @torch.no_grad()

@@ -23,9 +23,10 @@ ALLOWED = {
     "heads": LEAVES | {"losses"},
     "teacher": LEAVES | {"taps", "checkpoint"},
     "ensemble": LEAVES | {"taps"},
-    "meta_arch": LEAVES | {"taps", "teacher", "heads", "losses"},
+    "gradients": LEAVES,
+    "meta_arch": LEAVES | {"taps", "teacher", "heads", "losses", "gradients"},
     "peers": LEAVES | {"taps", "heads", "checkpoint"},
-    "mutual": LEAVES | {"taps", "heads", "losses", "meta_arch", "peers"},
+    "mutual": LEAVES | {"taps", "heads", "losses", "gradients", "meta_arch", "peers"},
 }
 # These stand above all of them; nothing below may import them.
 ABOVE = {

@@ -1,0 +1,92 @@
+"""How much of the gradient in a student comes from each loss."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from kd_det.errors import InputError
+
+logger = logging.getLogger(__name__)
+# Shares do not depend on it. It keeps half-precision gradients from vanishing, with room below their largest value.
+SCALE = 1024.0
+
+
+class GradientShares:
+    """Measures, now and then, which share of the gradient in the student's backbone each group of losses has.
+
+    There all losses meet: what lies behind it, such as a box predictor, most distillation losses do not reach. A share
+    is the norm of the gradient of the group's losses, over the sum of the norms of all groups; so 50 % does not mean
+    that two groups pull in the same direction.
+
+    It is of the images that the process has, and with SOLVER.ACCUMULATE of the first part of them. Training goes on as
+    if nothing had been measured: no ``.grad`` is touched, no hook of DDP runs and no random number is drawn. A
+    measurement costs one more backward pass per group.
+
+    Args:
+        period: Iterations from one measurement to the next; 0: none.
+    """
+
+    def __init__(self, period: int = 0):
+        self.period = period
+        self.last = -1
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether to measure now; once per iteration, and not where precise batch norm runs the model."""
+        return self.period > 0 and iteration % self.period == 0 and iteration != self.last and torch.is_grad_enabled()
+
+    def measure(self, student: nn.Module, groups: Mapping[str, Sequence[Tensor]], suffix: str = "") -> None:
+        """Put the shares into the event storage as ``kd/gradient/<group><suffix>``, and into the log.
+
+        Args:
+            student: A model with a ``backbone``.
+            groups: Name to scalar losses, whose graphs stay.
+            suffix: Tells several students apart.
+        """
+        storage = get_event_storage()
+        self.last = storage.iter
+        shares = {f"{name}{suffix}": share for name, share in gradient_shares(student.backbone, groups).items()}
+        storage.put_scalars(smoothing_hint=False, **{f"kd/gradient/{name}": share for name, share in shares.items()})
+        told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        logger.info("Shares of the gradient in the backbone at iteration %d: %s", storage.iter, told)
+
+
+def gradient_shares(module: nn.Module, groups: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+    """Share of each group of losses in the gradient of a module's parameters; the shares sum to 1.
+
+    Args:
+        module: One with trainable parameters.
+        groups: Name to scalar losses.
+
+    Returns:
+        Name to share: 0 for losses that do not reach the module; NaN for all if none does, or a gradient overflows.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    norms = torch.tensor([gradient_norm(losses, parameters) for losses in groups.values()])
+    return dict(zip(groups, (norms / norms.sum()).tolist(), strict=True))
+
+
+def gradient_norm(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> float:
+    """Norm of the gradient of SCALE times the sum of losses."""
+    losses = [loss.float() for loss in losses if loss.requires_grad]
+    if not losses:
+        return 0.0
+    found = torch.autograd.grad(SCALE * sum(losses), parameters, retain_graph=True, allow_unused=True)
+    return float(nn.utils.get_total_norm([gradient for gradient in found if gradient is not None]))
+
+
+def build_gradient_shares(cfg: CfgNode, *students: nn.Module) -> GradientShares:
+    """Build what ``KD.GRADIENT_SHARES`` asks for.
+
+    Raises:
+        InputError: If it is negative, or the backbone of a student has nothing to train.
+    """
+    period = cfg.KD.GRADIENT_SHARES
+    if period < 0:
+        raise InputError(f"KD.GRADIENT_SHARES: must be 0 (never) or a number of iterations, got {period}.")
+    if period and not all(any(p.requires_grad for p in student.backbone.parameters()) for student in students):
+        raise InputError(f"KD.GRADIENT_SHARES: got {period}, but a student's backbone is frozen; 0 is allowed.")
+    return GradientShares(period)
