@@ -25,6 +25,7 @@ class KDCheckpointer(DetectionCheckpointer):
 
     Attributes:
         keep: How many checkpoints of iterations stay, the newest ones; 0: all.
+        loaded: The file that was loaded last, and how many of the model's keys were in it, of how many; None before.
 
     Raises:
         InputError: When loading, if the file does not exist, cannot be read, holds anything but arrays and plain
@@ -33,6 +34,7 @@ class KDCheckpointer(DetectionCheckpointer):
     """
 
     keep = 0
+    loaded: tuple[str, int, int] | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write a checkpoint, whole or not at all; it becomes the one that a run is resumed from."""
@@ -94,6 +96,7 @@ class KDCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         self._required = list(self.checkpointables) if checkpointables is None else checkpointables
+        self._path = path
         self._parsed_url_during_load = None  # Left behind by a load that failed.
         return super().load(find_file(path, "MODEL.WEIGHTS") if path else path, checkpointables)
 
@@ -126,6 +129,7 @@ class KDCheckpointer(DetectionCheckpointer):
         own = counted_keys(self.model)
         matched = len(own - set(incompatible.missing_keys))
         self.logger.info("%d of the model's %d keys were in the checkpoint.", matched, len(own))
+        self.loaded = self._path, matched, len(own)
         if not matched:
             raise InputError(
                 f"MODEL.WEIGHTS: the checkpoint has none of the {len(own)} keys of {type(self.model).__name__}; "

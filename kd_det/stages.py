@@ -19,6 +19,7 @@ from kd_det.errors import InputError
 from kd_det.heads.build import has_stage
 from kd_det.meta_arch import TeacherStudent, check_finite
 from kd_det.signals import Batch
+from kd_det.summary import log_summary
 from kd_det.teacher import Teacher, load_teacher_config
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def train(cfg: CfgNode, *, resume: bool) -> None:
     trainer.resume_or_load(resume=resume)
     if weights and trainer.start_iter == 0:
         load_stage(trainer.plain_model, weights)
+    log_summary(trainer, stage=weights)
     trainer.train()
 
 
@@ -192,6 +194,7 @@ def pretrain(cfg: CfgNode, *, resume: bool) -> str:
     trainer = PretrainingTrainer(stage_config(cfg, folder))
     trainer.resume_or_load(resume=resume)
     logger.info("The stage before the main run, in %s", folder)
+    log_summary(trainer)
     trainer.train()
     return str(folder / FINAL)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAVES = {"errors", "registry", "signals", "config", "schedules", "files", "formats"}
+LEAVES = {"errors", "registry", "signals", "config", "schedules", "files", "flops", "formats"}
 # What a part of kd_det may import of kd_det beside itself; of `data.x` and `heads.x` the first word counts.
 ALLOWED = {
     "losses": set(),
@@ -36,6 +36,7 @@ ABOVE = {
     "launching",
     "engine",
     "stages",
+    "summary",
     "export",
     "comparison",
     "pictures",

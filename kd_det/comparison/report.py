@@ -11,10 +11,11 @@ import torch
 from detectron2.data import DatasetCatalog
 
 from kd_det.comparison import classification, detection
-from kd_det.comparison.runs import count_gflops, load_runs, measure_times
+from kd_det.comparison.runs import load_runs, measure_times
 from kd_det.comparison.table import make_table, summarise, without_nan
 from kd_det.engine import is_classifier
 from kd_det.errors import InputError
+from kd_det.flops import count_gflops
 
 
 def compare(

@@ -15,7 +15,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.structures import Instances
-from detectron2.utils.analysis import FlopCountAnalysis
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -119,15 +118,6 @@ def join(name: str, source: str, runs: Sequence[Run]) -> Run:
     cfg = runs[-1].cfg.clone()
     cfg.MODEL.MASK_ON = False  # Masks are not fused.
     return Run(name, source, cfg, Ensemble([run.model for run in runs]))
-
-
-def count_gflops(model: nn.Module, image: dict[str, Any]) -> float:
-    """Billions of multiply-adds of the inference on an image, as fvcore counts them."""
-    if isinstance(model, Ensemble):
-        return sum(count_gflops(member, image) for member in model.models)
-    count = FlopCountAnalysis(model, [{"image": image["image"]}])
-    count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-    return count.total() / 1e9
 
 
 def measure_times(runs: list[Run], samples: list[list[dict[str, Any]]]) -> list[float]:
