@@ -62,6 +62,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TEACHER.COMPILE = False
     # Let the teacher run beside the student, on a CUDA stream of its own: faster where small batches leave a GPU idle.
     cfg.KD.TEACHER.SIDE_STREAM = False
+    # Before training, evaluate the teacher on so many images of DATASETS.TEST[0], read as its own config says, and warn
+    # if it knows nothing. 0: no check.
+    cfg.KD.TEACHER.SANITY_CHECK = 0
 
     # ---- Students that teach each other (MODEL.META_ARCHITECTURE MutualStudents) ----
     cfg.KD.MUTUAL = CfgNode()

@@ -1,6 +1,7 @@
 """What an evaluation needs: the evaluator of a data set, and one model in all processes."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -13,15 +14,18 @@ from kd_det.classification.evaluator import ClassificationEvaluator
 from kd_det.errors import InputError
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+def build_evaluator(cfg: CfgNode, dataset_name: str, *, tasks: Sequence[str] | None = None) -> DatasetEvaluator:
     """Build the evaluator that a data set's metadata names: COCO AP, PASCAL VOC mAP, or accuracy.
+
+    Args:
+        tasks: Of COCO's "bbox", "segm", "keypoints" those to evaluate; None: all that the model predicts.
 
     Raises:
         InputError: If the data set has no evaluator.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
     if kind == "coco":
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return COCOEvaluator(dataset_name, tasks=tasks, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
     if kind == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
     if kind == "classification":

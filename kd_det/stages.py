@@ -18,6 +18,7 @@ from kd_det.engine import Trainer
 from kd_det.errors import InputError
 from kd_det.heads.build import has_stage
 from kd_det.meta_arch import TeacherStudent, check_finite
+from kd_det.sanity import check_teacher
 from kd_det.signals import Batch
 from kd_det.summary import log_summary
 from kd_det.teacher import Teacher, load_teacher_config
@@ -41,6 +42,7 @@ def train(cfg: CfgNode, *, resume: bool) -> None:
     if cfg.KD.GENERATIONS:
         train_generations(cfg, resume=resume)
         return
+    check_teacher(cfg)
     weights = cfg.KD.PRETRAIN.WEIGHTS or (pretrain(cfg, resume=resume) if cfg.KD.PRETRAIN.MAX_ITER else "")
     seed(cfg)
     trainer = Trainer(cfg)

@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog
 from kd_det.comparison import classification, detection
 from kd_det.comparison.runs import load_runs, measure_times
 from kd_det.comparison.table import make_table, summarise, without_nan
+from kd_det.data import choose_images
 from kd_det.engine import is_classifier
 from kd_det.errors import InputError
 from kd_det.flops import count_gflops
@@ -68,11 +69,6 @@ def compare(
     write(Path(output, "comparison.md"), results["table"] + "\n")
     kind.draw(chosen, dataset, predictions, threshold, os.path.join(output, "comparison.png"))
     return results
-
-
-def choose_images(records: list[dict], count: int) -> list[dict]:
-    """Images evenly spread over the data set: the same ones each time."""
-    return [records[i * len(records) // count] for i in range(min(count, len(records)))]
 
 
 def write(path: Path, text: str) -> None:

@@ -48,6 +48,12 @@ def class_names(name: str) -> list[str]:
     return MetadataCatalog.get(name).get("thing_classes", []) if known is None else known
 
 
+def choose_images(records: list[dict], count: int) -> list[dict]:
+    """At most so many images, evenly spread over the data set: the same ones each time."""
+    count = min(count, len(records))
+    return [records[i * len(records) // count] for i in range(count)]
+
+
 def count_training_images(cfg: CfgNode) -> int:
     """Number of images of an epoch: those of all data sets of DATASETS.TRAIN that the training loader does not drop.
 

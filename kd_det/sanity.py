@@ -1,0 +1,113 @@
+"""A look at the teacher before it teaches: does it know anything of these images?"""
+
+import logging
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import inference_on_dataset
+
+from kd_det.data import choose_images, class_names
+from kd_det.engine import Trainer
+from kd_det.ensemble import CLASS_SIGNALS
+from kd_det.errors import InputError
+from kd_det.evaluation import build_evaluator
+from kd_det.meta_arch import TeacherStudent
+from kd_det.teacher import build_teacher, load_teacher_config
+
+logger = logging.getLogger(__name__)
+SUBSET = "kd_det_sanity_check"
+# A detector whose AP is below this has learned nothing of the images.
+LEAST_AP = 1.0
+
+
+def check_teacher(cfg: CfgNode) -> None:
+    """Evaluate the teacher on KD.TEACHER.SANITY_CHECK images, if any, and warn where it knows nothing of them.
+
+    The images are spread over DATASETS.TEST[0], a detector's over those with objects, and read as the teacher's own
+    config says. The metric, AP of boxes or top-1 accuracy, is of these images alone. Each process takes a part of them.
+
+    Raises:
+        InputError: If the number is negative, or there is no test set whose classes the teacher could know.
+    """
+    count = cfg.KD.TEACHER.SANITY_CHECK
+    if count < 0:
+        raise InputError(f"KD.TEACHER.SANITY_CHECK: must be 0 (no check) or a number of images, got {count}.")
+    if not count or TeacherStudent.__name__ != cfg.MODEL.META_ARCHITECTURE or not cfg.KD.HEADS:
+        return
+    if not cfg.DATASETS.TEST:
+        raise InputError(f"KD.TEACHER.SANITY_CHECK: got {count}, but DATASETS.TEST names no data set.")
+    dataset, own = cfg.DATASETS.TEST[0], load_teacher_config(cfg)[0]
+    teacher = build_teacher(cfg)
+    spec = teacher.tap.spec()
+    known = next((spec[name].channels - others for name, (_, others) in CLASS_SIGNALS.items() if name in spec), None)
+    names = class_names(dataset)
+    if names and known is not None and len(names) != known:
+        raise InputError(
+            f"KD.TEACHER.SANITY_CHECK: got {count}, but the teacher knows {known} classes and {dataset!r} has "
+            f"{len(names)}, so it cannot be evaluated there; set it to 0."
+        )
+    own.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
+    with tempfile.TemporaryDirectory() as folder, subset(dataset, count, folder) as images:
+        own.OUTPUT_DIR = folder
+        logger.info("Checking the teacher on %d images of %s.", images, dataset)
+        evaluator = build_evaluator(own, SUBSET, tasks=("bbox",))
+        results = inference_on_dataset(teacher.model, Trainer.build_test_loader(own, SUBSET), evaluator)
+    if "classification" in results:
+        report("top-1 accuracy", results["classification"]["top1"], least_accuracy(known, images), dataset)
+    elif results:
+        # NaN stands for a detector that finds nothing.
+        ap = results["bbox"]["AP"]
+        report("box AP", 0.0 if math.isnan(ap) else ap, LEAST_AP, dataset)
+
+
+@contextmanager
+def subset(dataset: str, count: int, folder: str) -> Iterator[int]:
+    """Registers a part of a data set as SUBSET inside; evaluators find the ground truth of its images alone.
+
+    Args:
+        folder: For a list of the images.
+
+    Yields:
+        The number of images.
+    """
+    records = DatasetCatalog.get(dataset)
+    chosen = choose_images([record for record in records if record.get("annotations")] or records, count)
+    # Without the file of all annotations, COCOEvaluator takes those of the records.
+    metadata = {k: v for k, v in MetadataCatalog.get(dataset).as_dict().items() if k not in ("name", "json_file")}
+    if metadata.get("evaluator_type") == "pascal_voc":
+        metadata["split"] = str(Path(folder, "images"))  # An absolute path is joined to no folder.
+        Path(folder, "images.txt").write_text("\n".join(record["image_id"] for record in chosen), encoding="utf-8")
+    DatasetCatalog.register(SUBSET, lambda: chosen)
+    MetadataCatalog.get(SUBSET).set(**metadata)
+    try:
+        yield len(chosen)
+    finally:
+        DatasetCatalog.remove(SUBSET)
+        MetadataCatalog.remove(SUBSET)
+
+
+def least_accuracy(classes: int, images: int) -> float:
+    """Top-1 accuracy in percent that is above chance: by two standard deviations of a guess."""
+    chance = 1 / classes
+    return 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / images))
+
+
+def report(metric: str, value: float, least: float, dataset: str) -> None:
+    """Log what the teacher reaches, and warn if it is too little."""
+    logger.info("The teacher's %s on these images: %.2f", metric, value)
+    if value < least:
+        logger.warning(
+            "KD.TEACHER.SANITY_CHECK: the teacher knows next to nothing of %s: its %s is %.2f, below %.2f. Likely "
+            "causes: KD.TEACHER.WEIGHTS is of another model or not trained; INPUT.FORMAT, MODEL.PIXEL_MEAN or "
+            "MODEL.PIXEL_STD of its config are not those that it was trained with (RGB for BGR, 0 to 1 for 0 to 255); "
+            "its classes stand in another order.",
+            dataset,
+            metric,
+            value,
+            least,
+        )

@@ -1,0 +1,205 @@
+"""The check of the teacher before training: on which images, how they are read, and what is told."""
+
+import cv2
+import pytest
+import torch
+from children import Task, end, final_state, same, two_ranks
+from classification.models import classifier_cfg
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
+from helpers import distilled_cfg, save_teacher, tiny_cfg, train_net, with_data, write_yaml
+from torch import nn
+
+from kd_det import InputError, sanity
+from kd_det.data import class_names, register_datasets
+from kd_det.data.shapes import CLASSES
+from kd_det.data.shapes_folder import write_shapes
+from kd_det.sanity import SUBSET, check_teacher, least_accuracy
+
+pytestmark = pytest.mark.usefixtures("in_process")
+SIX = {"MODEL.ROI_HEADS.NUM_CLASSES": len(CLASSES)}
+
+
+def named(options):
+    return [part for pair in options.items() for part in pair]
+
+
+class Oracle(nn.Module):
+    """Knows the ground truth of a data set, and which images it has seen; `shift` is added to the classes."""
+
+    def __init__(self, dataset, shift):
+        super().__init__()
+        self.records = {record["file_name"]: record for record in DatasetCatalog.get(dataset)}
+        self.classes = len(class_names(dataset))
+        self.shift = shift
+        self.seen = []
+
+    def forward(self, inputs):
+        self.seen += inputs
+        return [self.classify(x) if "label" in x else self.detect(x) for x in inputs]
+
+    def classify(self, x):
+        answer = torch.tensor((x["label"] + self.shift) % self.classes)
+        return {"scores": nn.functional.one_hot(answer, self.classes).float()}
+
+    def detect(self, x):
+        things = self.records[x["file_name"]]["annotations"]
+        found = Instances((x["height"], x["width"]))
+        boxes = [BoxMode.convert(t["bbox"], t["bbox_mode"], BoxMode.XYXY_ABS) for t in things]
+        found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+        found.scores = torch.ones(len(things))
+        found.pred_classes = torch.tensor([(t["category_id"] + self.shift) % self.classes for t in things])
+        found.pred_masks = torch.zeros(len(things), x["height"], x["width"], dtype=torch.bool)
+        return {"instances": found}
+
+
+@pytest.fixture
+def check(monkeypatch, caplog):
+    """Checks a teacher that knows everything; returns what it has seen and the messages."""
+    caplog.set_level("INFO", "kd_det.sanity")
+    built = sanity.build_teacher
+
+    def run(cfg, shift=0):
+        register_datasets(cfg)
+        oracle = Oracle(cfg.DATASETS.TEST[0], shift)
+
+        def build_teacher(cfg):
+            teacher = built(cfg)
+            teacher.model = oracle
+            return teacher
+
+        monkeypatch.setattr(sanity, "build_teacher", build_teacher)
+        check_teacher(cfg)
+        return oracle.seen, caplog.messages
+
+    return run
+
+
+@pytest.fixture
+def detector(teacher, coco_folder, tmp_path):
+    """Makes the config of a run on four images in COCO's format, in VOC's, or without masks."""
+
+    def make(kind="coco", count=2):
+        cfg = with_data(distilled_cfg(teacher, ["HintHead"], {"KD.TEACHER.SANITY_CHECK": count}), coco_folder, tmp_path)
+        if kind == "voc":
+            write_shapes(tmp_path / "shapes", train=2, test=4)
+            entry = {"ROOT": str(tmp_path / "shapes"), "SPLIT": "test", "CLASSES": list(CLASSES)}
+            cfg.DATASETS.VOC_FORMAT["sanity_voc"] = CfgNode(entry)
+            cfg.DATASETS.TEST = ("sanity_voc",)
+            cfg.merge_from_list(named(save_teacher(tmp_path / "six", tiny_cfg(options=SIX))))
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """Makes the config of a run on digits."""
+
+    def make(count):
+        size = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8, "SOLVER.MAX_ITER": 2}
+        options = save_teacher(tmp_path / "teacher", classifier_cfg(options=size))
+        options |= {"MODEL.META_ARCHITECTURE": "TeacherStudent", "KD.STUDENT_ARCHITECTURE": "ImageClassifier"}
+        options |= {"KD.HEADS": ["HintHead"], "KD.TEACHER.SANITY_CHECK": count, "SEED": 3}
+        cfg = classifier_cfg(options=options | size)
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("digits_train",), ("digits_test",)
+        cfg.OUTPUT_DIR = str(tmp_path)
+        return cfg
+
+    return make
+
+
+# ---- What is found ----
+@pytest.mark.parametrize("kind", ["coco", "voc"])
+def test_a_detector_that_knows_the_images(detector, check, kind):
+    """All is found in two of four images, and nothing counts that is in the others."""
+    cfg = detector(kind)
+    seen, messages = check(cfg)
+    assert len(seen) == 2
+    assert messages == [
+        f"Checking the teacher on 2 images of {cfg.DATASETS.TEST[0]}.",
+        "The teacher's box AP on these images: 100.00",
+    ]
+    assert SUBSET not in DatasetCatalog
+    assert SUBSET not in MetadataCatalog
+
+
+def test_classes_in_another_order(detector, check):
+    _, messages = check(detector(), shift=1)
+    assert messages[1] == "The teacher's box AP on these images: 0.00"
+    assert "its box AP is 0.00, below 1.00. Likely causes: KD.TEACHER.WEIGHTS" in messages[2]
+    assert messages[2].endswith("its classes stand in another order.")
+
+
+@pytest.mark.parametrize(("shift", "accuracy", "warnings"), [(0, "100.00", 0), (1, "0.00", 1)])
+def test_a_classifier(classifier, check, shift, accuracy, warnings):
+    seen, messages = check(classifier(40), shift)
+    assert len({x["file_name"] for x in seen}) == 40
+    assert messages[1] == f"The teacher's top-1 accuracy on these images: {accuracy}"
+    assert len(messages) == 2 + warnings
+
+
+def test_more_images_than_there_are(detector, check):
+    assert len(check(detector(count=99))[0]) == 4
+
+
+def test_images_are_read_as_the_teachers_config_says(detector, check, tmp_path):
+    cfg = detector()
+    own = tiny_cfg(options={"INPUT.FORMAT": "RGB", "INPUT.MIN_SIZE_TEST": 64})
+    cfg.merge_from_list(named(save_teacher(tmp_path / "rgb", own)))
+    cfg.INPUT.MIN_SIZE_TEST = 32
+    for x in check(cfg)[0]:
+        assert torch.equal(x["image"], torch.from_numpy(cv2.imread(x["file_name"])).flip(2).permute(2, 0, 1))
+
+
+def test_accuracy_above_chance():
+    """Of ten classes and 100 images a guess has 10 percent and a deviation of sqrt(0.1 * 0.9 / 100) = 3 percent."""
+    assert least_accuracy(10, 100) == pytest.approx(16)
+
+
+# ---- In a run ----
+def test_a_run_with_a_teacher_that_knows_nothing(classifier, tmp_path):
+    """It is told, and the student learns what it learns without the check."""
+    config = write_yaml(tmp_path / "config.yaml", classifier(50))
+    for name, count in (("with", 50), ("without", 0)):
+        train_net("--config-file", config, "OUTPUT_DIR", tmp_path / name, "KD.TEACHER.SANITY_CHECK", count)
+    logs = [(tmp_path / name / "log.txt").read_text() for name in ("with", "without")]
+    told = ["the teacher knows next to nothing of digits_test: its top-1 accuracy is" in log for log in logs]
+    assert told == [True, False]
+    assert same(final_state(tmp_path / "with"), final_state(tmp_path / "without"))
+
+
+def test_two_ranks_and_one_image(classifier, tmp_path):
+    """One of them has nothing to do, and goes on."""
+    task = Task(write_yaml(tmp_path / "config.yaml", classifier(1)), tmp_path)
+    assert end(*[task.start("two", prepare=(rank,)) for rank in two_ranks()]) == [0, 0]
+    logs = [(tmp_path / "two" / name).read_text() for name in ("log.txt", "log.txt.rank1")]
+    assert ["The teacher's top-1 accuracy" in log for log in logs] == [True, False]
+
+
+def test_without_a_teacher_there_is_nothing_to_check(detector):
+    cfg = detector()
+    cfg.KD.HEADS, cfg.KD.TEACHER.CONFIG_FILE = [], ""
+    check_teacher(cfg)
+
+
+# ---- Mistakes ----
+def test_a_negative_number(detector):
+    with pytest.raises(InputError, match=r"^KD.TEACHER.SANITY_CHECK: must be 0 \(no check\) or .*, got -1\.$"):
+        check_teacher(detector(count=-1))
+
+
+def test_no_test_set(detector):
+    cfg = detector()
+    cfg.DATASETS.TEST = ()
+    with pytest.raises(InputError, match=r"^KD.TEACHER.SANITY_CHECK: got 2, but DATASETS.TEST names no data set\.$"):
+        check_teacher(cfg)
+
+
+def test_a_teacher_of_other_classes(detector, tmp_path):
+    cfg = detector()
+    cfg.merge_from_list(named(save_teacher(tmp_path / "six", tiny_cfg(options=SIX))))
+    register_datasets(cfg)
+    with pytest.raises(InputError, match=r"the teacher knows 6 classes and '.*' has 3, so it cannot be evaluated"):
+        check_teacher(cfg)
