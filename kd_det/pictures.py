@@ -1,4 +1,4 @@
-"""A picture of several models' predictions on the same images."""
+"""Pictures of several models on the same images: what they predict, and where they look."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,8 @@ from detectron2.data import detection_utils as utils
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -32,16 +34,14 @@ def draw_detections(
     class_names: Sequence[str],
     predictions: Mapping[str, Sequence[Instances]],
     threshold: float,
-    path: str,
-) -> None:
-    """Write a grid as PNG: one row per image, the ground truth in the first column, then one column per detector.
+) -> Figure:
+    """A grid: one row per image, the ground truth in the first column, then one column per detector.
 
     Args:
         images: Detectron2's dicts of the images.
         class_names: Names of the classes; each has one colour in all columns.
         predictions: Name of a detector to its instances on each image.
         threshold: Least score of the instances that are drawn.
-        path: The file, replaced in one piece.
     """
     palette = class_colors(len(class_names))
     masks = any(found.has("pred_masks") for column in predictions.values() for found in column)
@@ -52,13 +52,13 @@ def draw_detections(
         for found in predictions.values():
             cells.append(draw_found(pixels, found[i][found[i].scores >= threshold], class_names, palette))
         rows.append(cells)
-    draw_grid(["ground truth", *predictions], rows, CELL, path)
+    return draw_grid(["ground truth", *predictions], rows, CELL)
 
 
 def draw_classifications(
-    images: Sequence[dict], class_names: Sequence[str], predictions: Mapping[str, Sequence[Tensor]], path: str
-) -> None:
-    """Write a grid as PNG: one row per image, its label beside it, then one column per classifier.
+    images: Sequence[dict], class_names: Sequence[str], predictions: Mapping[str, Sequence[Tensor]]
+) -> Figure:
+    """A grid: one row per image, its label beside it, then one column per classifier.
 
     In a classifier's column stand its most probable class, green where it is the label and red where not, and the
     probability.
@@ -67,7 +67,6 @@ def draw_classifications(
         images: Dicts with `label`, and with `image` (H, W, 3) as RGB or its `file_name`.
         class_names: Names of the classes; of those that have none the index is shown.
         predictions: Name of a classifier to its scores (K,) of each image.
-        path: The file, replaced in one piece.
     """
     names = dict(enumerate(class_names))
     rows = []
@@ -80,11 +79,31 @@ def draw_classifications(
             color = "green" if found == label else "red"
             cells.append(Words(f"{names.get(found, found)}\n{scores[i][found]:.0%}", color))
         rows.append(cells)
-    draw_grid(["", "label", *predictions], rows, SMALL_CELL, path)
+    return draw_grid(["", "label", *predictions], rows, SMALL_CELL)
 
 
-def draw_grid(titles: Sequence[str], rows: Sequence[Sequence[np.ndarray | Words]], width: int, path: str) -> None:
-    """Write rows of cells as PNG, each column with a title and `width` pixels wide; a row begins with an image."""
+def draw_attention(images: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]]) -> Figure:
+    """A grid: one row per image, which stands in the first column, then one column per network with its map over it.
+
+    Args:
+        images: RGB, uint8 (H, W, 3).
+        maps: Name of a network to its map of each image, (H, W), from 0, blue, to 1, red.
+    """
+    rows = [
+        [pixels, *(overlay(pixels, found) for found in row)]
+        for pixels, *row in zip(images, *maps.values(), strict=True)
+    ]
+    width = max(SMALL_CELL, min(CELL // 2, max(pixels.shape[1] for pixels in images)))
+    return draw_grid(["", *maps], rows, width)
+
+
+def overlay(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The mean of an image (H, W, 3) and the colours of values (H, W) from 0 to 1."""
+    return ((pixels + 255 * colormaps["jet"](values)[..., :3]) / 2).astype(np.uint8)
+
+
+def draw_grid(titles: Sequence[str], rows: Sequence[Sequence[np.ndarray | Words]], width: int) -> Figure:
+    """Rows of cells, each column with a title and `width` pixels wide; a row begins with an image."""
     heights = [row[0].shape[0] / row[0].shape[1] for row in rows]
     size = len(titles) * width / DPI, sum(heights) * width / DPI + 0.5
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
@@ -98,8 +117,20 @@ def draw_grid(titles: Sequence[str], rows: Sequence[Sequence[np.ndarray | Words]
                 axis.imshow(cell)
     for title, axis in zip(titles, axes[0], strict=True):
         axis.set_title(title, fontsize=max(FONT_SIZE, width / 32))
+    return figure
+
+
+def save(figure: Figure, path: str) -> None:
+    """Write a picture as PNG, in one piece."""
     figure.savefig(f"{path}.partial", format="png")
     os.replace(f"{path}.partial", path)
+
+
+def as_pixels(figure: Figure) -> np.ndarray:
+    """A picture as RGB, uint8 (H, W, 3)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def draw_truth(

@@ -75,8 +75,7 @@ def subset(dataset: str, count: int, folder: str) -> Iterator[int]:
     Yields:
         The number of images.
     """
-    records = DatasetCatalog.get(dataset)
-    chosen = choose_images([record for record in records if record.get("annotations")] or records, count)
+    chosen = choose_images(DatasetCatalog.get(dataset), count)
     # Without the file of all annotations, COCOEvaluator takes those of the records.
     metadata = {k: v for k, v in MetadataCatalog.get(dataset).as_dict().items() if k not in ("name", "json_file")}
     if metadata.get("evaluator_type") == "pascal_voc":

@@ -8,7 +8,7 @@ from kd_det.classification.evaluator import ClassificationEvaluator
 from kd_det.classification.mapper import ClassificationMapper
 from kd_det.comparison.runs import Run
 from kd_det.data import class_names
-from kd_det.pictures import draw_classifications
+from kd_det.pictures import draw_classifications, save
 
 Mapper = ClassificationMapper
 
@@ -19,13 +19,8 @@ def evaluate(runs: list[Run], dataset: str, records: list[dict]) -> list[dict[st
     return [{key: value for key, value in metrics.items() if key != "error"} for metrics in found]
 
 
-def worth_showing(records: list[dict]) -> list[dict]:
-    """All images."""
-    return records
-
-
 def draw(
     images: list[dict], dataset: str, predictions: Mapping[str, Sequence[Tensor]], threshold: float, path: str
 ) -> None:
     """Write the picture: every run's class of the same images; `threshold` has no part in it."""
-    draw_classifications(images, class_names(dataset), predictions, path)
+    save(draw_classifications(images, class_names(dataset), predictions), path)

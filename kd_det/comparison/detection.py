@@ -13,7 +13,7 @@ from detectron2.structures import Instances
 
 from kd_det.comparison.runs import Run
 from kd_det.data import DetectionMapper
-from kd_det.pictures import draw_detections
+from kd_det.pictures import draw_detections, save
 
 Mapper = DetectionMapper
 
@@ -64,13 +64,8 @@ def coco_version(dataset: str, folder: str) -> str:
     return path
 
 
-def worth_showing(records: list[dict]) -> list[dict]:
-    """Images with objects, or all images where none has any."""
-    return [record for record in records if record["annotations"]] or records
-
-
 def draw(
     images: list[dict], dataset: str, predictions: Mapping[str, Sequence[Instances]], threshold: float, path: str
 ) -> None:
     """Write the picture: every run's instances of at least a score on the same images."""
-    draw_detections(images, MetadataCatalog.get(dataset).thing_classes, predictions, threshold, path)
+    save(draw_detections(images, MetadataCatalog.get(dataset).thing_classes, predictions, threshold), path)

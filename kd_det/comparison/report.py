@@ -44,7 +44,7 @@ def compare(
     dataset, loaded = load_runs(runs, dataset, device)
     kind = classification if is_classifier(loaded[0].cfg) else detection
     records = DatasetCatalog.get(dataset)
-    chosen = choose_images(kind.worth_showing(records), images)
+    chosen = choose_images(records, images)
     Path(output).mkdir(parents=True, exist_ok=True)
     measured = kind.evaluate(loaded, dataset, records)
     samples = [[kind.Mapper(run.cfg, is_train=False)(dict(image)) for image in chosen] for run in loaded]

@@ -49,9 +49,10 @@ def class_names(name: str) -> list[str]:
 
 
 def choose_images(records: list[dict], count: int) -> list[dict]:
-    """At most so many images, evenly spread over the data set: the same ones each time."""
-    count = min(count, len(records))
-    return [records[i * len(records) // count] for i in range(count)]
+    """At most so many images, evenly spread over those with objects, or over all where none has: the same each time."""
+    worth = [record for record in records if record.get("annotations", True)] or records
+    count = min(count, len(worth))
+    return [worth[i * len(worth) // count] for i in range(count)]
 
 
 def count_training_images(cfg: CfgNode) -> int:

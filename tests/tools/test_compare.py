@@ -13,13 +13,12 @@ from helpers import tiny_cfg, with_data, write_yaml
 
 from kd_det import pictures
 from kd_det.classification.mapper import ClassificationMapper
-from kd_det.comparison.detection import worth_showing
 from kd_det.comparison.table import decimals, make_table, summarise, without_nan
 from kd_det.data import choose_images
 from kd_det.data.shapes import CLASSES
 from kd_det.data.shapes_folder import write_shapes
 from kd_det.export import find_run, load_student, read_student_config
-from kd_det.pictures import CELL, SMALL_CELL, Words
+from kd_det.pictures import CELL, SMALL_CELL, Words, choose_images
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -175,7 +174,7 @@ def test_picture_has_each_classifiers_answer_beside_the_label(monkeypatch):
     monkeypatch.setattr(pictures, "draw_grid", lambda *arguments: drawn.extend(arguments))
     image = {"image": np.zeros((8, 8, 3), np.uint8), "label": 1}
     scores = {"right": [torch.tensor([0.2, 0.7, 0.1])], "wrong": [torch.tensor([0.2, 0.2, 0.6])]}
-    pictures.draw_classifications([image], ["ant", "bee"], scores, "unused.png")
+    pictures.draw_classifications([image], ["ant", "bee"], scores)
     titles, rows = drawn[:2]
     assert titles == ["", "label", "right", "wrong"]
     assert rows[0][0] is image["image"]
@@ -229,9 +228,10 @@ def test_a_seed_without_a_metric_is_no_crash():
 
 
 def test_chosen_images_are_spread_and_have_objects():
-    records = worth_showing([{"annotations": [1] * (i % 2), "i": i} for i in range(12)])
+    records = [{"annotations": [1] * (i % 2), "i": i} for i in range(12)]
     assert [x["i"] for x in choose_images(records, 3)] == [1, 5, 9]
-    assert choose_images(records, 99) == records
+    assert choose_images(records, 99) == records[1::2]
+    assert choose_images(records[:1], 2) == records[:1]
 
 
 def test_json_has_no_nan():
