@@ -48,6 +48,7 @@ from kd_det.meta_arch import TeacherStudent
 from kd_det.mutual import MutualStudents
 from kd_det.peers import PeerWriter, load_peer_weights
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
+from kd_det.visualization import build_visualization
 
 logger = logging.getLogger(__name__)
 # How an error that is no defect begins in the traceback of another process.
@@ -119,6 +120,8 @@ class Trainer(DefaultTrainer):
         hooks = with_own_hooks(super().build_hooks(), self.cfg, self.ema)
         if isinstance(self.plain_model, MutualStudents) and comm.is_main_process():
             hooks.insert(0, PeerWriter(self.plain_model.students, self.plain_model.configs))
+        if comm.is_main_process():
+            hooks[-1:-1] = build_visualization(self.cfg, self.plain_model)  # The last one writes what is there.
         return hooks
 
     @classmethod

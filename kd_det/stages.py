@@ -209,7 +209,7 @@ def stage_config(cfg: CfgNode, folder: Path) -> CfgNode:
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.SOLVER.STEPS = node.MAX_ITER, node.BASE_LR, tuple(node.STEPS)
     cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.WARMUP_ITERS = "WarmupMultiStepLR", 0
     cfg.SOLVER.EMA_DECAY = 0.0
-    cfg.DATASETS.TEST, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC = (), 0, ""
+    cfg.DATASETS.TEST, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC, cfg.VIS_PERIOD = (), 0, "", 0
     cfg.OUTPUT_DIR = str(folder)
     cfg.freeze()
     return cfg

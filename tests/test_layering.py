@@ -42,6 +42,8 @@ ABOVE = {
     "export",
     "comparison",
     "pictures",
+    "visualization",
+    "writers",
     "benchmarking",
 }
 ALLOWED_IN_LOSSES = {"torch", "__future__", *sys.stdlib_module_names}

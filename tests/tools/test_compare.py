@@ -18,7 +18,7 @@ from kd_det.data import choose_images
 from kd_det.data.shapes import CLASSES
 from kd_det.data.shapes_folder import write_shapes
 from kd_det.export import find_run, load_student, read_student_config
-from kd_det.pictures import CELL, SMALL_CELL, Words, choose_images
+from kd_det.pictures import CELL, SMALL_CELL, Words
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

@@ -1,0 +1,126 @@
+"""Pictures during a run: where student and teacher look, and what they predict."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.data import detection_utils as utils
+from detectron2.engine import HookBase
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from kd_det.classification import ImageClassifier
+from kd_det.classification.mapper import ClassificationMapper
+from kd_det.config import student_config
+from kd_det.data import DetectionMapper, choose_images, class_names
+from kd_det.data.loader import own_random_numbers
+from kd_det.ensemble import describe
+from kd_det.losses import attention_map
+from kd_det.meta_arch import TeacherStudent
+from kd_det.mutual import MutualStudents, evaluation_mode, flipped
+from kd_det.pictures import as_pixels, draw_attention, draw_classifications, draw_detections
+from kd_det.taps import BackboneTap
+
+IMAGES = 2
+THRESHOLD = 0.5  # least score of the instances that are drawn
+
+
+class Visualization(HookBase):
+    """Puts pictures into the event storage, at the iterations at which Detectron2's models put theirs.
+
+    ``attention/p3`` and the like, one for each feature map that a head compares: where it is active, as attention
+    transfer measures it, in all networks beside each other. ``predictions``: the ground truth beside what the networks
+    predict. A teacher that knows another number of classes than the student is left out of these.
+
+    The images are the same ones each time, so that one can follow them over the run: a few of the first test set, or of
+    the first training set where nothing is tested, as they are read for a test. Those of the last batch would change
+    with every picture, cropped and flipped.
+
+    The networks run once more for it: in evaluation mode, without gradients, and without DDP around them, so only one
+    process needs this hook. The run's weights, statistics and random numbers stay what they would be without it.
+
+    Args:
+        cfg: The run's config.
+        model: The run's model, without DDP around it.
+    """
+
+    def __init__(self, cfg: CfgNode, model: TeacherStudent | MutualStudents):
+        self.period = cfg.VIS_PERIOD
+        self.cfg = student_config(cfg)
+        self.model = model
+        self.networks = find_networks(model)
+        specs = [tap.spec() for tap, _ in self.networks.values()]
+        # Of what enters a ReLU, what leaves it is shown.
+        compared = {name.removesuffix("_preact") for head in model.heads.children() for name in head.signals}
+        maps = compared.intersection(*specs)
+        self.strides = {name: shape.stride for name, shape in specs[0].items() if shape.stride and name in maps}
+        self.dataset = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[0]
+
+    @cached_property
+    def records(self) -> list[dict]:
+        return choose_images(DatasetCatalog.get(self.dataset), IMAGES)
+
+    def after_step(self) -> None:
+        if self.trainer.iter % self.period:
+            return
+        with own_random_numbers(0), evaluation_mode(self.model), torch.no_grad():
+            for name, picture in self._draw().items():
+                self.trainer.storage.put_image(name, as_pixels(picture).transpose(2, 0, 1))
+
+    def _draw(self) -> dict[str, Figure]:
+        student = self.model.student
+        device = next(student.parameters()).device
+        classifies = isinstance(student, ImageClassifier)
+        kind = "scores" if classifies else "instances"
+        mapper = (ClassificationMapper if classifies else DetectionMapper)(self.cfg, is_train=False)
+        inputs = [mapper(record) for record in self.records]
+        images = [utils.convert_image_to_rgb(x["image"].permute(1, 2, 0), self.cfg.INPUT.FORMAT) for x in inputs]
+        maps = {name: {} for name in self.strides}
+        predictions = {}
+        for title, (tap, is_flipped) in self.networks.items():
+            with tap.record(maps) as signals:
+                outputs = tap.model.to(device)(flipped(inputs) if is_flipped else inputs)
+            for name, stride in self.strides.items():
+                maps[name][title] = attention_maps(signals[name], stride, [image.shape[:2] for image in images])
+            if kind in outputs[0] and describe(tap.model) == describe(student):
+                predictions[title] = [x[kind].to("cpu") for x in outputs]
+        pictures = {f"attention/{name}": draw_attention(images, found) for name, found in maps.items()}
+        if predictions:
+            shown = self.records, class_names(self.dataset), predictions
+            pictures["predictions"] = draw_classifications(*shown) if classifies else draw_detections(*shown, THRESHOLD)
+        return pictures
+
+
+def build_visualization(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
+    """The hook, where VIS_PERIOD asks for it and the model has a student that is taught; else none."""
+    return [Visualization(cfg, model)] if cfg.VIS_PERIOD > 0 and find_networks(model) else []
+
+
+def find_networks(model: nn.Module) -> dict[str, tuple[BackboneTap, bool]]:
+    """Title to tap of each network of a run, the student's first, and whether it reads the channels in reverse."""
+    if isinstance(model, MutualStudents):
+        return {f"student {i}": found for i, found in enumerate(zip(model.taps, model.flip_channels, strict=True), 1)}
+    if isinstance(model, TeacherStudent) and model.teacher is not None:
+        return {"student": (model.tap, False), "teacher": (model.teacher.tap, model.teacher.flip_channels)}
+    return {}
+
+
+def attention_maps(feature: Tensor, stride: int, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """Where a network is active in each image: maps (height, width), the highest value of each 1.
+
+    Args:
+        feature: Feature map of a batch, (N, C, H, W), whose images are padded at the right and at the bottom.
+        stride: Pixels per cell.
+        sizes: Height and width of each image in pixels.
+    """
+    maps = attention_map(feature).view(-1, 1, *feature.shape[2:])
+    # A last cell that the images do not fill may be missing.
+    largest = np.max(sizes, axis=0).tolist()
+    covered = [max(stride * cells, pixels) for cells, pixels in zip(feature.shape[2:], largest, strict=True)]
+    maps = F.interpolate(maps, size=covered, mode="bilinear")[:, 0]
+    cropped = [found[:height, :width] for found, (height, width) in zip(maps, sizes, strict=True)]
+    return [(found / found.max().clamp(min=1e-12)).cpu().numpy() for found in cropped]
