@@ -49,5 +49,5 @@ setup(
         "torchvision>=0.21",
         "tqdm",
     ],
-    extras_require={"dev": DETECTRON2 + ENSEMBLE + TOOLS, "ensemble": ENSEMBLE},
+    extras_require={"dev": DETECTRON2 + ENSEMBLE + TOOLS, "ensemble": ENSEMBLE, "wandb": ["wandb"]},
 )

@@ -304,6 +304,14 @@ def add_kd_config(cfg: CfgNode) -> None:
     # "ema/..." of the averaged weights. "": none.
     cfg.TEST.BEST_METRIC = ""
 
+    # ---- Weights & Biases ----
+    cfg.WANDB = CfgNode()
+    # The project that the run's scalars, pictures and config go to; "": none. Needs `pip install wandb`, which has
+    # its own settings: `wandb login`, and on a machine without network the environment variable WANDB_MODE=offline.
+    cfg.WANDB.PROJECT = ""
+    # Name of the run; "": OUTPUT_DIR. Stages and generations append the name of their folder.
+    cfg.WANDB.NAME = ""
+
     # ---- Data sets named here need no code ----
     # name: {ROOT: folder with one folder of images per class}. Relative paths as below.
     cfg.DATASETS.IMAGE_FOLDER = CfgNode(new_allowed=True)

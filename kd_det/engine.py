@@ -23,6 +23,7 @@ from detectron2.engine import (
     default_setup,
 )
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -49,6 +50,7 @@ from kd_det.mutual import MutualStudents
 from kd_det.peers import PeerWriter, load_peer_weights
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
 from kd_det.visualization import build_visualization
+from kd_det.writers import build_writers, drop_lines, metrics_path
 
 logger = logging.getLogger(__name__)
 # How an error that is no defect begins in the traceback of another process.
@@ -115,13 +117,21 @@ class Trainer(DefaultTrainer):
             load_peer_weights(self.plain_model.students, self.plain_model.configs)
         batches = self._trainer.data_loader.batch_sampler
         batches.seed, batches.start = self.seed, self.start_iter
+        if resume and comm.is_main_process():
+            finished = self.start_iter > 0 and self.checkpointer.get_checkpoint_file().endswith("model_final.pth")
+            # The evaluation at the end of a run counts as one more iteration.
+            drop_lines(metrics_path(self.cfg), self.start_iter + finished)
+
+    def build_writers(self) -> list[EventWriter]:
+        return build_writers(self.cfg, weakref.proxy(self))
 
     def build_hooks(self) -> list:
-        hooks = with_own_hooks(super().build_hooks(), self.cfg, self.ema)
+        found = super().build_hooks()
+        if comm.is_main_process():
+            found[-1:-1] = build_visualization(self.cfg, self.plain_model)  # The last one writes what is there.
+        hooks = with_own_hooks(found, self.cfg, self.ema)
         if isinstance(self.plain_model, MutualStudents) and comm.is_main_process():
             hooks.insert(0, PeerWriter(self.plain_model.students, self.plain_model.configs))
-        if comm.is_main_process():
-            hooks[-1:-1] = build_visualization(self.cfg, self.plain_model)  # The last one writes what is there.
         return hooks
 
     @classmethod

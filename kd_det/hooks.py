@@ -1,4 +1,4 @@
-"""Hooks of the trainer beside Detectron2's: the best checkpoint, and what a run needs to be resumed."""
+"""Hooks of the trainer beside Detectron2's: the best checkpoint, every evaluation, what a run needs to be resumed."""
 
 import logging
 import math
@@ -74,6 +74,25 @@ class Rewind(HookBase):
         self.hook._data_iter = None
 
 
+class EvaluationWriter(HookBase):
+    """Writes what an evaluation finds at once, before the next one replaces it in the storage, or a kill loses it.
+
+    Args:
+        hook: Runs before this one and writes at iterations of its own.
+        period: Iterations from one evaluation to the next.
+    """
+
+    def __init__(self, hook: hooks.PeriodicWriter, period: int):
+        self.hook = hook
+        self.period = period
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self.period == 0 and done % self.hook._period and done != self.trainer.max_iter:
+            for writer in self.hook._writers:
+                writer.write()
+
+
 def with_own_hooks(found: Iterable[HookBase | None], cfg: CfgNode, ema: AveragedModel | None) -> list[HookBase | None]:
     """Detectron2's hooks and, where each belongs, those of this package.
 
@@ -106,4 +125,6 @@ def with_own_hooks(found: Iterable[HookBase | None], cfg: CfgNode, ema: Averaged
             own.append(EMAEvaluation(cfg, ema))
         if isinstance(hook, hooks.EvalHook) and metric and comm.is_main_process():
             own.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, metric))
+        if isinstance(hook, hooks.PeriodicWriter) and cfg.TEST.EVAL_PERIOD > 0:
+            own.append(EvaluationWriter(hook, cfg.TEST.EVAL_PERIOD))
     return own

@@ -211,6 +211,7 @@ def stage_config(cfg: CfgNode, folder: Path) -> CfgNode:
     cfg.SOLVER.EMA_DECAY = 0.0
     cfg.DATASETS.TEST, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC, cfg.VIS_PERIOD = (), 0, "", 0
     cfg.OUTPUT_DIR = str(folder)
+    cfg.WANDB.NAME = cfg.WANDB.NAME and f"{cfg.WANDB.NAME}/{folder.name}"
     cfg.freeze()
     return cfg
 
@@ -264,6 +265,7 @@ def generation_config(cfg: CfgNode, generation: int) -> CfgNode:
     cfg.defrost()
     cfg.KD.GENERATIONS = 0
     cfg.OUTPUT_DIR = str(output / f"gen_{generation}")
+    cfg.WANDB.NAME = cfg.WANDB.NAME and f"{cfg.WANDB.NAME}/gen_{generation}"
     if cfg.SEED >= 0:
         cfg.SEED += generation - 1
     if generation > 1:

@@ -11,6 +11,7 @@ from children import final_state, same
 from classification.models import classifier_cfg
 from detectron2.utils.events import EventStorage
 from helpers import attached, build, distilled_cfg, save_teacher, tiny_cfg, with_data, write_yaml
+from matplotlib.figure import Figure
 from torch import nn
 
 from kd_det import visualization
@@ -39,16 +40,16 @@ def pictures(hook) -> dict[str, np.ndarray]:
     return found
 
 
-def detectors(teacher, coco_folder, folder, heads=("AttentionTransferHead",), options=None, **changes):
-    options = {"VIS_PERIOD": 1} | (options or {})
-    return with_data(distilled_cfg(teacher, list(heads), options, **changes), coco_folder, folder)
+def detectors(teacher, coco_folder, folder, heads=("AttentionTransferHead",), options=None):
+    options = {"VIS_PERIOD": 1, "KD.ATTENTION_TRANSFER.IN_FEATURES": ["p2", "p4"]} | (options or {})
+    return with_data(distilled_cfg(teacher, list(heads), options), coco_folder, folder)
 
 
-def classifiers(folder, heads=("AttentionTransferHead",), options=None, teacher_options=None):
+def classifiers(folder, options=None, teacher_options=None):
     cfg = classifier_cfg(options=DIGITS)
     teacher = save_teacher(folder / "teacher", classifier_cfg(teacher=True, options=DIGITS | (teacher_options or {})))
-    options = teacher | {"VIS_PERIOD": 1, "KD.HEADS": list(heads), "OUTPUT_DIR": str(folder)} | (options or {})
-    options |= {"MODEL.META_ARCHITECTURE": "TeacherStudent", "KD.STUDENT_ARCHITECTURE": "ImageClassifier"}
+    options = {"VIS_PERIOD": 1, "KD.HEADS": ["AttentionTransferHead"], "OUTPUT_DIR": str(folder)} | (options or {})
+    options |= teacher | {"MODEL.META_ARCHITECTURE": "TeacherStudent", "KD.STUDENT_ARCHITECTURE": "ImageClassifier"}
     cfg.merge_from_list([part for pair in options.items() for part in pair])
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("digits_train",), ("digits_test",)
     return cfg
@@ -137,22 +138,21 @@ def test_plain_models_and_stages_have_none(teacher, tmp_path):
 # ---- What is on the pictures ----
 @pytest.fixture
 def drawn(monkeypatch):
-    """Arguments of what is drawn last: the name of the function to these."""
+    """What would be drawn last: the name of the function to its arguments."""
     found = {}
     for name in ("draw_attention", "draw_detections", "draw_classifications"):
-        draw = getattr(visualization, name)
 
-        def spy(*arguments, name=name, draw=draw):
+        def note(*arguments, name=name):
             found[name] = arguments
-            return draw(*arguments)
+            return Figure()
 
-        monkeypatch.setattr(visualization, name, spy)
+        monkeypatch.setattr(visualization, name, note)
     return found
 
 
 def test_detectors(teacher, coco_folder, tmp_path, drawn):
     found = pictures(hook_of(detectors(teacher, coco_folder, tmp_path, ["AttentionTransferHead", "SoftTargetHead"])))
-    assert list(found) == ["attention/p2", "attention/p3", "attention/p4", "attention/p5", "predictions"]
+    assert list(found) == ["attention/p2", "attention/p4", "predictions"]
     assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image in found.values())
     images, maps = drawn["draw_attention"]
     assert [image.shape for image in images] == [(64, 96, 3)] * 2
@@ -186,15 +186,15 @@ def test_students_that_teach_each_other(coco_folder, tmp_path, drawn):
     ("head", "options", "names"),
     [
         ("SoftTargetHead", {"KD.SOFT_TARGET.SOURCES": ["roi", "mask"]}, []),
-        ("FactorTransferHead", {}, []),  # features of boxes are no map of the image
+        # Features of boxes are no map of the image.
+        ("FactorTransferHead", {"KD.FACTOR_TRANSFER.IN_FEATURES": ["roi_features"]}, []),
         ("OverhaulHead", {"KD.OVERHAUL.IN_FEATURES": ["res3", "res4"]}, ["attention/res3", "attention/res4"]),
     ],
 )
+@pytest.mark.usefixtures("drawn")
 def test_maps_are_those_that_heads_compare(teacher, coco_folder, tmp_path, head, options, names):
-    cfg = detectors(teacher, coco_folder, tmp_path, [head], options)
-    if head == "FactorTransferHead":
-        cfg.KD.FACTOR_TRANSFER.IN_FEATURES = ["roi_features"]
-    assert list(pictures(hook_of(cfg))) == [*names, "predictions"]
+    hook = hook_of(detectors(teacher, coco_folder, tmp_path, [head], options))
+    assert list(pictures(hook)) == [*names, "predictions"]
 
 
 def test_a_teacher_of_other_classes_predicts_nothing_here(coco_folder, tmp_path, drawn):

@@ -1,0 +1,145 @@
+"""Where a run's scalars and pictures go: the terminal, ``metrics.json``, Weights & Biases, TensorBoard."""
+
+import json
+import math
+import os
+from collections import defaultdict
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import TrainerBase
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter, get_event_storage
+from torch import Tensor
+
+from kd_det.errors import InputError
+from kd_det.files import write_whole
+
+
+class MetricsWriter(EventWriter):
+    """Writes scalars as lines of JSON, one per iteration, in Detectron2's format.
+
+    Other than Detectron2's own writer it writes them in the order of the iterations, null for a value that is no
+    number, which JSON does not have, and holds no open file, so that lines can be dropped.
+
+    Args:
+        path: The file, which new lines are appended to.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.last = -1
+
+    def write(self) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            for iteration, scalars in new_scalars(self.last).items():
+                finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+                file.write(json.dumps(finite | {"iteration": iteration}, sort_keys=True) + "\n")
+                self.last = iteration
+
+
+class WandbWriter(EventWriter):
+    """Sends scalars, pictures and the config to Weights & Biases.
+
+    A resumed run goes on there, too: its id is that of the run, which checkpoints hold. Of iterations that are computed
+    again, Weights & Biases keeps what it has.
+
+    It must write before :class:`TensorboardXWriter`, which clears the pictures.
+
+    Args:
+        cfg: The run's config.
+        trainer: Its ``run`` is read when there is something to send, after a checkpoint was loaded.
+
+    Raises:
+        InputError: If the package is missing.
+    """
+
+    def __init__(self, cfg: CfgNode, trainer: TrainerBase):
+        try:
+            import wandb
+        except ImportError as error:
+            raise InputError(
+                f"WANDB.PROJECT: got {cfg.WANDB.PROJECT!r}, which needs wandb ({error}): pip install wandb."
+            ) from error
+        self.wandb = wandb
+        self.cfg = cfg
+        self.trainer = trainer
+        self.last = -1
+
+    @cached_property
+    def run(self) -> Any:
+        return self.wandb.init(
+            project=self.cfg.WANDB.PROJECT,
+            name=self.cfg.WANDB.NAME or self.cfg.OUTPUT_DIR,
+            id=self.trainer.run,
+            resume="allow",
+            dir=self.cfg.OUTPUT_DIR,
+            config=yaml.safe_load(self.cfg.dump()),
+        )
+
+    def write(self) -> None:
+        found = new_scalars(self.last)
+        for name, image, iteration in get_event_storage()._vis_data:
+            found.setdefault(iteration, {})[name] = self.wandb.Image(as_uint8(image))
+        for iteration, values in sorted(found.items()):
+            self.run.log(values, step=iteration)
+            self.last = iteration
+
+    def close(self) -> None:
+        if "run" in vars(self):
+            self.run.finish(exit_code=int(self.trainer.iter < self.trainer.max_iter))
+
+
+def build_writers(cfg: CfgNode, trainer: TrainerBase) -> list[EventWriter]:
+    """The writers of a run, and the folder that they write into.
+
+    Raises:
+        InputError: If WANDB.PROJECT is set and the package is missing.
+    """
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    return [
+        CommonMetricPrinter(cfg.SOLVER.MAX_ITER),
+        MetricsWriter(metrics_path(cfg)),
+        *([WandbWriter(cfg, trainer)] if cfg.WANDB.PROJECT else []),
+        TensorboardXWriter(cfg.OUTPUT_DIR),
+    ]
+
+
+def metrics_path(cfg: CfgNode) -> str:
+    return os.path.join(cfg.OUTPUT_DIR, "metrics.json")
+
+
+def new_scalars(last: int) -> dict[int, dict[str, float]]:
+    """Iteration to name and value of the scalars after an iteration; losses and times are medians of 20 iterations."""
+    found = defaultdict(dict)
+    for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint().items():
+        if iteration > last:
+            found[iteration][name] = value
+    return dict(sorted(found.items()))
+
+
+def as_uint8(image: Tensor | np.ndarray) -> np.ndarray:
+    """A picture of the storage, (3, H, W), floats from 0 to 1 or uint8, as uint8 (H, W, 3)."""
+    image = torch.as_tensor(image).detach().cpu().permute(1, 2, 0)
+    return (image if image.dtype == torch.uint8 else (255 * image).byte()).numpy()
+
+
+def drop_lines(path: str, start: int) -> None:
+    """Drop the lines of ``metrics.json`` that a run will write again, and one that a kill cut off.
+
+    Args:
+        path: The file; nothing happens without one.
+        start: The iteration from which the run goes on.
+    """
+    if not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        lines = file.readlines()
+    kept = len(lines)
+    while kept and not (lines[kept - 1].endswith(b"\n") and json.loads(lines[kept - 1])["iteration"] < start):
+        kept -= 1
+    if kept < len(lines):
+        write_whole(path, lambda file: file.writelines(lines[:kept]))
