@@ -1,8 +1,9 @@
-"""Nothing piles up while a run goes on, nor from run to run: no tensors, hooks, open files or threads."""
+"""Nothing piles up while a run goes on, nor from run to run: no memory, tensors, hooks, open files or threads."""
 
 import gc
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +63,32 @@ def test_nothing_piles_up_over_the_iterations(cfg, monkeypatch):
     assert len(census.counts) == 6
     assert census.counts[1:] == [census.counts[1]] * 5
     assert census.hooks == [census.hooks[0]] * 7
+
+
+class Resident(HookBase):
+    """Measures the process's resident memory, in MiB, after 15 iterations and after 40."""
+
+    def before_train(self):
+        self.sizes = []
+
+    def after_step(self):
+        if self.trainer.iter + 1 in (15, 40):
+            gc.collect()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.sizes.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+
+
+def test_resident_memory_does_not_grow(cfg, monkeypatch):
+    """What Python cannot count counts, too. It grew by 0.7 MiB; with the losses of every step kept, by 11 MiB."""
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.DATASETS.TEST = 40, 100, 0, ()
+    resident = Resident()
+    build = Trainer.build_hooks
+    monkeypatch.setattr(
+        Trainer, "build_hooks", lambda self: build(self) + ([resident] if type(self) is Trainer else [])
+    )
+    train(cfg, resume=False)
+    before, after = resident.sizes
+    assert after - before < 4
 
 
 def test_a_second_run_in_the_same_process_holds_no_more_than_the_first(cfg):
