@@ -1,11 +1,15 @@
 """The exponential moving average of a student's weights, which is saved and evaluated beside the student."""
 
+import logging
+
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd_det.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def build_ema(cfg: CfgNode, student: nn.Module) -> AveragedModel | None:
@@ -52,6 +56,7 @@ class EMAEvaluation(hooks.EvalHook):
         self.ema = ema
 
     def _evaluate(self) -> dict:
+        logger.info("The averaged weights:")
         found = {"ema": self.trainer.test(self.cfg, self.ema.module)}
         self.trainer._last_eval_results |= found
         return found
