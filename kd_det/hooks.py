@@ -117,10 +117,9 @@ def with_own_hooks(found: Iterable[HookBase | None], cfg: CfgNode, ema: Averaged
             own.append(Rewind(hook))
             if ema is not None:
                 # Its batch norms, too, get the statistics of its own weights.
-                hook = hooks.PreciseBN(
-                    cfg.TEST.EVAL_PERIOD, ema.module, hook._data_loader, cfg.TEST.PRECISE_BN.NUM_ITER
-                )
-                own += [hook, Rewind(hook)]
+                images, number = hook._data_loader, cfg.TEST.PRECISE_BN.NUM_ITER
+                averaged = hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, ema.module, images, number)
+                own += [averaged, Rewind(averaged)]
         if isinstance(hook, hooks.EvalHook) and ema is not None:
             own.append(EMAEvaluation(cfg, ema))
         if isinstance(hook, hooks.EvalHook) and metric and comm.is_main_process():
