@@ -41,8 +41,8 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TASK_WEIGHT = 1.0
     # Whether feature losses leave out cells that lie in the zero padding of smaller images.
     cfg.KD.MASK_PADDING = False
-    # Every so many iterations measure which share of the gradient in the student's backbone comes from its own losses
-    # and which from each head: kd/gradient/... in TensorBoard and metrics.json. 0: never.
+    # Every so many iterations (never epochs) measure which share of the gradient in the student's backbone comes from
+    # its own losses and which from each head: kd/gradient/... in TensorBoard and metrics.json. 0: never.
     cfg.KD.GRADIENT_SHARES = 0
 
     # ---- Teacher ----

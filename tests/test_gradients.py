@@ -148,13 +148,17 @@ def test_training_is_the_same_bit_for_bit(config, tmp_path, options):
     assert lines[1].keys() - lines[0].keys() == {f"kd/gradient/{x}" for x in ("task", *HEADS, "ReviewKDHead")}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_mixed_precision_on_a_gpu(teacher, inputs):
-    """Close to those of float32, and nothing overflows."""
-    options = {"KD.GRADIENT_SHARES": 1, "MODEL.DEVICE": "cuda"}
-    model = build(distilled_cfg(teacher, HEADS, options))
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", torch.bfloat16), pytest.param("cuda", torch.float16, marks=NEEDS_GPU)]
+)
+def test_mixed_precision(teacher, inputs, device, dtype):
+    """Close to the shares of float32, and nothing overflows."""
+    model = build(distilled_cfg(teacher, HEADS, {"KD.GRADIENT_SHARES": 1, "MODEL.DEVICE": device}))
     whole = scalars(model, inputs, iteration=0)[1]
-    with torch.autocast("cuda", dtype=torch.float16):
+    with torch.autocast(device, dtype=dtype):
         half = scalars(model, inputs, iteration=1)[1]
     assert half == pytest.approx(whole, abs=0.05)
 
