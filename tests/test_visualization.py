@@ -212,6 +212,12 @@ def test_where_nothing_is_tested_training_images_are_shown(tmp_path, drawn):
     assert drawn["draw_classifications"][0][0]["file_name"].startswith("digits_train")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(teacher, coco_folder, tmp_path):
+    found = pictures(hook_of(detectors(teacher, coco_folder, tmp_path, options={"MODEL.DEVICE": "cuda"})))
+    assert list(found) == ["attention/p2", "attention/p4", "predictions"]
+
+
 # ---- Colours ----
 def watch(hook) -> dict[str, torch.Tensor]:
     """The first image of each network's next batch."""
