@@ -1,11 +1,11 @@
 """Every config key that kd_det adds to Detectron2's, and how configs are read."""
 
-import os
 from pathlib import Path
 
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
 
 from kd_det.errors import InputError
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
@@ -370,12 +370,13 @@ def find_config(path: str, key: str = "--config-file") -> str:
     """Path of a config file, or of the model zoo's config of that name.
 
     Args:
+        path: A file, or a name such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml.
         key: What names the file, for messages.
 
     Raises:
         InputError: If there is neither.
     """
-    if os.path.isfile(path):
+    if PathManager.isfile(path):
         return path
     try:
         return model_zoo.get_config_file(path)
@@ -395,3 +396,20 @@ def student_config(cfg: CfgNode) -> CfgNode:
     if cfg.MODEL.META_ARCHITECTURE in DISTILLED:
         cfg.MODEL.META_ARCHITECTURE = cfg.KD.STUDENT_ARCHITECTURE
     return cfg
+
+
+def is_flipped(cfg: CfgNode, other: CfgNode, names: tuple[str, str]) -> bool:
+    """Whether another network takes the images of this config's with their channels in the reversed order.
+
+    Args:
+        names: Of the two networks, for messages.
+
+    Raises:
+        InputError: If the images of one cannot be turned into those of the other.
+    """
+    formats = cfg.INPUT.FORMAT, other.INPUT.FORMAT
+    if formats[0] != formats[1] and set(formats) != {"RGB", "BGR"}:
+        raise InputError(
+            f"INPUT.FORMAT: {names[0]} reads {formats[0]}, {names[1]} {formats[1]}; only RGB and BGR convert."
+        )
+    return formats[0] != formats[1]

@@ -10,12 +10,13 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from kd_det.config import is_flipped
 from kd_det.errors import InputError
 from kd_det.gradients import GradientShares, build_gradient_shares
 from kd_det.heads import InheritExploreHead
 from kd_det.losses import mutual_loss
 from kd_det.meta_arch import build_student, check_finite, check_task_weight
-from kd_det.peers import SOURCES, build_heads, check_classes, check_formats, load_peer_configs
+from kd_det.peers import SOURCES, build_heads, check_classes, load_peer_configs
 from kd_det.schedules import build_schedule
 from kd_det.signals import Batch, Signals
 from kd_det.taps import build_tap
@@ -100,7 +101,7 @@ class MutualStudents(nn.Module):
             raise InputError("KD.HEADS and KD.TEACHER: must be empty for MutualStudents, which has no teacher.")
         check_task_weight(cfg)
         names, configs = ["this config", *node.PEERS], load_peer_configs(cfg)
-        check_formats(configs, names)
+        flip_channels = [is_flipped(cfg, own, (names[0], name)) for name, own in zip(names, configs, strict=True)]
         students = [build_student(cfg)]
         # With the same seed the first student's training must draw the same random numbers with and without peers.
         with torch.random.fork_rng(devices=[]):
@@ -114,7 +115,7 @@ class MutualStudents(nn.Module):
             "weight": node.WEIGHT,
             "heads": heads,
             "head_weight": build_schedule(cfg.KD.INHERIT_EXPLORE, cfg.SOLVER.MAX_ITER, key="KD.INHERIT_EXPLORE"),
-            "flip_channels": [config.INPUT.FORMAT != cfg.INPUT.FORMAT for config in configs],
+            "flip_channels": flip_channels,
             "mask_padding": cfg.KD.MASK_PADDING,
             "task_weight": cfg.KD.TASK_WEIGHT,
             "configs": configs,

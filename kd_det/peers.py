@@ -45,19 +45,6 @@ def load_peer_configs(cfg: CfgNode) -> list[CfgNode]:
     return configs
 
 
-def check_formats(configs: Sequence[CfgNode], names: Sequence[str]) -> None:
-    """Check that the first student's images can be turned into those of each other.
-
-    Raises:
-        InputError: Naming both formats.
-    """
-    first = configs[0].INPUT.FORMAT
-    for name, cfg in zip(names, configs, strict=True):
-        own = cfg.INPUT.FORMAT
-        if own != first and {own, first} != {"RGB", "BGR"}:
-            raise InputError(f"INPUT.FORMAT: {names[0]} reads {first}, {name} {own}; only RGB and BGR convert.")
-
-
 def check_classes(source: str, specs: Sequence[Mapping[str, ShapeSpec]], names: Sequence[str]) -> None:
     """Check that all students have the logits that are compared, for equally many classes.
 

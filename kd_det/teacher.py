@@ -9,11 +9,10 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from kd_det.checkpoint import load_strictly
-from kd_det.config import add_kd_config, merge_file, merge_list, student_config
+from kd_det.config import add_kd_config, find_config, is_flipped, merge_file, merge_list, student_config
 from kd_det.errors import InputError
 from kd_det.signals import BOX_SIGNALS, Signals
 from kd_det.taps import build_tap
@@ -176,16 +175,12 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     node = cfg.KD.TEACHER
     options = teacher_options(cfg)
     teacher_cfg, weights = load_teacher_config(cfg)
-    formats = cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT
-    if formats[0] != formats[1] and set(formats) != {"RGB", "BGR"}:
-        raise InputError(
-            f"INPUT.FORMAT: the student reads {formats[0]}, the teacher {formats[1]}; only RGB and BGR convert."
-        )
+    flip_channels = is_flipped(cfg, teacher_cfg, ("the student", "the teacher"))
     model = build_model(teacher_cfg)
     load_strictly(model, weights, key="KD.TEACHER.WEIGHTS")
     logging.getLogger(__name__).info("Teacher: %s, weights %s", node.CONFIG_FILE, weights)
     source = f"{node.CONFIG_FILE} with {weights}"
-    return Teacher(model, flip_channels=formats[0] != formats[1], source=source, **options)
+    return Teacher(model, flip_channels=flip_channels, source=source, **options)
 
 
 def teacher_options(cfg: CfgNode) -> dict:
@@ -214,16 +209,21 @@ def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:
         raise InputError("KD.TEACHER.CONFIG_FILE: no teacher is named; give a config file or the name of a zoo config.")
     teacher_cfg = get_cfg()
     add_kd_config(teacher_cfg)
-    zoo = not PathManager.isfile(node.CONFIG_FILE)
-    try:
-        merge_file(teacher_cfg, model_zoo.get_config_file(node.CONFIG_FILE) if zoo else node.CONFIG_FILE)
-        zoo_weights = model_zoo.get_checkpoint_url(node.CONFIG_FILE) if zoo and not node.WEIGHTS else ""
-    except RuntimeError as error:
-        raise InputError(f"KD.TEACHER.CONFIG_FILE: there is no such file, and {error}") from error
+    path = find_config(node.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
+    merge_file(teacher_cfg, path)
     merge_list(teacher_cfg, node.OPTS, "KD.TEACHER.OPTS")
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher_cfg = student_config(teacher_cfg)
-    weights = node.WEIGHTS or zoo_weights or teacher_cfg.MODEL.WEIGHTS
+    in_zoo = path != node.CONFIG_FILE
+    weights = node.WEIGHTS or (zoo_weights(node.CONFIG_FILE) if in_zoo else teacher_cfg.MODEL.WEIGHTS)
     if not weights:
         raise InputError(f"KD.TEACHER.WEIGHTS: no file is named, and MODEL.WEIGHTS of {node.CONFIG_FILE} is empty.")
     return teacher_cfg, weights
+
+
+def zoo_weights(name: str) -> str:
+    """URL of the trained model of a config of the model zoo."""
+    try:
+        return model_zoo.get_checkpoint_url(name)
+    except RuntimeError as error:
+        raise InputError(f"KD.TEACHER.WEIGHTS: no file is named, and {error}") from error
