@@ -72,19 +72,20 @@ def trained(teacher, batches, options, device="cpu"):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, losses, dtypes, scale
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("dtype", "parts"), [("bfloat16", 1), ("bfloat16", 2), ("float16", 1)])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
-def test_mixed_precision(teacher, batches, dtype, device):
-    full, losses, dtypes, _ = trained(teacher, batches, {}, device)
+def test_mixed_precision(teacher, batches, dtype, parts, device):
+    options = {"SOLVER.ACCUMULATE": parts}
+    full, losses, dtypes, _ = trained(teacher, batches, options, device)
     assert dtypes == {torch.float32}
-    options = {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": dtype, "KD.TEACHER.DTYPE": dtype}
+    options |= {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": dtype, "KD.TEACHER.DTYPE": dtype}
     found, near, dtypes, scale = trained(teacher, batches, options, device)
     assert dtypes == {getattr(torch, dtype)}
     # Gradients of float16 would be 0 where they are small; those of bfloat16 have the range of float32.
     assert (scale > 1) == (dtype == "float16")
     assert near == pytest.approx(losses, rel=0.1, abs=0.02)
     joined = [torch.cat([grads[key].flatten() for key in full]) for grads in (found, full)]
-    assert torch.cosine_similarity(*joined, dim=0) > 0.98
+    assert torch.cosine_similarity(*joined, dim=0) > 0.95
 
 
 # ---- Memory formats ----
@@ -113,13 +114,13 @@ def test_student_with_channels_last(teacher, batches, coco_folder, tmp_path):
 
 # ---- Compilation ----
 def test_compiled_teacher(teacher, batches, monkeypatch):
-    """What is compiled in the first step must not hold on to the hooks of that step."""
+    """Also of signals that no head asked for when it was compiled."""
     # Without code generation, which takes a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     heads = [name for name in HEADS if name != "OverhaulHead"]
     off, on = (switched(teacher, {"KD.TEACHER.COMPILE": value}, heads) for value in (False, True))
-    for inputs in batches:
-        found, expected = (x.teacher(inputs, ["res2", "p2"], {}) for x in (on, off))
+    for names in (["p2"], ["res2", "p2"]):
+        found, expected = (x.teacher(batches[0], names, {}) for x in (on, off))
         torch.testing.assert_close(found, expected)
     assert difference(gradients(on, batches), gradients(off, batches)) < 1e-4
 
