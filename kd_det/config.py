@@ -138,6 +138,9 @@ def add_kd_config(cfg: CfgNode) -> None:
         weight=11.0,
         # Feature maps of the backbone, and roi_features: those of the sampled boxes.
         IN_FEATURES=["roi_features"],
+        # Of so many of an image's sampled boxes roi_features are compared, objects first; 0: of all. Encoders of all
+        # would cost as much as a small student.
+        BOXES=48,
         # Channels of the factor over those of the teacher's feature.
         FACTOR_RATE=0.5,
         # Normalisation in paraphraser and translator: "" (published code), BN, SyncBN, GN or LN.
@@ -155,6 +158,8 @@ def add_kd_config(cfg: CfgNode) -> None:
         KIND="ft",
         # Feature maps of the backbone, and roi_features: those of the sampled boxes.
         IN_FEATURES=["roi_features"],
+        # As above.
+        BOXES=48,
         # Which of the student's channels inherit: "natural" (the first half) or "random" (a half drawn by SEED).
         DIVIDE="natural",
         # Factors of the two halves' losses; 0 leaves a half out. The sign of exploration is in its loss.

@@ -14,6 +14,7 @@ from kd_det.config import is_flipped
 from kd_det.errors import InputError
 from kd_det.gradients import GradientShares, build_gradient_shares
 from kd_det.heads import InheritExploreHead
+from kd_det.heads.factors import first_boxes
 from kd_det.losses import mutual_loss
 from kd_det.meta_arch import build_student, check_finite, check_task_weight
 from kd_det.peers import SOURCES, build_heads, check_classes, load_peer_configs
@@ -185,7 +186,9 @@ class MutualStudents(nn.Module):
         self, i: int, own: Signals, peers: Mapping[int, Signals], batch: Batch, weight: float
     ) -> dict[str, Tensor]:
         head = self.heads[i]
-        found = [head.compare(own, self.heads[j].teacher_factors(peer, batch), batch) for j, peer in peers.items()]
+        own, *others = first_boxes(head.boxes, own, *peers.values())
+        targets = [self.heads[j].teacher_factors(peer, batch) for j, peer in zip(peers, others, strict=True)]
+        found = [head.compare(own, target, batch) for target in targets]
         return {key: weight * sum(losses[key] for losses in found) / len(found) for key in found[0]}
 
 

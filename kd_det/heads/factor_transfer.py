@@ -13,6 +13,7 @@ from kd_det.heads.factors import (
     Feature,
     check_factor_options,
     encode,
+    first_boxes,
     reconstruction_loss,
     rescale,
     valid_cells,
@@ -38,6 +39,7 @@ class FactorTransferHead(nn.Module):
 
     Args:
         features: Name to description of each compared feature: maps of the backbone, or ``roi_features``.
+        boxes: Of so many of an image's sampled boxes ``roi_features`` are compared, objects first; 0: of all.
         norm: "" (published code), or what is between convolution and leaky ReLU: "BN", "SyncBN", "GN" or "LN".
         scale: "map_invariant" or "code".
         reconstruction: "l1" (published code) or "l2" (paper): the paraphraser's loss in the stage.
@@ -51,12 +53,14 @@ class FactorTransferHead(nn.Module):
         self,
         *,
         features: Mapping[str, Feature],
+        boxes: int = 0,
         norm: str = "",
         scale: str = "map_invariant",
         reconstruction: str = "l1",
     ):
         super().__init__()
         self.features = dict(features)
+        self.boxes = boxes
         self.scale = scale
         self.reconstruction = reconstruction
         self.signals = tuple(features)
@@ -78,6 +82,7 @@ class FactorTransferHead(nn.Module):
         check_norm(cfg, "FACTOR_TRANSFER", channels, allowed=("", *NORMS))
         return {
             "features": features,
+            "boxes": node.BOXES,
             "norm": node.NORM,
             "scale": node.SCALE,
             "reconstruction": node.RECONSTRUCTION,
@@ -88,6 +93,7 @@ class FactorTransferHead(nn.Module):
         return {"loss_kd_factor_transfer_reconstruct": loss}
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        student, teacher = first_boxes(self.boxes, student, teacher)
         losses = []
         for name, feature in self.features.items():
             mask = valid_cells(batch, student[name], feature.stride)

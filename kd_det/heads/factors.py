@@ -42,7 +42,7 @@ class AutoEncoder(nn.Module):
 def check_factor_options(
     key: str, node, student_spec: Mapping[str, ShapeSpec], teacher_spec: Mapping[str, ShapeSpec]
 ) -> dict[str, Feature]:
-    """Check IN_FEATURES, FACTOR_RATE, SCALE and RECONSTRUCTION of a head's node.
+    """Check IN_FEATURES, BOXES, FACTOR_RATE, SCALE and RECONSTRUCTION of a head's node.
 
     Args:
         key: Name of the node, for messages.
@@ -70,6 +70,8 @@ def check_factor_options(
     for option, values in (("SCALE", SCALES), ("RECONSTRUCTION", RECONSTRUCTIONS)):
         if node[option] not in values:
             raise InputError(f"{key}.{option}: {node[option]!r} is not one of {', '.join(values)}.")
+    if node.BOXES < 0:
+        raise InputError(f"{key}.BOXES: must be 0 (all) or a number of boxes per image, got {node.BOXES}.")
     if node.FACTOR_RATE <= 0:
         raise InputError(f"{key}.FACTOR_RATE: must be above 0, got {node.FACTOR_RATE}.")
     features = {}
@@ -78,6 +80,25 @@ def check_factor_options(
         factor_channels = max(round(node.FACTOR_RATE * channels), 1)
         features[name] = Feature(student_spec[name].channels, channels, factor_channels, student_spec[name].stride)
     return features
+
+
+def first_boxes(number: int, student: Signals, *others: Signals) -> list[Signals]:
+    """The same signals, but for ``roi_features``, of which the first boxes of each image stay.
+
+    Detectron2 samples the boxes of objects first, then background.
+
+    Args:
+        number: Of boxes per image; 0: all.
+        student: The signals that tell the boxes; where there is no ``roi_boxes`` among them, all stay.
+        others: Other networks' signals on the same boxes.
+    """
+    signals = [student, *others]
+    if not number or BOXES not in student or "roi_boxes" not in student:
+        return signals
+    images = student["roi_boxes"][:, 0].contiguous()
+    # Rows of an image follow each other: so many are before a row in its own image.
+    before = torch.arange(len(images), device=images.device) - torch.searchsorted(images, images)
+    return [x | {BOXES: x[BOXES][before < number]} for x in signals]
 
 
 def valid_cells(batch: Batch, x: Tensor, stride: int | None) -> Tensor | None:

@@ -17,6 +17,7 @@ from kd_det.heads.factors import (
     Feature,
     check_factor_options,
     encode,
+    first_boxes,
     reconstruction_loss,
     rescale,
     valid_cells,
@@ -74,6 +75,7 @@ class InheritExploreHead(nn.Module):
         self,
         *,
         features: Mapping[str, Feature],
+        boxes: int = 0,
         kind: str = "ft",
         divide: str = "natural",
         seed: int = 0,
@@ -85,6 +87,7 @@ class InheritExploreHead(nn.Module):
     ):
         super().__init__()
         self.features = dict(features)
+        self.boxes = boxes
         self.kind = kind
         self.scale = scale
         self.reconstruction = reconstruction
@@ -128,6 +131,7 @@ class InheritExploreHead(nn.Module):
             )
         return {
             "features": features,
+            "boxes": node.BOXES,
             "kind": node.KIND,
             "divide": node.DIVIDE,
             "seed": max(cfg.SEED, 0),
@@ -143,10 +147,11 @@ class InheritExploreHead(nn.Module):
         return {"loss_kd_inherit_explore_reconstruct": loss}
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        student, teacher = first_boxes(self.boxes, student, teacher)
         return self.compare(student, self.teacher_factors(teacher, batch), batch)
 
     def compare(self, student: Signals, targets: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """The losses, with the teacher's factors as :meth:`teacher_factors` gives them."""
+        """The losses of all boxes, with the teacher's factors as :meth:`teacher_factors` gives them."""
         losses = {}
         for part, halves in self.halves(student, batch).items():
             distances = [self._distance(part, halves[name], targets[name], name, batch) for name in self.features]

@@ -70,6 +70,6 @@ def make_signals(spec: dict[str, ShapeSpec], *, seed: int, size=(64, 128), dtype
     signals["roi_classes"] = torch.tensor([0, 1, 2, CLASSES, CLASSES, CLASSES])
     signals["labels"] = torch.tensor([0, CLASSES - 1])
     signals["mask_classes"] = signals["roi_classes"][:FOREGROUND]
-    signals["roi_boxes"] = torch.tensor([[i % 2, 4.0, 4.0, 40.0, 40.0] for i in range(BOXES)])
+    signals["roi_boxes"] = torch.tensor([[2 * i // BOXES, 4.0, 4.0, 40.0, 40.0] for i in range(BOXES)])
     signals["mask_boxes"] = signals["roi_boxes"][:FOREGROUND]
     return signals

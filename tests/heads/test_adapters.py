@@ -14,7 +14,7 @@ from torch import nn
 from kd_det import Batch, InputError, add_kd_config, build_kd_heads
 from kd_det.heads import ActivationBoundaryHead, FactorTransferHead, HintHead, InheritExploreHead, OverhaulHead
 from kd_det.heads import overhaul as overhaul_module
-from kd_det.heads.factors import Feature
+from kd_det.heads.factors import Feature, first_boxes
 from kd_det.heads.inherit_explore import coder
 
 from .signals import make_signals, make_spec
@@ -85,6 +85,36 @@ def test_factor_transfer_of_larger_maps():
         values[scale] = [head(*pair, NO_BATCH)["loss_kd_factor_transfer"].item() for pair in pairs]
     assert values["code"][1] == pytest.approx(values["code"][0] / 2, rel=1e-5)
     assert values["map_invariant"][1] == pytest.approx(values["map_invariant"][0], rel=1e-5)
+
+
+def test_first_boxes_of_each_image():
+    boxes = torch.tensor([[image, 0.0, 0.0, 8.0, 8.0] for image in (0, 0, 0, 2, 3, 3)])
+    student = {"roi_boxes": boxes, "roi_features": torch.arange(6.0), "p3": torch.zeros(4)}
+    teacher = {"roi_features": 10 + torch.arange(6.0)}
+    own, other = first_boxes(2, student, teacher)
+    assert own["roi_features"].tolist() == [0, 1, 3, 4, 5]
+    assert other["roi_features"].tolist() == [10, 11, 13, 14, 15]
+    assert own["p3"] is student["p3"]
+    assert first_boxes(0, student, teacher) == [student, teacher]
+
+
+@pytest.mark.parametrize("name", ["FactorTransferHead", "InheritExploreHead"])
+def test_other_boxes_have_no_part(name):
+    spec = make_spec(6), make_spec(32)
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    cfg.KD.HEADS = [name]
+    cfg.KD.FACTOR_TRANSFER.BOXES = cfg.KD.INHERIT_EXPLORE.BOXES = 2
+    head = build_kd_heads(cfg, *spec)[name].eval()
+    student, teacher = make_signals(spec[0], seed=0), make_signals(spec[1], seed=1)
+    batch = Batch(inputs=[{}, {}], image_sizes=[(64, 128)] * 2)
+    before = head(student, teacher, batch)
+    changed = student["roi_features"].clone()
+    changed[[2, 5]] += 1  # The third box of each image.
+    assert head(student | {"roi_features": changed}, teacher, batch) == before
+    changed[4] += 1
+    after = head(student | {"roi_features": changed}, teacher, batch)
+    assert all(after[key] != before[key] for key in before)
 
 
 def test_paraphraser_and_translator_as_published():
@@ -453,6 +483,7 @@ PREACTIVATIONS = ("OVERHAUL", "ACTIVATION_BOUNDARY")
         *[(node, "FACTOR_RATE", 0.0, "must be above 0, got 0.0.") for node in FACTORS],
         *[(node, "IN_FEATURES", [], "no feature is named; allowed are p2, .*, roi_features") for node in FACTORS],
         *[(node, "IN_FEATURES", ["pooled"], "'pooled' is not a feature map; allowed are p2") for node in FACTORS],
+        *[(node, "BOXES", -1, "must be 0 .all. or a number of boxes per image, got -1") for node in FACTORS],
         ("INHERIT_EXPLORE", "KIND", "ofd", "'ofd' is not one of ft, at, od."),
         ("INHERIT_EXPLORE", "DIVIDE", "half", "'half' is not one of natural, random."),
         *[

@@ -38,6 +38,7 @@ VARIANTS = {
     },
     "FactorTransferHead": {
         "boxes": {},
+        "few_boxes": {"BOXES": 2},
         "BN": {"NORM": "BN", "SCALE": "code", "RECONSTRUCTION": "l2", "FACTOR_RATE": 0.25},
         "fpn": {"IN_FEATURES": ["p3", "p4"]},
         "classifier": {"IN_FEATURES": ["res2"]},
