@@ -9,9 +9,11 @@ import torch
 import torch.multiprocessing
 from children import Task, end, two_ranks
 from classification.models import classifier_cfg
+from detectron2.config import get_cfg
 from detectron2.engine import create_ddp_model
 from detectron2.evaluation.testing import flatten_results_dict
 from helpers import (
+    ROOT,
     build,
     distilled_cfg,
     parse,
@@ -25,7 +27,8 @@ from helpers import (
 )
 
 from kd_det.checkpoint import KDCheckpointer
-from kd_det.config import student_config
+from kd_det.config import add_kd_config, merge_file, student_config
+from kd_det.data.shapes_folder import write_shapes
 from kd_det.engine import Trainer, setup
 from kd_det.meta_arch import TeacherStudent
 from kd_det.stages import Pretraining
@@ -199,6 +202,32 @@ def test_torchrun_gives_what_one_process_gives(tmp_path):
     assert [two[key] for key in losses] == pytest.approx([one[key] for key in losses], rel=1e-4)
     found = evaluate(config, tmp_path / "evaluation", tmp_path / "two" / "model_final.pth")
     assert {key: two[key] for key in found} == found
+
+
+def test_torchrun_trains_the_quickstart_as_one_process_does(tmp_path, monkeypatch):
+    """Within a few per cent: each rank draws boxes of its own, and its batch norms see half of the images."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    write_shapes(tmp_path / "shapes", train=32, test=2)
+    teacher = get_cfg()
+    add_kd_config(teacher)
+    merge_file(teacher, str(ROOT / "configs/quickstart/teacher.yaml"))
+    teacher.MODEL.DEVICE = "cpu"
+    options = save_teacher(tmp_path / "teacher", teacher) | {"SOLVER.MAX_ITER": 4, "DATASETS.TEST": "()", "SEED": 1}
+    arguments = [
+        "--config-file",
+        ROOT / "configs/quickstart/distilled.yaml",
+        *(x for pair in options.items() for x in pair),
+    ]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for name, started_by in (("one", ()), ("two", launcher)):
+        done = run_train_net(*arguments, "OUTPUT_DIR", tmp_path / name, launcher=started_by, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    one, two = told(tmp_path / "one"), told(tmp_path / "two")
+    losses = {key: value for key, value in one.items() if "loss" in key}
+    assert {"loss_kd_soft_target_roi", "loss_kd_soft_target_rpn", "loss_rpn_cls", "loss_cls"} < losses.keys()
+    assert {key: two[key] for key in losses} == pytest.approx(losses, rel=0.1, abs=0.02)
+    assert two["loss_rpn_cls"] == pytest.approx(one["loss_rpn_cls"], rel=0.01)
+    assert (tmp_path / "two" / "log.txt.rank1").is_file()
 
 
 @pytest.mark.usefixtures("in_process")
