@@ -44,6 +44,8 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Every so many iterations (never epochs) measure which share of the gradient in the student's backbone comes from
     # its own losses and which from each head: kd/gradient/... in TensorBoard and metrics.json. 0: never.
     cfg.KD.GRADIENT_SHARES = 0
+    # Compile the heads with torch.compile; the first steps take minutes.
+    cfg.KD.COMPILE_HEADS = False
 
     # ---- Teacher ----
     cfg.KD.TEACHER = CfgNode()

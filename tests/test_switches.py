@@ -125,6 +125,21 @@ def test_compiled_teacher(teacher, batches, monkeypatch):
     assert difference(gradients(on, batches), gradients(off, batches)) < 1e-4
 
 
+def test_compiled_heads(teacher, batches, monkeypatch):
+    compiled = []
+
+    def compile_without_code(function, **options):
+        compiled.append(type(function.__self__).__name__)
+        return torch._dynamo.optimize("aot_eager", dynamic=options["dynamic"])(function)
+
+    monkeypatch.setattr(torch, "compile", compile_without_code)
+    heads = ["HintHead"]
+    off, on = (switched(teacher, {"KD.COMPILE_HEADS": value}, heads) for value in (False, True))
+    assert compiled == heads
+    assert on.state_dict().keys() == off.state_dict().keys()
+    assert difference(gradients(on, batches), gradients(off, batches)) < 1e-4
+
+
 def test_heads_that_read_what_is_compiled(teacher):
     told = "KD.TEACHER.COMPILE: must be False for heads that read res3_preact, res4_preact, which "
     with pytest.raises(InputError, match=f"^{re.escape(told)}"):

@@ -56,7 +56,7 @@ def switches(row: Row) -> list[Row]:
     dtypes = ["bfloat16", "float16"] if cuda else ["bfloat16"]
     found = {f"SOLVER.AMP {dtype}": {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": dtype} for dtype in dtypes}
     found |= {f"KD.TEACHER.DTYPE {dtype}": {"KD.TEACHER.DTYPE": dtype} for dtype in dtypes}
-    keys = ["SOLVER.CHANNELS_LAST", "KD.TEACHER.CHANNELS_LAST", "KD.TEACHER.COMPILE"]
+    keys = ["SOLVER.CHANNELS_LAST", "KD.TEACHER.CHANNELS_LAST", "KD.TEACHER.COMPILE", "KD.COMPILE_HEADS"]
     keys += ["KD.TEACHER.SIDE_STREAM"] if cuda else []
     found |= {key: {key: True} for key in keys}
     found["all, bfloat16"] = mixed_precision("bfloat16") | dict.fromkeys(keys, True)

@@ -38,6 +38,8 @@ def build_kd_heads(
         if has_stage(head):
             signals = head.pretrain_signals, head.pretrain_teacher_signals
             check_signals(f"KD.HEADS: {name}", signals[0], student_spec, teacher_spec, signals[1])
+        if cfg.KD.COMPILE_HEADS:
+            head.compile(dynamic=True)
         heads[name] = head
     return heads
 
