@@ -55,7 +55,8 @@ def build_detector(cfg: CfgNode) -> nn.Module:
 
 
 def build_networks(cfg: CfgNode, setup: Setup) -> tuple[nn.Module, Teacher | None]:
-    """Student and, where there are heads, teacher; rows of equal options may share them."""
+    """Student and, where there are heads, teacher, always the same; rows of equal options may share them."""
+    torch.manual_seed(0)
     student = build_detector(cfg).train()
     if not cfg.KD.HEADS:
         return student, None
