@@ -19,7 +19,7 @@ from kd_det.losses import mutual_loss
 from kd_det.meta_arch import build_student, check_finite, check_task_weight
 from kd_det.peers import SOURCES, build_heads, check_classes, load_peer_configs
 from kd_det.schedules import build_schedule
-from kd_det.signals import Batch, Signals
+from kd_det.signals import Batch, Signals, flipped
 from kd_det.taps import build_tap
 
 METHODS = ("dml", "ie_dml")
@@ -190,11 +190,6 @@ class MutualStudents(nn.Module):
         targets = [self.heads[j].teacher_factors(peer, batch) for j, peer in zip(peers, others, strict=True)]
         found = [head.compare(own, target, batch) for target in targets]
         return {key: weight * sum(losses[key] for losses in found) / len(found) for key in found[0]}
-
-
-def flipped(batched_inputs: list[dict]) -> list[dict]:
-    """The batch with the channels of its images in the reversed order."""
-    return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
 
 
 @contextmanager

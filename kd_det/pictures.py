@@ -1,6 +1,5 @@
 """Pictures of several models on the same images: what they predict, and where they look."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,8 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from kd_det.files import write_whole
 
 CELL = 640  # least width of an image in the picture of detections, in pixels
 SMALL_CELL = 200  # width in the picture of classifications
@@ -122,8 +123,7 @@ def draw_grid(titles: Sequence[str], rows: Sequence[Sequence[np.ndarray | Words]
 
 def save(figure: Figure, path: str) -> None:
     """Write a picture as PNG, in one piece."""
-    figure.savefig(f"{path}.partial", format="png")
-    os.replace(f"{path}.partial", path)
+    write_whole(path, lambda file: figure.savefig(file, format="png"))
 
 
 def as_pixels(figure: Figure) -> np.ndarray:

@@ -74,3 +74,8 @@ class Batch:
         rows = torch.arange(height, device=feature.device) * stride < sizes[:, :1]
         columns = torch.arange(width, device=feature.device) * stride < sizes[:, 1:]
         return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def flipped(batched_inputs: list[dict]) -> list[dict]:
+    """The batch with the channels of its images in the reversed order."""
+    return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]

@@ -14,7 +14,7 @@ from torch import nn
 from kd_det.checkpoint import load_strictly
 from kd_det.config import add_kd_config, find_config, is_flipped, merge_file, merge_list, student_config
 from kd_det.errors import InputError
-from kd_det.signals import BOX_SIGNALS, Signals
+from kd_det.signals import BOX_SIGNALS, Signals, flipped
 from kd_det.taps import build_tap
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -102,7 +102,7 @@ class Teacher:
             student: The student's signals, whose boxes ROI signals are computed on.
         """
         if self.flip_channels:
-            batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+            batched_inputs = flipped(batched_inputs)
         with self._autocast():
             signals = self.tap.compute(batched_inputs, names, student)
         return {name: signal.detach() for name, signal in signals.items()}

@@ -21,8 +21,9 @@ from kd_det.data.loader import own_random_numbers
 from kd_det.ensemble import describe
 from kd_det.losses import attention_map
 from kd_det.meta_arch import TeacherStudent
-from kd_det.mutual import MutualStudents, evaluation_mode, flipped
+from kd_det.mutual import MutualStudents, evaluation_mode
 from kd_det.pictures import as_pixels, draw_attention, draw_classifications, draw_detections
+from kd_det.signals import flipped
 from kd_det.taps import BackboneTap
 
 IMAGES = 2

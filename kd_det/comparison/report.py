@@ -16,6 +16,7 @@ from kd_det.comparison.table import make_table, summarise, without_nan
 from kd_det.data import choose_images
 from kd_det.engine import is_classifier
 from kd_det.errors import InputError
+from kd_det.files import write_whole
 from kd_det.flops import count_gflops
 
 
@@ -73,6 +74,4 @@ def compare(
 
 def write(path: Path, text: str) -> None:
     """Write a file in one piece."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(str(path), lambda file: file.write(text.encode()))
