@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
@@ -44,10 +43,18 @@ class AttentionFusion(nn.Module):
         """
         x = self.reduce(x)
         if self.attention is not None:
-            deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
-            own, other = self.attention(torch.cat([x, deeper], dim=1)).sigmoid().split(1, dim=1)
-            x = x * own + deeper * other
+            # A 1x1 convolution of both, side by side, at the cost of their own resolutions: nothing is concatenated.
+            own_weight, deeper_weight = self.attention.weight.split([x.shape[1], deeper.shape[1]], dim=1)
+            attention = F.conv2d(x, own_weight, self.attention.bias)
+            attention = attention + enlarge(F.conv2d(deeper, deeper_weight), x)
+            own, other = attention.sigmoid().split(1, dim=1)
+            x = x * own + enlarge(deeper, x) * other
         return self.expand(x), x
+
+
+def enlarge(x: Tensor, like: Tensor) -> Tensor:
+    """Repeats the cells of a map until it has the height and width of another one."""
+    return F.interpolate(x, like.shape[-2:], mode="nearest")
 
 
 @KD_HEAD_REGISTRY.register()

@@ -60,12 +60,17 @@ def hierarchical_context_loss(
         difference = difference.masked_fill(~mask, 0)
 
     loss, weight, total = masked_mean(difference.square(), mask), 1.0, 1.0
+    grid = difference
     for level in (level for level in levels if level < s.shape[2]):
-        pooled, valid = F.adaptive_avg_pool2d(difference, level), None
+        sides = zip(s.shape[2:], grid.shape[2:], strict=True)
+        if any(side % cells or cells % level for side, cells in sides):
+            grid = difference  # else the last grid's cells are equal and make up this one's: it has the same means
+        grid = F.adaptive_avg_pool2d(grid, level)
+        pooled, valid = grid, None
         if mask is not None:
-            share = F.adaptive_avg_pool2d(mask.to(pooled), level)
+            share = F.adaptive_avg_pool2d(mask.to(grid), level)
             valid = share > 0
-            pooled = pooled / share.masked_fill(~valid, 1)
+            pooled = grid / share.masked_fill(~valid, 1)
         weight /= 2
         total += weight
         loss = loss + weight * masked_mean(pooled.square(), valid)

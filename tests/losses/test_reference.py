@@ -49,8 +49,12 @@ CASES = [
     ("hint_loss", MAPS, MAPS, {"mask": random_mask}),
     ("hierarchical_context_loss", (2, 3, 13, 6), (2, 3, 13, 6), {}),
     ("hierarchical_context_loss", (2, 3, 2, 11), (2, 3, 2, 11), {}),
+    ("hierarchical_context_loss", (2, 3, 8, 12), (2, 3, 8, 12), {}),  # each grid pooled from the one before
+    ("hierarchical_context_loss", (2, 3, 8, 6), (2, 3, 8, 6), {}),  # the coarsest alone
+    ("hierarchical_context_loss", (2, 3, 12, 12), (2, 3, 12, 12), {"levels": (6, 4, 3, 2)}),  # 4 does not divide 6
     ("hierarchical_context_loss", MAPS, MAPS, {"levels": (3, 1)}),
     ("hierarchical_context_loss", (2, 3, 13, 6), (2, 3, 13, 6), {"mask": random_mask}),
+    ("hierarchical_context_loss", (2, 3, 8, 12), (2, 3, 8, 12), {"mask": random_mask}),
     ("factor_transfer_loss", MAPS, MAPS, {}),
     ("factor_transfer_loss", MAPS, MAPS, {"p": 3}),
     ("inheritance_loss", MAPS, MAPS, {"kind": "ft", "p": 2}),
