@@ -2,14 +2,14 @@
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from torch import nn
+from torch import Tensor, nn
 
 from kd_det.checkpoint import load_strictly
 from kd_det.config import add_kd_config, find_config, is_flipped, merge_file, merge_list, student_config
@@ -28,6 +28,8 @@ class Teacher:
     Args:
         model: The trained model. It is frozen and put into evaluation mode.
         flip_channels: Whether the images come in the reversed channel order (RGB for BGR or the other way round).
+        student_std: The pixel standard deviations of the network that input gradients are compared with, in the order
+            of its own channels; None if they are the model's.
         dtype: Precision of the forward.
         channels_last: Whether its convolutions keep the channels last in memory.
         compiled: Whether its backbone is compiled, without the FPN on top of it.
@@ -40,6 +42,7 @@ class Teacher:
         model: nn.Module,
         *,
         flip_channels: bool = False,
+        student_std: Sequence[float] | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
         compiled: bool = False,
@@ -50,6 +53,7 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.tap = build_tap(model)
         self.flip_channels = flip_channels
+        self.student_std = student_std
         self.dtype = dtype
         self.compiled = compiled
         self.side_stream = side_stream
@@ -105,6 +109,8 @@ class Teacher:
             batched_inputs = flipped(batched_inputs)
         with self._autocast():
             signals = self.tap.compute(batched_inputs, names, student)
+        if "input_gradient" in signals:
+            signals["input_gradient"] = self._by_student_input(signals["input_gradient"])
         return {name: signal.detach() for name, signal in signals.items()}
 
     def start(self, batched_inputs: list[dict], names: Collection[str]) -> Signals:
@@ -147,6 +153,15 @@ class Teacher:
         kept = {name: signal for name, signal in started.items() if name in names}
         return kept | {name: signal.detach() for name, signal in found.items()}
 
+    def _by_student_input(self, gradient: Tensor) -> Tensor:
+        """The gradient with respect to the normalised image (N, C, H, W) as the student sees it, by the chain rule."""
+        std = self.model.pixel_std
+        if self.flip_channels:
+            gradient, std = gradient.flip(1), std.flip(0)
+        if self.student_std is None:
+            return gradient
+        return gradient * (torch.tensor(self.student_std).view(-1, 1, 1).to(std) / std)
+
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
@@ -180,7 +195,7 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     load_strictly(model, weights, key="KD.TEACHER.WEIGHTS")
     logging.getLogger(__name__).info("Teacher: %s, weights %s", node.CONFIG_FILE, weights)
     source = f"{node.CONFIG_FILE} with {weights}"
-    return Teacher(model, flip_channels=flip_channels, source=source, **options)
+    return Teacher(model, flip_channels=flip_channels, student_std=cfg.MODEL.PIXEL_STD, source=source, **options)
 
 
 def teacher_options(cfg: CfgNode) -> dict:

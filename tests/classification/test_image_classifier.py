@@ -92,6 +92,25 @@ def test_input_gradients_are_those_of_autograd():
     assert student.backbone.stem.conv1.weight.grad.any()
 
 
+def test_input_gradients_of_a_teacher_that_sees_other_images_are_those_of_the_students_image():
+    """The same function of the pixels, of reversed channels and other statistics, has the same gradients."""
+    student = build_model(classifier_cfg()).eval()
+    model = copy.deepcopy(student)
+    first = model.backbone.stem.conv1
+    scale = torch.tensor([0.02, 0.5, 3.0]).view(-1, 1, 1)
+    first.weight.data = (first.weight * scale).flip(1)
+    model.pixel_std = (student.pixel_std * scale).flip(0)
+    model.pixel_mean = student.pixel_mean.flip(0)
+    teacher = Teacher(model, flip_channels=True, student_std=student.pixel_std.flatten().tolist())
+    student.training = True
+    inputs = classifier_inputs()
+    with build_tap(student).record({"input_gradient", "logits"}) as signals:
+        student(inputs)
+    found = teacher(inputs, {"input_gradient", "logits"}, signals)
+    torch.testing.assert_close(found["logits"], signals["logits"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["input_gradient"], signals["input_gradient"], rtol=1e-3, atol=1e-6)
+
+
 def test_input_gradients_are_for_classifiers_only():
     student = build_model(tiny_cfg())
     cfg = tiny_cfg(options={"KD.HEADS": ["AttentionTransferHead"], "KD.ATTENTION_TRANSFER.KIND": "gradient"})
