@@ -95,7 +95,7 @@ def add_kd_config(cfg: CfgNode) -> None:
 
     # ---- Generations (Born-Again Networks) ----
     # Train so many students in a row, in gen_1, gen_2, ... below OUTPUT_DIR: the first is taught by KD.TEACHER, each
-    # other by the one before; SEED grows by 1. 0: one run.
+    # other by the one before; SEED grows by 1 with each, the first one's too. 0: one run.
     cfg.KD.GENERATIONS = 0
 
     # ---- Heads ----
@@ -120,7 +120,7 @@ def add_kd_config(cfg: CfgNode) -> None:
         # Exponent of the activations in the attention map.
         POWER=2,
         # "sum_hw": summed over cells, the same strength at every map size. "mean": the published code, whose strength
-        # falls with the number of cells (its weight is 1000 on CIFAR).
+        # falls with the number of cells (its weight is 1000 on CIFAR). "norm": the paper's unsquared distance.
         REDUCTION="sum_hw",
     )
     # Hints (FitNets, Romero et al., ICLR 2015). With two stages WEIGHT is of the first one, and SCHEDULE has no part.
@@ -238,6 +238,8 @@ def add_kd_config(cfg: CfgNode) -> None:
         NORM="BN",
         # How logits are compared: "mse" (published code), or "ce", cross-entropy with the teacher's probabilities.
         KIND="mse",
+        # Of "ce" alone: both sides' logits are divided by it.
+        TEMPERATURE=1.0,
         # Factors of the two parts: the features before the teacher's classifier, and the logits behind it.
         FEATURE_WEIGHT=1.0,
         LOGIT_WEIGHT=1.0,

@@ -260,14 +260,15 @@ def train_generations(cfg: CfgNode, *, resume: bool) -> None:
 
 
 def generation_config(cfg: CfgNode, generation: int) -> CfgNode:
-    """Config of one generation, from 1; each has another seed, so that students start from other weights."""
+    """Config of one generation, from 1; each has another seed, so that students start from other weights
+    than one another and than a teacher that was trained with this config's seed."""
     cfg, output = cfg.clone(), Path(cfg.OUTPUT_DIR)
     cfg.defrost()
     cfg.KD.GENERATIONS = 0
     cfg.OUTPUT_DIR = str(output / f"gen_{generation}")
     cfg.WANDB.NAME = cfg.WANDB.NAME and f"{cfg.WANDB.NAME}/gen_{generation}"
     if cfg.SEED >= 0:
-        cfg.SEED += generation - 1
+        cfg.SEED += generation
     if generation > 1:
         before = output / f"gen_{generation - 1}"
         cfg.KD.TEACHER.CONFIG_FILE = str(before / "config.yaml")

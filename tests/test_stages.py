@@ -202,7 +202,7 @@ def test_each_generation_is_taught_by_the_one_before(digits, tmp_path, monkeypat
     for state in states:
         build_model(classifier_cfg(options={"MODEL.CLASSIFIER.NUM_CLASSES": 10})).load_state_dict(state)
     assert not same(states[0], states[1])
-    assert [yaml.safe_load((x / "config.yaml").read_text())["SEED"] for x in folders] == [4, 5, 6]
+    assert [yaml.safe_load((x / "config.yaml").read_text())["SEED"] for x in folders] == [5, 6, 7]
 
 
 def test_interrupted_generations_go_on(digits, tmp_path, monkeypatch):

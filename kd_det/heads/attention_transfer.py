@@ -12,7 +12,7 @@ from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
 KINDS = ("activation", "gradient")
-REDUCTIONS = ("sum_hw", "mean")
+REDUCTIONS = ("sum_hw", "mean", "norm")
 
 
 @KD_HEAD_REGISTRY.register()
@@ -22,15 +22,15 @@ class AttentionTransferHead(nn.Module):
     The activation-based form compares normalised maps of the channels' mean power, so the networks' channel counts may
     differ; the loss is summed over features. With ``reduction="mean"`` it is that of the published code, whose weight
     is 1000 on CIFAR; the default sums over cells instead, since a mean over an FPN level's thousands of cells has next
-    to no gradient.
+    to no gradient. With "norm" it is the paper's, without the factor beta / 2.
 
     The gradient-based form compares how each image's loss changes with its pixels. It differentiates twice, which ROI
     pooling cannot, so it is for image classifiers only.
 
     Args:
         strides: Name of each compared feature map to its stride; empty for the gradient-based form.
-        power: Exponent of the activations.
-        reduction: "sum_hw" or "mean".
+        power: Exponent of the activations, at least 1.
+        reduction: "sum_hw", "mean" or "norm".
     """
 
     @configurable
@@ -58,6 +58,8 @@ class AttentionTransferHead(nn.Module):
             raise InputError(
                 f"KD.ATTENTION_TRANSFER.REDUCTION: {node.REDUCTION!r} is not one of {', '.join(REDUCTIONS)}."
             )
+        if node.POWER < 1:
+            raise InputError(f"KD.ATTENTION_TRANSFER.POWER: must be at least 1, got {node.POWER}.")
         return {
             "strides": {name: student_spec[name].stride for name in node.IN_FEATURES},
             "power": node.POWER,

@@ -52,8 +52,8 @@ class InheritExploreHead(nn.Module):
     is then a factor that shares no active neuron with it, at sqrt(2) times that length.
 
     The means of ``ft`` and ``at`` fall with the size of the map, the length of ``od`` grows with it. "map_invariant"
-    multiplies or divides by the square root of the number of elements (weight 1.1); "code" leaves them as published
-    (weight 50 for ``ft`` on CIFAR).
+    multiplies or divides by the square root of the number of elements (weight 1.1); "code" does not, as published
+    (weight 50 for ``ft`` on CIFAR); the length of ``od``'s exploring factor is the teacher's in both.
 
     Args:
         features: Name to description of each compared feature: maps of the backbone, or ``roi_features``. The student's

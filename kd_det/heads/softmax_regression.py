@@ -43,6 +43,7 @@ class SoftmaxRegressionHead(nn.Module):
         norm: "BN" (published code), "SyncBN", or "GN" or "LN", which do not depend on the share of background among the
             boxes.
         kind: "mse" of the logits (published code), or "ce", the cross-entropy with the teacher's probabilities.
+        temperature: Of "ce".
         feature_weight: Factor of the features' loss.
         logit_weight: Factor of the logits' loss.
     """
@@ -57,6 +58,7 @@ class SoftmaxRegressionHead(nn.Module):
         teacher_signals: Sequence[str],
         norm: str = "BN",
         kind: str = "mse",
+        temperature: float = 1.0,
         feature_weight: float = 1.0,
         logit_weight: float = 1.0,
     ):
@@ -64,6 +66,7 @@ class SoftmaxRegressionHead(nn.Module):
         self.signals = (in_feature,)
         self.teacher_signals = tuple(teacher_signals)
         self.kind = kind
+        self.temperature = temperature
         self.feature_weight = feature_weight
         self.logit_weight = logit_weight
         self.connector = Conv2d(in_channels, out_channels, 1, bias=False)
@@ -84,6 +87,10 @@ class SoftmaxRegressionHead(nn.Module):
             )
         if node.KIND not in KINDS:
             raise InputError(f"{key}.KIND: {node.KIND!r} is not one of {', '.join(KINDS)}.")
+        if node.TEMPERATURE <= 0 or (node.KIND == "mse" and node.TEMPERATURE != 1):
+            raise InputError(
+                f"{key}.TEMPERATURE: must be above 0, and 1 with KIND 'mse', which has none; got {node.TEMPERATURE}."
+            )
         check_norm(cfg, "SOFTMAX_REGRESSION", [teacher_spec[feature].channels])
         for option in ("FEATURE_WEIGHT", "LOGIT_WEIGHT"):
             if node[option] < 0:
@@ -95,6 +102,7 @@ class SoftmaxRegressionHead(nn.Module):
             "teacher_signals": teacher_signals,
             "norm": node.NORM,
             "kind": node.KIND,
+            "temperature": node.TEMPERATURE,
             "feature_weight": node.FEATURE_WEIGHT,
             "logit_weight": node.LOGIT_WEIGHT,
         }
@@ -107,7 +115,7 @@ class SoftmaxRegressionHead(nn.Module):
         return {
             "loss_kd_softmax_regression_feature": self.feature_weight * feature_matching_loss(connected, feature),
             "loss_kd_softmax_regression_logits": self.logit_weight
-            * softmax_regression_loss(own_logits, logits, kind=self.kind),
+            * softmax_regression_loss(own_logits, logits, kind=self.kind, temperature=self.temperature),
         }
 
     def connect(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def attention_map(f: Tensor, *, power: float = 2, mask: Tensor | None = None) ->
 
     Args:
         f: (N, C, H, W) features.
-        power: exponent, above 0.
+        power: exponent, at least 1; below, the gradient at 0 would be infinite.
         mask: (N, 1, H, W) boolean, true where a cell is valid; the others are set to zero before the normalisation.
 
     Returns:
@@ -27,8 +27,8 @@ def attention_map(f: Tensor, *, power: float = 2, mask: Tensor | None = None) ->
     """
     check_maps("attention_map", f)
     check_mask("attention_map", mask, f)
-    if power <= 0:
-        raise ValueError(f"attention_map: power must be above 0, got {power}")
+    if power < 1:
+        raise ValueError(f"attention_map: power must be at least 1, got {power}")
     energy = f.abs().pow(power).mean(dim=1, keepdim=True)
     if mask is not None:
         energy = energy.masked_fill(~mask, 0)
@@ -39,10 +39,10 @@ def attention_map(f: Tensor, *, power: float = 2, mask: Tensor | None = None) ->
 def attention_transfer_loss(
     s: Tensor, t: Tensor, *, power: float = 2, reduction: str = "mean", mask: Tensor | None = None
 ) -> Tensor:
-    """Averages the squared difference of the two attention maps.
+    """Averages the squared difference of the two attention maps, or its root.
 
-    Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1612.03928. The paper's equation 2 takes an unsquared norm per
-    sample and the weight beta / 2; this is the published code's form, so a beta of the paper does not carry over.
+    Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1612.03928. The published code takes the mean of squares, the
+    paper's equation 2 an unsquared norm per sample and the weight beta / 2, so a beta of one is none of the other.
 
     If the sizes differ, both features are average-pooled to the smaller height and the smaller width before the power
     is taken. Published code pools to a square; here height and width are kept apart.
@@ -52,7 +52,8 @@ def attention_transfer_loss(
         t: (N, C_t, H_t, W_t) features of the teacher; no gradient flows into them.
         power: exponent of the map.
         reduction: "mean" over samples and cells (published code), whose size falls with 1 / (H * W); or "sum_hw", the
-            sum over cells and mean over samples, which does not depend on the size of the map.
+            sum over cells and mean over samples, which does not depend on the size of the map; or "norm", the mean over
+            samples of the root of that sum (the paper's equation 2 without its weight).
         mask: (N, 1, H, W) boolean at the common size, true where a cell is valid. Invalid cells are set to zero before
             the normalisation, and the mean is taken over the valid ones.
 
@@ -60,7 +61,7 @@ def attention_transfer_loss(
         Scalar; 0 without samples or valid cells.
     """
     name = "attention_transfer_loss"
-    check_choice(name, "reduction", reduction, ("mean", "sum_hw"))
+    check_choice(name, "reduction", reduction, ("mean", "sum_hw", "norm"))
     check_maps(name, s, t)
     if s.shape[0] != t.shape[0]:
         raise ValueError(
@@ -70,7 +71,10 @@ def attention_transfer_loss(
     s, t = _pool_to(s, size), _pool_to(t.detach(), size)
     check_mask(name, mask, s)
 
-    squared = (attention_map(s, power=power, mask=mask) - attention_map(t, power=power, mask=mask)).square()
+    difference = attention_map(s, power=power, mask=mask) - attention_map(t, power=power, mask=mask)
+    if reduction == "norm":
+        return mean(torch.linalg.vector_norm(difference, dim=1))
+    squared = difference.square()
     if reduction == "sum_hw":
         return squared.sum() / max(squared.shape[0], 1)
     return mean(squared) if mask is None else squared.sum() / mask.sum().clamp(min=1)

@@ -93,7 +93,9 @@ def mutual_loss(own_logits: Tensor, peer_logits: Tensor) -> Tensor:
 
 
 @in_float32
-def softmax_regression_loss(s_logits: Tensor, t_logits: Tensor, *, kind: str = "mse") -> Tensor:
+def softmax_regression_loss(
+    s_logits: Tensor, t_logits: Tensor, *, kind: str = "mse", temperature: float = 1.0
+) -> Tensor:
     """Compares what the teacher's classifier makes of the student's features with what it makes of the teacher's.
 
     SRRL: Yang et al., 2021, https://openreview.net/forum?id=ZzwDy_wiWv. Gradient has to reach the student through the
@@ -104,16 +106,19 @@ def softmax_regression_loss(s_logits: Tensor, t_logits: Tensor, *, kind: str = "
         t_logits: (N, K) output of the teacher's classifier on its own features; no gradient flows into it.
         kind: "mse", the mean squared difference of the logits (published code, over N and K); or "ce", the
             cross-entropy with the teacher's probabilities (the paper's definition, mean over N).
+        temperature: above 0; "ce" divides both logits by it. The loss is not multiplied by its square.
 
     Returns:
         Scalar; 0 without rows.
     """
     name = "softmax_regression_loss"
+    if temperature <= 0:
+        raise ValueError(f"{name}: temperature must be above 0, got {temperature}")
     check_choice(name, "kind", kind, ("mse", "ce"))
     check_same_shape(name, s_logits, t_logits)
     if kind == "mse":
         return mean((s_logits - t_logits.detach()).square())
-    return mean(_cross_entropy(s_logits, t_logits))
+    return mean(_cross_entropy(s_logits / temperature, t_logits / temperature))
 
 
 @in_float32
@@ -243,7 +248,7 @@ def dynamic_temperature(
     kind: str = "flsw",
     base: float,
     beta: float,
-    gamma: float = 1.0,
+    gamma: float = 2.0,
     bounds: tuple[float, float] | None = None,
 ) -> Tensor:
     """Gives each sample its own temperature, lower for the confusing ones.
@@ -260,7 +265,7 @@ def dynamic_temperature(
         base: temperature of a sample of average weight.
         beta: strength of the change.
         gamma: exponent of "flsw"; "cwsm" has none.
-        bounds: lowest and highest temperature; None for 1 and 2 * base.
+        bounds: lowest and highest temperature; None for min(1, base / 2) and 2 * base.
 
     Returns:
         (N,) temperatures, without gradient.
@@ -269,7 +274,7 @@ def dynamic_temperature(
     check_choice(name, "kind", kind, ("flsw", "cwsm"))
     check_logits(name, s_logits, t_logits)
     check_same_shape(name, s_logits, t_logits)
-    low, high = (1.0, 2.0 * base) if bounds is None else bounds
+    low, high = (min(1.0, base / 2), 2.0 * base) if bounds is None else bounds
     if not 0 < low <= high:
         raise ValueError(f"{name}: bounds must be above 0 and in increasing order, got {(low, high)}")
     s_logits, t_logits = s_logits.detach(), t_logits.detach()

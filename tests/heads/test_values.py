@@ -249,12 +249,19 @@ def test_box_regression_by_hand(agnostic):
     [
         ("ReviewKDHead", "REVIEW.NORM", "IN", r"KD.REVIEW.NORM: 'IN' is not one of BN, SyncBN, GN, LN\."),
         ("ReviewKDHead", "REVIEW.IN_FEATURES", ["p4", "p2"], r"must go from the finest .* p4, p2 are \[16, 4\]\."),
-        ("AttentionTransferHead", "ATTENTION_TRANSFER.REDUCTION", "sum", "'sum' is not one of sum_hw, mean"),
+        ("AttentionTransferHead", "ATTENTION_TRANSFER.REDUCTION", "sum", "'sum' is not one of sum_hw, mean, norm"),
         ("SoftTargetHead", "SOFT_TARGET.SOURCES", ["roi", "box"], r"got \['roi', 'box'\]; allowed are roi, rpn"),
         ("SoftTargetHead", "SOFT_TARGET.SOURCES", [], r"got \[\]; allowed are roi, rpn, mask, dense"),
         ("HintHead", "HINT.REGRESSOR", "conv", "'conv' is not one of linear, rectified"),
         ("SoftTargetHead", "SOFT_TARGET.ROIS", "fg", "got 'fg'; allowed are all, foreground"),
         ("SoftTargetHead", "SOFT_TARGET.TEMPERATURE", 0.0, "TEMPERATURE: must be above 0, got 0.0"),
+        ("AttentionTransferHead", "ATTENTION_TRANSFER.POWER", 0, "POWER: must be at least 1, got 0"),
+        (
+            "SoftmaxRegressionHead",
+            "SOFTMAX_REGRESSION.TEMPERATURE",
+            4.0,
+            "and 1 with KIND 'mse', which has none; got 4",
+        ),
     ],
 )
 def test_options_that_cannot_be(name, key, value, told):

@@ -53,8 +53,8 @@ def born_again_loss(s, t):
     return -np.mean((softmax(t) * np.log(softmax(s))).sum(axis=-1))
 
 
-def softmax_regression_loss(s, t, *, kind="mse"):
-    return born_again_loss(s, t) if kind == "ce" else np.mean((s - t) ** 2)
+def softmax_regression_loss(s, t, *, kind="mse", temperature=1.0):
+    return born_again_loss(s / temperature, t / temperature) if kind == "ce" else np.mean((s - t) ** 2)
 
 
 def confidence_weights(t):
@@ -98,6 +98,8 @@ def attention_transfer_loss(s, t, *, power=2, reduction="mean", mask=None):
     total = ((maps[0] - maps[1]) ** 2).sum()
     if reduction == "sum_hw":
         return total / len(s)
+    if reduction == "norm":
+        return np.mean([math.sqrt(((a - b) ** 2).sum()) for a, b in zip(*maps, strict=True)])
     return total / (maps[0].size if mask is None else mask.sum())
 
 

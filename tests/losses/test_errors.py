@@ -41,14 +41,14 @@ MISTAKES = [
         "feature_matching_loss: expected a shape (N, C) or (N, C, H, W), got (3, 4, 4)",
     ),
     (lambda: losses.attention_map(ROWS), "attention_map: expected a feature map of shape (N, C, H, W), got (2, 3)"),
-    (lambda: losses.attention_map(A, power=0), "attention_map: power must be above 0, got 0"),
+    (lambda: losses.attention_map(A, power=0.5), "attention_map: power must be at least 1, got 0.5"),
     (
         lambda: losses.attention_transfer_loss(A, B[:1]),
         "attention_transfer_loss: student and teacher must have the same number of samples, got 2 and 1",
     ),
     (
         lambda: losses.attention_transfer_loss(A, B, reduction="sum"),
-        "attention_transfer_loss: reduction must be one of 'mean', 'sum_hw', got 'sum'",
+        "attention_transfer_loss: reduction must be one of 'mean', 'sum_hw', 'norm', got 'sum'",
     ),
     (
         lambda: losses.inheritance_loss(A, B[..., :2], kind="at"),
@@ -95,6 +95,10 @@ MISTAKES = [
     (
         lambda: losses.binary_soft_target_loss(ROWS, ROWS, weights=torch.ones(2)),
         "binary_soft_target_loss: weights must have the shape (2, 3), got (2,)",
+    ),
+    (
+        lambda: losses.softmax_regression_loss(ROWS, ROWS, kind="ce", temperature=0),
+        "softmax_regression_loss: temperature must be above 0, got 0",
     ),
     (
         lambda: losses.softmax_regression_loss(ROWS, ROWS, kind="kl"),
