@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -104,7 +106,9 @@ class KDCheckpointer(DetectionCheckpointer):
         try:
             loaded = load_zoo_pickle(filename) if filename.endswith(".pkl") else super()._load_file(filename)
         except Exception as error:  # whatever a broken or hostile file provokes
-            raise UnreadableError(f"{filename}: not a checkpoint that can be loaded safely: {reason(error)}") from error
+            raise UnreadableError(
+                f"{filename}: not a checkpoint that can be loaded safely: {type(error).__name__}: {reason(error)}"
+            ) from error
         model = loaded["model"]
         if isinstance(model, dict) and "state_dict" in model:  # as PyTorch's own training scripts save it
             loaded["model"] = model = model["state_dict"]
@@ -132,7 +136,7 @@ class KDCheckpointer(DetectionCheckpointer):
         self.loaded = self._path, matched, len(own)
         if not matched:
             raise InputError(
-                f"MODEL.WEIGHTS: the checkpoint has none of the {len(own)} keys of {type(self.model).__name__}; "
+                f"{self._path}: the checkpoint has none of the {len(own)} keys of {type(self.model).__name__}; "
                 f"it has {shorten(offered)}."
             )
         return incompatible
@@ -173,6 +177,22 @@ def load_strictly(model: nn.Module, path: str, *, key: str) -> dict[str, Any]:
         return _StrictCheckpointer(model).load(path)
     except InputError as error:
         raise InputError(f"{key}: {path} does not fit the config's {type(model).__name__}: {error}") from error
+
+
+@contextmanager
+def fits(key: str, path: str) -> Iterator[None]:
+    """Around the loading of what a run wrote, of whatever parts.
+
+    Raises:
+        InputError: If a part does not fit what it is loaded into.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, RuntimeError, ValueError) as error:
+        told = f"{type(error).__name__}: {reason(error)}"
+        raise InputError(f"{key}: {path} was written by a run with another config ({told}).") from error
 
 
 def iteration_of(path: str) -> int:

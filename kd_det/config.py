@@ -371,7 +371,7 @@ def merge_list(cfg: CfgNode, options: list, key: str) -> None:
     """
     try:
         cfg.merge_from_list(list(options))
-    except (AssertionError, KeyError, ValueError) as error:
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{key}: {one_line(error)}") from error
 
 

@@ -9,7 +9,8 @@ import re
 import sys
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import detectron2.utils.comm as comm
@@ -30,7 +31,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_det.accumulation import build_step_trainer
-from kd_det.checkpoint import KDCheckpointer
+from kd_det.checkpoint import KDCheckpointer, fits
 from kd_det.classification import (
     ImageClassifier,
     build_classification_test_loader,
@@ -43,6 +44,7 @@ from kd_det.data.workers import end_with_the_run
 from kd_det.ema import build_ema
 from kd_det.errors import InputError
 from kd_det.evaluation import build_evaluator, share_buffers
+from kd_det.files import write_whole
 from kd_det.hooks import with_own_hooks
 from kd_det.interruption import INTERRUPTED
 from kd_det.meta_arch import TeacherStudent
@@ -54,7 +56,11 @@ from kd_det.writers import build_writers, drop_lines, metrics_path
 
 logger = logging.getLogger(__name__)
 # How an error that is no defect begins in the traceback of another process.
-TOLD = re.compile(r"^(?:kd_det\.errors\.\w+|FloatingPointError|OSError(?=: \[Errno (?:28|122)\])): ", re.MULTILINE)
+TOLD = re.compile(
+    r"^(?:kd_det\.errors\.\w+|FloatingPointError|(?:FileExists|IsADirectory|NotADirectory|Permission)Error"
+    r"|OSError(?=: \[Errno (?:28|122)\])): ",
+    re.MULTILINE,
+)
 
 
 class Trainer(DefaultTrainer):
@@ -110,7 +116,15 @@ class Trainer(DefaultTrainer):
             self.ema.update_parameters(self.student)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        super().resume_or_load(resume)
+        with fits("--resume", self.cfg.OUTPUT_DIR) if resume else nullcontext():
+            super().resume_or_load(resume)
+        if resume and self.start_iter > 0:
+            path, matched, total = self.checkpointer.loaded
+            if matched < total:
+                raise InputError(
+                    f"--resume: {path} was written by a run with another config: {matched} of the student's {total} "
+                    "keys match."
+                )
         if len(set(comm.all_gather(self.start_iter))) > 1:
             raise InputError(f"--resume: the processes find different checkpoints in {self.cfg.OUTPUT_DIR}; share it.")
         if isinstance(self.plain_model, MutualStudents) and self.start_iter == 0:
@@ -237,10 +251,23 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_num_classes(cfg, train=not args.eval_only)
     if cfg.SOLVER.IN_EPOCHS and not args.eval_only:
         epochs_to_iterations(cfg, count_training_images(cfg))
+    for key, value in (("SOLVER.CHECKPOINT_KEEP", cfg.SOLVER.CHECKPOINT_KEEP), ("KD.GENERATIONS", cfg.KD.GENERATIONS)):
+        if value < 0:
+            raise InputError(f"{key}: must be 0 or more, got {value}.")
     cfg.freeze()
-    default_setup(cfg, args)
+    with kept(Path(cfg.OUTPUT_DIR, "config.yaml")):
+        default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
     return cfg
+
+
+@contextmanager
+def kept(path: Path) -> Iterator[None]:
+    """Around what overwrites a file that shall stay as it is, if it is there."""
+    before = path.read_bytes() if path.is_file() else None
+    yield
+    if before is not None and comm.is_main_process():
+        write_whole(str(path), lambda file: file.write(before))
 
 
 def apply_distillation_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -320,7 +347,8 @@ def import_plugin(path: str) -> None:
 def run_tool(main: Callable[[], None]) -> None:
     """Run a tool; what is no defect ends it with one line and status 1, without a traceback.
 
-    That is a user's mistake, a diverged loss or a full disk. For an interruption see :mod:`kd_det.interruption`.
+    That is a user's mistake, a path that cannot be what it is used for, a diverged loss or a full disk. For an
+    interruption see :mod:`kd_det.interruption`.
     """
     logging.getLogger("detectron2.engine.train_loop").addFilter(is_defect)
     try:
@@ -343,7 +371,8 @@ def tell(message: str) -> str:
 def is_told(error: BaseException) -> bool:
     """Whether :func:`run_tool` tells an error in one line."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        wrong_place = FileExistsError | IsADirectoryError | NotADirectoryError | PermissionError
+        return isinstance(error, wrong_place) or error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, ProcessRaisedException):
         return bool(TOLD.search(str(error)))
     return isinstance(error, InputError | FloatingPointError)

@@ -1,9 +1,10 @@
 """What runs before the main run, and what runs in a row: the stage of the heads, and born-again generations."""
 
 import copy
+import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from detectron2.config import CfgNode, configurable
@@ -12,10 +13,11 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from kd_det.checkpoint import KDCheckpointer
+from kd_det.checkpoint import KDCheckpointer, find_file, fits
 from kd_det.config import student_config
 from kd_det.engine import Trainer
 from kd_det.errors import InputError
+from kd_det.files import write_whole
 from kd_det.heads.build import has_stage
 from kd_det.meta_arch import TeacherStudent, check_finite
 from kd_det.sanity import check_teacher
@@ -28,22 +30,26 @@ FINAL = "model_final.pth"
 TAG = "last_checkpoint"
 
 
-def train(cfg: CfgNode, *, resume: bool) -> None:
+def train(cfg: CfgNode, *, resume: bool, begin: Callable[[], None] | None = None) -> None:
     """Train what a config describes: the stage of its heads, where they have one, and the main run; or generations.
 
-    With `resume`, what is finished stays, and what was interrupted goes on.
+    With `resume`, what is finished stays, and what was interrupted goes on. What lies in the output folder is not
+    touched before everything has been built and loaded.
+
+    Args:
+        begin: Called once all is built, of the first of several runs; by default what such a run does to its folder.
 
     Raises:
         InputError: If a head needs a stage that the config gives no iterations, or a checkpoint does not fit.
         FloatingPointError: If a loss is not finite.
     """
-    if not resume:
-        forget(cfg)
+    begin = begin or functools.cache(lambda: open_folder(cfg, resume=resume))
     if cfg.KD.GENERATIONS:
-        train_generations(cfg, resume=resume)
+        train_generations(cfg, resume=resume, begin=begin)
         return
     check_teacher(cfg)
-    weights = cfg.KD.PRETRAIN.WEIGHTS or (pretrain(cfg, resume=resume) if cfg.KD.PRETRAIN.MAX_ITER else "")
+    staged = cfg.KD.PRETRAIN.MAX_ITER and not cfg.KD.PRETRAIN.WEIGHTS
+    weights = pretrain(cfg, resume=resume, begin=begin) if staged else cfg.KD.PRETRAIN.WEIGHTS
     seed(cfg)
     trainer = Trainer(cfg)
     if isinstance(trainer.plain_model, TeacherStudent):
@@ -51,17 +57,25 @@ def train(cfg: CfgNode, *, resume: bool) -> None:
     trainer.resume_or_load(resume=resume)
     if weights and trainer.start_iter == 0:
         load_stage(trainer.plain_model, weights)
+    begin()
     log_summary(trainer, stage=weights)
     trainer.train()
 
 
-def forget(cfg: CfgNode) -> None:
-    """Begin anew: of what lies in the output folder from a run before, nothing will be resumed."""
-    folders = [Path(cfg.OUTPUT_DIR, name) for name in ("", *(f"gen_{i + 1}" for i in range(cfg.KD.GENERATIONS)))]
-    if comm.is_main_process():
-        for folder in folders:
-            for path in (folder / TAG, folder / "pretrain" / TAG):
+def open_folder(cfg: CfgNode, *, resume: bool) -> None:
+    """Make an output folder this run's: with its config, and unless it is resumed without checkpoints to go on from."""
+    if not comm.is_main_process():
+        return
+    if not resume:
+        for name in ("", *(f"gen_{i + 1}" for i in range(cfg.KD.GENERATIONS))):
+            for path in (Path(cfg.OUTPUT_DIR, name, TAG), Path(cfg.OUTPUT_DIR, name, "pretrain", TAG)):
                 path.unlink(missing_ok=True)
+    save_config(cfg)
+
+
+def save_config(cfg: CfgNode) -> None:
+    """Write ``config.yaml`` into the output folder."""
+    write_whole(str(Path(cfg.OUTPUT_DIR, "config.yaml")), lambda file: file.write(cfg.dump().encode()))
 
 
 def is_finished(folder: Path) -> bool:
@@ -181,8 +195,11 @@ def check_stage(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
         )
 
 
-def pretrain(cfg: CfgNode, *, resume: bool) -> str:
+def pretrain(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) -> str:
     """Train the stage below ``OUTPUT_DIR/pretrain``, unless it is to be resumed and is finished.
+
+    Args:
+        begin: See :func:`train`.
 
     Returns:
         Path of its final checkpoint.
@@ -195,6 +212,7 @@ def pretrain(cfg: CfgNode, *, resume: bool) -> str:
     seed(cfg)
     trainer = PretrainingTrainer(stage_config(cfg, folder))
     trainer.resume_or_load(resume=resume)
+    begin()
     logger.info("The stage before the main run, in %s", folder)
     log_summary(trainer)
     trainer.train()
@@ -224,12 +242,17 @@ def load_stage(model: TeacherStudent, path: str) -> None:
     """
     parts = {"kd_teacher": TeacherIdentity(model.teacher), **model.checkpointables}
     trained = any(getattr(head, "pretrains_student", False) for head in model.heads.values())
-    KDCheckpointer(model.student if trained else copy.deepcopy(model.student), **parts).load(path)
+    checkpointer = KDCheckpointer(model.student if trained else copy.deepcopy(model.student), **parts)
+    with fits("KD.PRETRAIN.WEIGHTS", path):
+        checkpointer.load(find_file(path, "KD.PRETRAIN.WEIGHTS"))
 
 
 # ---- Generations ----
-def train_generations(cfg: CfgNode, *, resume: bool) -> None:
+def train_generations(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) -> None:
     """Train a chain of students, each taught by the one before (Furlanello et al., 2018, 1805.04770).
+
+    Args:
+        begin: See :func:`train`.
 
     Raises:
         InputError: If the config is not that of a student with a teacher.
@@ -255,8 +278,13 @@ def train_generations(cfg: CfgNode, *, resume: bool) -> None:
             continue
         logger.info("Generation %d of %d, in %s", generation, cfg.KD.GENERATIONS, own.OUTPUT_DIR)
         Path(own.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-        Path(own.OUTPUT_DIR, "config.yaml").write_text(own.dump(), encoding="utf-8")
-        train(own, resume=resume)
+        train(own, resume=resume, begin=functools.partial(begin_generation, begin, own))
+
+
+def begin_generation(begin: Callable[[], None], cfg: CfgNode) -> None:
+    """Begin a chain of generations, unless that has been done, and one of them."""
+    begin()
+    save_config(cfg)
 
 
 def generation_config(cfg: CfgNode, generation: int) -> CfgNode:

@@ -165,6 +165,23 @@ def test_a_plain_run_is_detectron2s(coco_folder, tmp_path):
     assert same(*weights)
 
 
+@pytest.mark.parametrize(
+    ("heads", "options"),
+    [
+        (["ReviewKDHead"], {}),
+        (HEADS, {"KD.REVIEW.MID_CHANNELS": 4}),
+        (HEADS, {"MODEL.BACKBONE.FREEZE_AT": 5}),
+        (HEADS, {"MODEL.ROI_HEADS.NUM_CLASSES": 7}),
+        (HEADS, {"SOLVER.AMP.ENABLED": True}),
+    ],
+)
+def test_resume_with_another_config_is_refused(run, heads, options):
+    start(run()).train()
+    other = start(run(heads=heads, **options))
+    with pytest.raises(InputError, match=r"^--resume: .* was written by a run with another config"):
+        other.resume_or_load(resume=True)
+
+
 # ---- Evaluation ----
 def test_evaluation_needs_no_teacher(teacher, run, tmp_path):
     """Neither its config nor its weights are there any more, and the heads are not registered."""
@@ -176,6 +193,40 @@ def test_evaluation_needs_no_teacher(teacher, run, tmp_path):
     weights = f"{trained.cfg.OUTPUT_DIR}/model_final.pth"
     train_net("--config-file", path, "--eval-only", "MODEL.WEIGHTS", weights)
     assert (tmp_path / "evaluated" / "inference" / "coco_instances_results.json").is_file()
+
+
+def test_evaluation_leaves_the_runs_config_as_it_is(run, tmp_path):
+    trained = start(run())
+    trained.train()
+    kept = tmp_path / "output" / "config.yaml"
+    kept.write_text("# that of the run")
+    config = write_yaml(tmp_path / "config.yaml", run())
+    train_net("--config-file", config, "--eval-only", "--resume", "TEST.DETECTIONS_PER_IMAGE", "7")
+    assert kept.read_text() == "# that of the run"
+
+
+@pytest.mark.parametrize("weights", ["", "backbone"])
+def test_evaluation_of_weights_that_are_not_all_there_is_refused(run, tmp_path, weights):
+    """Random weights have an AP, too."""
+    path = tmp_path / "backbone.pth"
+    state = build(tiny_cfg()).state_dict()
+    torch.save({"model": {key: x for key, x in state.items() if key.startswith("backbone.")}}, path)
+    config = write_yaml(tmp_path / "config.yaml", run())
+    with pytest.raises(SystemExit, match=r"^error: MODEL.WEIGHTS: (is empty|.* does not fit)"):
+        train_net("--config-file", config, "--eval-only", "MODEL.WEIGHTS", str(path) if weights else "")
+
+
+@pytest.mark.parametrize("key", ["SOLVER.CHECKPOINT_KEEP", "KD.GENERATIONS"])
+def test_counts_below_zero(run, tmp_path, key):
+    config = write_yaml(tmp_path / "config.yaml", run())
+    with pytest.raises(SystemExit, match=f"^error: {key}: must be 0 or more, got -1.$"):
+        train_net("--config-file", config, key, "-1")
+
+
+def test_an_output_folder_that_is_a_file(run, tmp_path):
+    config = write_yaml(tmp_path / "config.yaml", run())
+    with pytest.raises(SystemExit, match=r"^error: .*config.yaml"):
+        train_net("--config-file", config, "OUTPUT_DIR", config)
 
 
 # ---- Any config becomes a distillation run ----

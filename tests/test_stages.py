@@ -138,6 +138,30 @@ def test_a_run_that_begins_anew_is_not_resumed_from_what_lies_there(run, monkeyp
     assert same(go(run(**options), resume=True), whole)
 
 
+def test_a_start_that_fails_leaves_what_lies_there(run, tmp_path):
+    """The run can still be resumed, and its config is that of its checkpoints."""
+    cfg = run()
+    go(cfg)
+    tags = [Path(cfg.OUTPUT_DIR, name, "last_checkpoint") for name in (".", "pretrain")]
+    config = Path(cfg.OUTPUT_DIR, "config.yaml").read_text()
+    wrong = run(**{"KD.TEACHER.WEIGHTS": str(tmp_path / "no.pth")})
+    assert wrong.OUTPUT_DIR == cfg.OUTPUT_DIR
+    with pytest.raises(InputError, match="there is no file"):
+        go(wrong)
+    assert [tag.read_text() for tag in tags] == [FINAL, FINAL]
+    assert Path(cfg.OUTPUT_DIR, "config.yaml").read_text() == config
+
+
+def test_a_stage_of_other_heads_is_refused(run):
+    first = run("first")
+    go(first)
+    stage = str(Path(first.OUTPUT_DIR, "pretrain", FINAL))
+    options = {"KD.PRETRAIN.MAX_ITER": 0, "KD.PRETRAIN.WEIGHTS": stage}
+    second = run("second", heads=["FactorTransferHead", "InheritExploreHead"], **options)
+    with pytest.raises(InputError, match=f"^KD.PRETRAIN.WEIGHTS: {stage} was written by a run with another config"):
+        go(second)
+
+
 def test_a_stage_can_be_taken_from_another_run(run):
     first = run("first")
     go(first)

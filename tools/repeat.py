@@ -22,7 +22,8 @@ from detectron2.config import get_cfg
 from tqdm import tqdm
 
 from kd_det import TeacherStudent, add_kd_config
-from kd_det.config import find_config, merge_file
+from kd_det.checkpoint import find_file
+from kd_det.config import find_config, merge_file, merge_list
 from kd_det.errors import InputError
 
 TOOLS = Path(__file__).resolve().parent
@@ -62,12 +63,21 @@ def train(config: str, output: Path, options: list[str], *, log: bool, threads: 
     call("train_net.py", *arguments, log=output / "output.txt" if log else None, threads=threads)
 
 
-def has_teacher(config: str) -> bool:
-    """Whether a config is that of a student with a teacher; plain students and those of mutual learning have none."""
+def has_teacher(config: str, options: list[str], key: str) -> bool:
+    """Whether a config is that of a student with a teacher; plain students and those of mutual learning have none.
+
+    Args:
+        options: Overrides.
+        key: What names the config, for messages.
+
+    Raises:
+        InputError: If there is no such config, or a key or value is wrong in it or in the overrides.
+    """
     cfg = get_cfg()
     add_kd_config(cfg)
     cfg.KD.set_new_allowed(True)  # Heads of plugins.
-    merge_file(cfg, find_config(config))
+    merge_file(cfg, find_config(config, key))
+    merge_list(cfg, options, "command line")
     return TeacherStudent.__name__ == cfg.MODEL.META_ARCHITECTURE
 
 
@@ -82,14 +92,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides for every run")
     args = parser.parse_args()
     for student in args.student:
-        if "=" not in student:
+        if not all(student.partition("=")):
             parser.error(f"--student {student}: not of the form NAME=CONFIG")
+    names = [student.partition("=")[0] for student in args.student]
+    for option, values in (("--student", names), ("--seeds", args.seeds)):
+        twice = [value for i, value in enumerate(values) if value in values[:i]]
+        if twice:
+            parser.error(f"{option}: {twice[0]} is given twice, and its runs would share a folder")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: must be at least 1")
+    if args.teacher_weights:
+        find_file(args.teacher_weights, "--teacher-weights")
     return args
 
 
 def main() -> None:
     args = parse_args()
     begin = time.monotonic()
+    # All that can be found wrong is found before the first run.
+    has_teacher(args.teacher, args.opts, "--teacher")
+    students = [student.split("=", 1) for student in args.student]
+    taught = {name: has_teacher(config, args.opts, f"--student {name}") for name, config in students}
     teacher, weights = str(args.output / "teacher"), args.teacher_weights
     if weights:
         teacher = f"{args.teacher}:{weights}"
@@ -102,10 +125,10 @@ def main() -> None:
             name,
             config,
             args.output / f"{name}_seed{seed}",
-            ["SEED", str(seed), *(options if has_teacher(config) else []), *args.opts],
+            ["SEED", str(seed), *(options if taught[name] else []), *args.opts],
         )
         for seed in args.seeds
-        for name, config in (student.split("=", 1) for student in args.student)
+        for name, config in students
     ]
     threads = max(1, os.cpu_count() // args.jobs) if args.jobs > 1 else None
     with ThreadPoolExecutor(args.jobs) as pool:

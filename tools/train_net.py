@@ -21,9 +21,10 @@ import argparse
 
 from detectron2.engine import default_argument_parser
 
-from kd_det.checkpoint import KDCheckpointer
+from kd_det.checkpoint import KDCheckpointer, load_strictly
 from kd_det.config import student_config
 from kd_det.engine import Trainer, add_distillation_arguments, run_tool, setup
+from kd_det.errors import InputError
 from kd_det.interruption import interruptible
 from kd_det.launching import launch_workers
 from kd_det.stages import train
@@ -34,7 +35,12 @@ def main(args: argparse.Namespace) -> None:
     if args.eval_only:
         cfg = student_config(cfg)
         model = Trainer.build_model(cfg)
-        KDCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = KDCheckpointer(model, cfg.OUTPUT_DIR)
+        resume = args.resume and checkpointer.has_checkpoint()
+        weights = checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS
+        if not weights:
+            raise InputError("MODEL.WEIGHTS: is empty, but --eval-only needs a trained model.")
+        load_strictly(model, weights, key="--resume" if resume else "MODEL.WEIGHTS")
         Trainer.test(cfg, model)
         return
     with interruptible():
