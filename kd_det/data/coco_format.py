@@ -16,6 +16,16 @@ REQUIRED = {
     "annotations": ("id", "image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
+# Where a field must have a type for the file to be read at all. The boxes are looked at one by one.
+TYPES = {
+    "id": int | str,
+    "image_id": int | str,
+    "category_id": int | str,
+    "file_name": str,
+    "name": str,
+    "width": int | float,
+    "height": int | float,
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,12 @@ def _read(json_file: str) -> dict[str, list[dict[str, Any]]]:
             lacking = [field for field in fields if not isinstance(item, dict) or field not in item]
             if lacking:
                 raise InputError(f"{json_file}: {key}[{i}] lacks {', '.join(lacking)}; it needs {', '.join(fields)}.")
+            for field in fields:
+                if not isinstance(item[field], TYPES.get(field, object)):
+                    raise InputError(
+                        f"{json_file}: {key}[{i}] has {field} {item[field]!r}, which is not a "
+                        f"{'name' if TYPES[field] is str else 'number'}."
+                    )
         repeated = [id_ for id_, count in Counter(item["id"] for item in data[key]).items() if count > 1]
         if repeated:
             raise InputError(f"{json_file}: {len(repeated)} ids of {key} are used twice, the first is {repeated[0]!r}.")

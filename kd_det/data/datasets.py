@@ -5,6 +5,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
+from kd_det.config import one_line
 from kd_det.data.builtin import BUILTIN
 from kd_det.data.coco_format import CocoFormat
 from kd_det.data.image_folder import ImageFolder
@@ -55,22 +56,35 @@ def choose_images(records: list[dict], count: int) -> list[dict]:
     return [worth[i * len(worth) // count] for i in range(count)]
 
 
-def count_training_images(cfg: CfgNode) -> int:
-    """Number of images of an epoch: those of all data sets of DATASETS.TRAIN that the training loader does not drop.
+def load_training_images(cfg: CfgNode, **options: Any) -> list[dict[str, Any]]:
+    """Detectron2's dicts of all images of DATASETS.TRAIN that are trained on.
+
+    Args:
+        options: More of Detectron2's ``get_detection_dataset_dicts``.
 
     Raises:
-        InputError: If DATASETS.TRAIN is empty, or a file is wrong.
+        InputError: If DATASETS.TRAIN is empty, no image is left, or a file is wrong.
     """
     if not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN: no data set is named.")
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints,
-        check_consistency=False,
-    )
-    return len(dicts)
+    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    try:
+        return get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=filter_empty, min_keypoints=keypoints, **options
+        )
+    except AssertionError as error:
+        why = " DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out images without objects." if filter_empty else ""
+        raise InputError(f"DATASETS.TRAIN: {one_line(error)}{why}") from error
+
+
+def count_training_images(cfg: CfgNode) -> int:
+    """Number of images of an epoch: those of all data sets of DATASETS.TRAIN that the training loader does not drop.
+
+    Raises:
+        InputError: As of :func:`load_training_images`.
+    """
+    return len(load_training_images(cfg, check_consistency=False))
 
 
 def _read_entry(key: str, entry: Any, required: dict[str, Any], optional: dict[str, Any] | None = None) -> list[Any]:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList
 from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
+from kd_det.data.datasets import load_training_images
 from kd_det.data.mapper import DetectionMapper
 from kd_det.data.workers import end_with_the_run
 from kd_det.errors import InputError
@@ -135,15 +136,10 @@ def build_detection_training_loader(cfg: CfgNode) -> DataLoader:
     """Endless batches of DATASETS.TRAIN, as Detectron2's own loader makes them, but such that a run can be resumed.
 
     Raises:
-        InputError: If the sampler is unknown or the batch does not split evenly.
+        InputError: If there is no image, the sampler is unknown or the batch does not split evenly.
     """
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
+    records = load_training_images(cfg, proposal_files=proposals)
     groups = [int(x["width"] > x["height"]) for x in records] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     dataset = SeededDataset(records, DetectionMapper(cfg, is_train=True))
     return build_training_loader(cfg, dataset, sampler_factory(cfg, records), groups=groups)

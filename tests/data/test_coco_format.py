@@ -77,6 +77,10 @@ def remove(*path):
     return change
 
 
+def assign(kind, i, field, value):
+    return lambda data: data[kind][i].update({field: value})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -86,6 +90,10 @@ def remove(*path):
         (lambda data: data["categories"].clear(), "the list categories is empty"),
         (remove("images", 1, "width"), r"images\[1\] lacks width; it needs id, file_name, width, height"),
         (remove("annotations", 0, "bbox"), r"annotations\[0\] lacks bbox"),
+        (assign("images", 1, "width", "64"), r"images\[1\] has width '64', which is not a number"),
+        (assign("images", 0, "id", [1]), r"images\[0\] has id \[1\], which is not a number"),
+        (assign("images", 0, "file_name", 7), r"images\[0\] has file_name 7, which is not a name"),
+        (assign("annotations", 0, "category_id", None), r"annotations\[0\] has category_id None, which is not a"),
         (lambda data: data["images"][1].update(id=1), "1 ids of images are used twice, the first is 1"),
         (
             lambda data: data["images"][1].update(file_name="gone.png"),

@@ -196,6 +196,12 @@ def test_number_of_training_images(cfg, shapes_root):
     DatasetCatalog.register("half", lambda: [x | {"annotations": []} for x in DatasetCatalog.get("coco_test")[:4]])
     cfg.DATASETS.TRAIN = ("coco_train", "half")
     assert count_training_images(cfg) == 12
+    cfg.DATASETS.TRAIN = ("half",)
+    with pytest.raises(
+        InputError, match=r"^DATASETS.TRAIN: No valid data found in half\. DATALOADER.FILTER_EMPTY_ANNOT"
+    ):
+        count_training_images(cfg)
+    cfg.DATASETS.TRAIN = ("coco_train", "half")
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     assert count_training_images(cfg) == 16
 
