@@ -43,7 +43,7 @@ def times(x: dict[str, float]) -> list[str]:
 
 
 def rates(x: dict[str, float]) -> list[str]:
-    return [f"{x['ratio_to_plain']:.3f}", f"{x['images_per_second']:.1f}"]
+    return [f"{x['ratio_to_plain']:.3f}", f"{x['images_per_second']:.3g}"]
 
 
 def describe(results: dict, note: str) -> str:
