@@ -37,7 +37,8 @@ def train(cfg: CfgNode, *, resume: bool, begin: Callable[[], None] | None = None
     touched before everything has been built and loaded.
 
     Args:
-        begin: Called once all is built, of the first of several runs; by default what such a run does to its folder.
+        begin: Called when all is built and loaded; of several runs in a row each calls it. By default it makes the
+            output folder this run's, once.
 
     Raises:
         InputError: If a head needs a stage that the config gives no iterations, or a checkpoint does not fit.
@@ -288,8 +289,11 @@ def begin_generation(begin: Callable[[], None], cfg: CfgNode) -> None:
 
 
 def generation_config(cfg: CfgNode, generation: int) -> CfgNode:
-    """Config of one generation, from 1; each has another seed, so that students start from other weights
-    than one another and than a teacher that was trained with this config's seed."""
+    """Config of one generation, from 1.
+
+    Each has another seed, so that students start from other weights than one another, and than a teacher that was
+    trained with this config's seed.
+    """
     cfg, output = cfg.clone(), Path(cfg.OUTPUT_DIR)
     cfg.defrost()
     cfg.KD.GENERATIONS = 0
