@@ -57,6 +57,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TEACHER.OPTS = []
     # float32, float16 or bfloat16: precision of the teacher's forward alone.
     cfg.KD.TEACHER.DTYPE = "float32"
+    # "eval": the teacher's batch norms use the statistics that it was trained with. "train": those of the batch, as in
+    # the published code of AB, OFD, and ReviewKD on CIFAR; the statistics it was trained with stay as they are.
+    cfg.KD.TEACHER.BATCH_NORM = "eval"
     # Keep the teacher's convolutions with the channels last in memory, which GPUs read faster in half precision.
     cfg.KD.TEACHER.CHANNELS_LAST = False
     # Compile the teacher's backbone (without its FPN) with torch.compile; the first steps take minutes. Not for heads

@@ -31,10 +31,15 @@ class Teacher:
         student_std: The pixel standard deviations of the network that input gradients are compared with, in the order
             of its own channels; None if they are the model's.
         dtype: Precision of the forward.
+        batch_statistics: Whether its batch norms use the statistics of the batch instead of those it was trained with,
+            which stay as they are.
         channels_last: Whether its convolutions keep the channels last in memory.
         compiled: Whether its backbone is compiled, without the FPN on top of it.
         side_stream: Whether what :meth:`start` computes runs on a CUDA stream of its own; without a GPU it does not.
         source: Where the model comes from, for messages.
+
+    Raises:
+        InputError: If batch norms are to use the statistics of the batch, but there are none, or frozen ones only.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class Teacher:
         flip_channels: bool = False,
         student_std: Sequence[float] | None = None,
         dtype: torch.dtype = torch.float32,
+        batch_statistics: bool = False,
         channels_last: bool = False,
         compiled: bool = False,
         side_stream: bool = False,
@@ -58,6 +64,8 @@ class Teacher:
         self.compiled = compiled
         self.side_stream = side_stream
         self.stream: torch.cuda.Stream | None = None
+        if batch_statistics:
+            use_batch_statistics(model)
         if channels_last:
             model.to(memory_format=torch.channels_last)
         if compiled:
@@ -178,6 +186,15 @@ class Teacher:
             yield
 
 
+def use_batch_statistics(model: nn.Module) -> None:
+    """Let the batch norms of a model in evaluation mode use the statistics of the batch, and keep nothing of them."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise InputError("KD.TEACHER.BATCH_NORM: is 'train', but the teacher has no batch norm, or frozen ones only.")
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+
+
 def build_teacher(cfg: CfgNode) -> Teacher:
     """Build the teacher that ``KD.TEACHER`` names and load its weights strictly.
 
@@ -202,15 +219,18 @@ def teacher_options(cfg: CfgNode) -> dict:
     """How the teacher computes: arguments of :class:`Teacher` that ``KD.TEACHER`` holds.
 
     Raises:
-        InputError: If KD.TEACHER.DTYPE is unknown.
+        InputError: If KD.TEACHER.DTYPE or KD.TEACHER.BATCH_NORM is unknown.
     """
     node = cfg.KD.TEACHER
+    if node.BATCH_NORM not in ("eval", "train"):
+        raise InputError(f"KD.TEACHER.BATCH_NORM: got {node.BATCH_NORM!r}; allowed are eval, train.")
     if node.DTYPE not in DTYPES:
         raise InputError(f"KD.TEACHER.DTYPE: got {node.DTYPE!r}; allowed are {', '.join(DTYPES)}.")
     if node.SIDE_STREAM and torch.device(cfg.MODEL.DEVICE).type != "cuda":
         logging.getLogger(__name__).warning("KD.TEACHER.SIDE_STREAM: has no effect on %s.", cfg.MODEL.DEVICE)
     return {
         "dtype": DTYPES[node.DTYPE],
+        "batch_statistics": node.BATCH_NORM == "train",
         "channels_last": node.CHANNELS_LAST,
         "compiled": node.COMPILE,
         "side_stream": node.SIDE_STREAM,

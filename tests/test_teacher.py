@@ -52,6 +52,35 @@ def test_the_batch_itself_is_left_alone(tmp_path, inputs):
     assert all(torch.equal(x["image"], image) for x, image in zip(inputs, before, strict=True))
 
 
+def test_batch_norms_with_the_statistics_of_the_batch(tmp_path, inputs):
+    """The features are those of training mode, and no statistic of the teacher changes."""
+    norm = {"MODEL.RESNETS.NORM": "BN", "MODEL.FPN.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 0}
+    named = save_other(tmp_path, norm)
+    found = {}
+    for mode in ("eval", "train"):
+        model = build(distilled_cfg(named, ["HintHead"], {"KD.TEACHER.BATCH_NORM": mode}))
+        before = {key: x.clone() for key, x in model.teacher.model.state_dict().items()}
+        model.train()
+        step(model, inputs)
+        found[mode] = model.teacher(inputs, ["p2"], {})["p2"]
+        assert all(torch.equal(x, before[key]) for key, x in model.teacher.model.state_dict().items())
+    alone = build(tiny_cfg(options=WIDE | norm), seed=1).train()
+    with torch.no_grad():
+        expected = alone.backbone(alone.preprocess_image(inputs).tensor)["p2"]
+    torch.testing.assert_close(found["train"], expected)
+    assert not torch.allclose(found["eval"], expected, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"),
+    [("train", "is 'train', but the teacher has no batch norm"), ("on", "got 'on'; allowed are eval, t")],
+)
+def test_statistics_of_the_batch_without_batch_norms(tmp_path, mode, told):
+    named = save_other(tmp_path, {"MODEL.RESNETS.NORM": "FrozenBN", "MODEL.FPN.NORM": ""})
+    with pytest.raises(InputError, match=f"^KD.TEACHER.BATCH_NORM: {told}"):
+        build(distilled_cfg(named, ["HintHead"], {"KD.TEACHER.BATCH_NORM": mode}))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_dtype_is_that_of_the_teachers_forward_alone(teacher, inputs, dtype):
     model = build(distilled_cfg(teacher, ["HintHead"], {"KD.TEACHER.DTYPE": dtype}))
