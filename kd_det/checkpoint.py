@@ -64,7 +64,7 @@ class KDCheckpointer(DetectionCheckpointer):
         """See Detectron2. Where the last checkpoint is damaged or gone, the newest before it is loaded.
 
         Raises:
-            InputError: If all are damaged or gone.
+            InputError: If all are damaged or gone, or the model has keys that the one which is loaded lacks.
         """
         if not (resume and self.has_checkpoint()):
             return self.load(path, checkpointables=[])
@@ -81,6 +81,12 @@ class KDCheckpointer(DetectionCheckpointer):
                 continue
             if reasons:
                 self.logger.warning("%s. Going on with the checkpoint before, %s.", "; ".join(reasons), file)
+            _, matched, total = self.loaded
+            if matched < total:
+                raise InputError(
+                    f"--resume: {file} was written by a run with another config: {matched} of the model's {total} keys "
+                    "match."
+                )
             return loaded
         told = "; ".join(reasons)
         raise InputError(f"--resume: {told}. No checkpoint is left; without --resume the run begins anew.")

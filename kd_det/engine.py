@@ -118,13 +118,6 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         with fits("--resume", self.cfg.OUTPUT_DIR) if resume else nullcontext():
             super().resume_or_load(resume)
-        if resume and self.start_iter > 0:
-            path, matched, total = self.checkpointer.loaded
-            if matched < total:
-                raise InputError(
-                    f"--resume: {path} was written by a run with another config: {matched} of the student's {total} "
-                    "keys match."
-                )
         if len(set(comm.all_gather(self.start_iter))) > 1:
             raise InputError(f"--resume: the processes find different checkpoints in {self.cfg.OUTPUT_DIR}; share it.")
         if isinstance(self.plain_model, MutualStudents) and self.start_iter == 0:

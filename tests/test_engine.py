@@ -205,6 +205,14 @@ def test_evaluation_leaves_the_runs_config_as_it_is(run, tmp_path):
     assert kept.read_text() == "# that of the run"
 
 
+def test_evaluation_passes_over_a_damaged_checkpoint_as_resuming_does(run, tmp_path):
+    start(run(**{"SOLVER.CHECKPOINT_PERIOD": 1})).train()
+    (tmp_path / "output" / "model_final.pth").write_bytes(b"")
+    config = write_yaml(tmp_path / "config.yaml", run())
+    train_net("--config-file", config, "--eval-only", "--resume")
+    assert (tmp_path / "output" / "inference" / "coco_instances_results.json").is_file()
+
+
 @pytest.mark.parametrize("weights", ["", "backbone"])
 def test_evaluation_of_weights_that_are_not_all_there_is_refused(run, tmp_path, weights):
     """Random weights have an AP, too."""

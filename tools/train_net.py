@@ -36,11 +36,12 @@ def main(args: argparse.Namespace) -> None:
         cfg = student_config(cfg)
         model = Trainer.build_model(cfg)
         checkpointer = KDCheckpointer(model, cfg.OUTPUT_DIR)
-        resume = args.resume and checkpointer.has_checkpoint()
-        weights = checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS
-        if not weights:
+        if args.resume and checkpointer.has_checkpoint():
+            checkpointer.resume_or_load("", resume=True)
+        elif cfg.MODEL.WEIGHTS:
+            load_strictly(model, cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
+        else:
             raise InputError("MODEL.WEIGHTS: is empty, but --eval-only needs a trained model.")
-        load_strictly(model, weights, key="--resume" if resume else "MODEL.WEIGHTS")
         Trainer.test(cfg, model)
         return
     with interruptible():
