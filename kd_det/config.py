@@ -212,6 +212,8 @@ def add_kd_config(cfg: CfgNode) -> None:
         SOURCES=["roi"],
         # Of the softmax over classes; sigmoid outputs are compared at temperature 1.
         TEMPERATURE=1.0,
+        # Whether the divergence of the softmaxes is multiplied by T^2, which keeps its gradient's size when T changes.
+        SQUARED_TEMPERATURE=True,
         # Boxes whose classes are compared: all or foreground.
         ROIS="all",
         # Weight of the boxes that are labelled background.

@@ -43,6 +43,8 @@ class SoftTargetHead(nn.Module):
     Args:
         sources: Any of "roi", "rpn", "mask", "dense", "cls".
         temperature: T of the softmax over classes. The sigmoids are compared at 1.
+        squared_temperature: Whether the softmaxes' divergence is multiplied by T^2, as Hinton et al. advise so that its
+            gradient keeps its size when T changes.
         rois: Boxes whose classes are compared: "all" or "foreground" (as labelled).
         background_weight: Weight of the boxes labelled background, as in Chen et al. (NeurIPS 2017), who take 1.5.
         box_regression: Whether box deltas are compared.
@@ -59,6 +61,7 @@ class SoftTargetHead(nn.Module):
         *,
         sources: Sequence[str] = ("roi",),
         temperature: float = 1.0,
+        squared_temperature: bool = True,
         rois: str = "all",
         background_weight: float = 1.0,
         box_regression: bool = False,
@@ -72,6 +75,7 @@ class SoftTargetHead(nn.Module):
         self.sources = tuple(sources)
         self.compare_classes = ClassTargets(
             temperature=temperature,
+            squared_temperature=squared_temperature,
             adjust=adjust,
             correct_prob=correct_prob,
             dynamic_temperature=dynamic_temperature,
@@ -102,6 +106,7 @@ class SoftTargetHead(nn.Module):
         return {
             "sources": node.SOURCES,
             "temperature": node.TEMPERATURE,
+            "squared_temperature": node.SQUARED_TEMPERATURE,
             "rois": node.ROIS,
             "background_weight": node.BACKGROUND_WEIGHT,
             "box_regression": node.BOX_REGRESSION,

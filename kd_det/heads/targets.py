@@ -24,13 +24,15 @@ class ClassTargets:
       others.
     * Dynamic temperature distillation (DTD) gives each row its own T, lower for confusing ones: those where student and
       teacher disagree ("flsw", on the teacher's uncorrected logits) or where the student is unsure ("cwsm"). It is
-      kept within min(1, T / 2) and 2 T; the scalar ``kd/dtd_clamped`` is the share of rows at these bounds.
+      kept within min(1, T / 2) and 2 T; the scalar ``kd/dtd_clamped`` is the share of rows at these bounds. Whether the
+      paper has the factor T^2 is not known; public code of DTD has not (`squared_temperature`).
 
     Both apply to some of the rows: on boxes to the foreground. Of background boxes many lie on an object that the
     teacher rightly sees, and they would rule the mean that DTD's temperatures are relative to; they keep T.
 
     Args:
         temperature: T.
+        squared_temperature: Whether each row's divergence is multiplied by its T^2.
         adjust: "none", "probability_shift" or "label_smoothing".
         correct_prob: Probability of the label in a smoothed one.
         dynamic_temperature: "none", "flsw" or "cwsm".
@@ -42,6 +44,7 @@ class ClassTargets:
         self,
         *,
         temperature: float,
+        squared_temperature: bool = True,
         adjust: str = "none",
         correct_prob: float = 0.9,
         dynamic_temperature: str = "none",
@@ -49,6 +52,7 @@ class ClassTargets:
         gamma: float = 2.0,
     ):
         self.temperature = temperature
+        self.squared_temperature = squared_temperature
         self.adjust = adjust
         self.correct_prob = correct_prob
         self.dynamic_temperature = dynamic_temperature
@@ -56,7 +60,7 @@ class ClassTargets:
         self.gamma = gamma
 
     def __call__(self, own: Tensor, other: Tensor, labels: Tensor | None, rows: Tensor, weights: Tensor) -> Tensor:
-        """T^2 times the divergence of the student from the teacher, mean over rows.
+        """The divergence of the student from the teacher, by default times T^2, mean over rows.
 
         Args:
             own: Logits of the student, (N, K).
@@ -65,23 +69,26 @@ class ClassTargets:
             rows: Booleans (N,): where KA and DTD apply.
             weights: Factor of each row, (N,).
         """
-        if self.adjust == self.dynamic_temperature == "none":
-            return soft_target_loss(own, other, temperature=self.temperature, weights=weights)
         temperatures = self._temperatures(own, other, rows)
+        squared = torch.full_like(rows, self.squared_temperature)
         if self.adjust != "none":
-            other, factors = self._correct(other.detach().float(), labels, rows, temperatures)
-            weights = weights * factors
+            other, mistaken = self._correct(other.detach().to(temperatures), labels, rows, temperatures)
+            if self.adjust == "label_smoothing":
+                squared &= ~mistaken
+        weights = weights * torch.where(squared, 1.0, temperatures**-2)
         return soft_target_loss(own, other, temperature=temperatures, weights=weights)
 
     def _temperatures(self, own: Tensor, other: Tensor, rows: Tensor) -> Tensor:
         """Temperature of each row, (N,)."""
-        temperatures = torch.full(own.shape[:1], float(self.temperature), device=own.device)
+        # In half precision the rows' weights would lose their accuracy.
+        dtype = torch.promote_types(own.dtype, torch.float32)
+        temperatures = torch.full(own.shape[:1], self.temperature, dtype=dtype, device=own.device)
         if self.dynamic_temperature == "none":
             return temperatures
         low, high = min(1.0, self.temperature / 2), 2.0 * self.temperature
         found = dynamic_temperature(
-            own[rows].float(),
-            other[rows].float(),
+            own[rows],
+            other[rows],
             kind=self.dynamic_temperature,
             base=self.temperature,
             beta=self.beta,
@@ -91,19 +98,18 @@ class ClassTargets:
         if has_event_storage():
             clamped = ((found <= low) | (found >= high)).sum() / max(len(found), 1)
             get_event_storage().put_scalar("kd/dtd_clamped", clamped)
-        temperatures[rows] = found
+        temperatures[rows] = found.to(dtype)
         return temperatures
 
     def _correct(self, other: Tensor, labels: Tensor, rows: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's logits with its mistakes corrected, and a factor for each row."""
+        """The teacher's logits with its mistakes corrected, and in which rows it made them."""
         probs = (other / temperatures[:, None]).softmax(dim=1)
         mistaken = rows & (probs.argmax(dim=1) != labels)
         if self.adjust == "probability_shift":
-            probs, factors = adjust_probability_shift(probs, labels), torch.ones_like(temperatures)
+            probs = adjust_probability_shift(probs, labels)
         else:
             probs = adjust_label_smoothing(probs, labels, correct_prob=self.correct_prob)
-            factors = torch.where(mistaken, temperatures**-2, 1.0)
-        return torch.where(mistaken[:, None], temperatures[:, None] * probs.log(), other), factors
+        return torch.where(mistaken[:, None], temperatures[:, None] * probs.log(), other), mistaken
 
 
 def check_class_targets(node, sources: Collection[str]) -> dict:

@@ -26,7 +26,8 @@ KL = 3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2)
 
 
 def classifier(student, teacher, labels):
-    return {"logits": torch.tensor(student), "labels": torch.tensor(labels)}, {"logits": torch.tensor(teacher)}
+    own = {"logits": torch.tensor(student, dtype=torch.float64), "labels": torch.tensor(labels)}
+    return own, {"logits": torch.tensor(teacher, dtype=torch.float64)}
 
 
 def boxes(student, teacher, classes):
@@ -65,10 +66,13 @@ def soft_targets(signals=LESSONS, source="cls", **options):
         ({"adjust": "probability_shift"}, 0.1569895802367545),
         ({"dynamic_temperature": "flsw", "beta": 2.0, "gamma": 2.0}, 0.2270202417493289),
         ({"dynamic_temperature": "cwsm", "beta": 2.0}, 0.2243761856046442),
+        # Without T^2.
+        ({"squared_temperature": False}, 0.22479386251617384 / 16),
+        ({"dynamic_temperature": "flsw", "beta": 2.0, "squared_temperature": False}, 0.017556209596617755),
     ],
 )
 def test_reference_values_of_lessons(options, expected):
-    assert soft_targets(**options) == pytest.approx(expected, abs=1e-6)
+    assert soft_targets(**options) == pytest.approx(expected, abs=1e-9)
 
 
 def divergence(target, logits, temperature):
@@ -366,7 +370,9 @@ def test_born_again_needs_equal_classes():
 
 
 def test_heads_from_the_config_have_its_values():
-    head = make_head("SoftTargetHead", {"SOFT_TARGET.ADJUST": "label_smoothing", "SOFT_TARGET.CORRECT_PROB": 0.7})
+    options = {"ADJUST": "label_smoothing", "CORRECT_PROB": 0.7, "TEMPERATURE": 2.0, "SQUARED_TEMPERATURE": False}
+    head = make_head("SoftTargetHead", {f"SOFT_TARGET.{key}": value for key, value in options.items()})
     student, teacher = (make_signals(make_spec(6), seed=seed) for seed in (0, 1))
-    expected = SoftTargetHead(adjust="label_smoothing", correct_prob=0.7)(student, teacher, BATCH)
+    options = {key.lower(): value for key, value in options.items()}
+    expected = SoftTargetHead(**options)(student, teacher, BATCH)
     assert head(student, teacher, BATCH) == expected
