@@ -194,7 +194,7 @@ def fits(key: str, path: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except (InputError, torch.cuda.OutOfMemoryError):
         raise
     except (KeyError, RuntimeError, ValueError) as error:
         told = f"{type(error).__name__}: {reason(error)}"

@@ -5,9 +5,12 @@ from pathlib import Path
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.registry import Registry
 
 from kd_det.errors import InputError
+from kd_det.files import write_whole
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
 
 # Meta-architectures around a student, which is KD.STUDENT_ARCHITECTURE.
@@ -396,6 +399,37 @@ def find_config(path: str, key: str = "--config-file") -> str:
         return model_zoo.get_config_file(path)
     except RuntimeError as error:
         raise InputError(f"{key}: there is no such file, and {error}") from error
+
+
+def registered_parts(cfg: CfgNode) -> dict[str, tuple[Registry, str]]:
+    """The keys that name a registered class or function, to its registry and its name there."""
+    return {
+        "MODEL.META_ARCHITECTURE": (META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
+        "MODEL.BACKBONE.NAME": (BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
+    }
+
+
+def check_parts(cfg: CfgNode, source: str) -> None:
+    """Check that all of :func:`registered_parts` are registered.
+
+    Args:
+        source: What the config was read from, for messages.
+
+    Raises:
+        InputError: If one is not.
+    """
+    for key, (registry, name) in registered_parts(cfg).items():
+        if name not in registry:
+            known = ", ".join(sorted(known for known, _ in registry))
+            raise InputError(
+                f"{source}: {key} is {name!r}, which nothing registers (--plugin FILE imports what does); there are "
+                f"{known}."
+            )
+
+
+def save_config(cfg: CfgNode) -> None:
+    """Write ``config.yaml`` into the output folder."""
+    write_whole(str(Path(cfg.OUTPUT_DIR, "config.yaml")), lambda file: file.write(cfg.dump().encode()))
 
 
 def one_line(error: Exception) -> str:

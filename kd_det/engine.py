@@ -11,6 +11,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import reduce
 from pathlib import Path
 
 import detectron2.utils.comm as comm
@@ -37,7 +38,7 @@ from kd_det.classification import (
     build_classification_test_loader,
     build_classification_train_loader,
 )
-from kd_det.config import DISTILLED, add_kd_config, find_config, merge_file, merge_list, student_config
+from kd_det.config import DISTILLED, add_kd_config, check_parts, find_config, merge_file, merge_list, student_config
 from kd_det.data import DetectionMapper, check_files, check_num_classes, count_training_images, register_datasets
 from kd_det.data.loader import build_detection_training_loader, seed_everything
 from kd_det.data.workers import end_with_the_run
@@ -55,6 +56,17 @@ from kd_det.visualization import build_visualization
 from kd_det.writers import build_writers, drop_lines, metrics_path
 
 logger = logging.getLogger(__name__)
+# The least value of keys that take numbers.
+LEAST = {
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.CHECKPOINT_KEEP": 0,
+    "DATALOADER.NUM_WORKERS": 0,
+    "KD.GENERATIONS": 0,
+}
+# Those of Detectron2.
+LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 # How an error that is no defect begins in the traceback of another process.
 TOLD = re.compile(
     r"^(?:kd_det\.errors\.\w+|FloatingPointError|(?:FileExists|IsADirectory|NotADirectory|Permission)Error"
@@ -236,22 +248,44 @@ def setup(args: argparse.Namespace) -> CfgNode:
         merge_file(cfg, args.config_file)
     apply_distillation_arguments(cfg, args)
     merge_list(cfg, args.opts, "command line")
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        logger.warning("MODEL.DEVICE: this machine has no GPU, going on with cpu instead of cuda.")
+    check_run(cfg, args.config_file or "the config")
+    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+        logger.warning(f"MODEL.DEVICE: this machine has no GPU, going on with cpu instead of {cfg.MODEL.DEVICE}.")
         cfg.MODEL.DEVICE = "cpu"
     register_datasets(cfg)
     check_files(cfg, train=not args.eval_only)
     check_num_classes(cfg, train=not args.eval_only)
     if cfg.SOLVER.IN_EPOCHS and not args.eval_only:
         epochs_to_iterations(cfg, count_training_images(cfg))
-    for key, value in (("SOLVER.CHECKPOINT_KEEP", cfg.SOLVER.CHECKPOINT_KEEP), ("KD.GENERATIONS", cfg.KD.GENERATIONS)):
-        if value < 0:
-            raise InputError(f"{key}: must be 0 or more, got {value}.")
     cfg.freeze()
     with kept(Path(cfg.OUTPUT_DIR, "config.yaml")):
         default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
     return cfg
+
+
+def check_run(cfg: CfgNode, source: str) -> None:
+    """Check keys with which Detectron2 would stop late, without naming them, or do something else.
+
+    Args:
+        source: What the config was read from, for messages.
+
+    Raises:
+        InputError: If a value is not allowed.
+    """
+    check_parts(cfg, source)
+    for key, least in LEAST.items():
+        value = reduce(getattr, key.split("."), cfg)
+        if value < least:
+            raise InputError(f"{key}: must be {least} or more, got {value}.")
+    if cfg.SOLVER.LR_SCHEDULER_NAME not in LR_SCHEDULERS:
+        raise InputError(
+            f"SOLVER.LR_SCHEDULER_NAME: {cfg.SOLVER.LR_SCHEDULER_NAME!r} is not one of {', '.join(LR_SCHEDULERS)}."
+        )
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise InputError(f"MODEL.DEVICE: {cfg.MODEL.DEVICE!r} is no device, such as cuda, cuda:1 or cpu.") from error
 
 
 @contextmanager
@@ -304,10 +338,11 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> None:
     """
 
     def iterations(epochs: float) -> int:
-        return round(epochs * images / cfg.SOLVER.IMS_PER_BATCH) if epochs > 0 else int(epochs)
+        # What shall happen after a part of an iteration happens after each one.
+        return max(round(epochs * images / solver.IMS_PER_BATCH), 1) if epochs > 0 else int(epochs)
 
     solver = cfg.SOLVER
-    if iterations(solver.MAX_ITER) < 1:
+    if round(solver.MAX_ITER * images / solver.IMS_PER_BATCH) < 1:
         raise InputError(f"SOLVER.MAX_ITER: {solver.MAX_ITER} epochs of {images} images are less than one iteration.")
     for node, keys in (
         (solver, ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD")),

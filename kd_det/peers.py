@@ -9,7 +9,7 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 
 from kd_det.checkpoint import KDCheckpointer
-from kd_det.config import add_kd_config, find_config, merge_file, merge_list, student_config
+from kd_det.config import add_kd_config, check_parts, find_config, merge_file, merge_list, save_config, student_config
 from kd_det.errors import InputError
 from kd_det.heads import InheritExploreHead
 from kd_det.heads.factors import Feature
@@ -37,6 +37,7 @@ def load_peer_configs(cfg: CfgNode) -> list[CfgNode]:
         merge_file(peer, find_config(name, "KD.MUTUAL.PEERS"))
         merge_list(peer, node.OPTS, "KD.MUTUAL.OPTS")
         peer = student_config(peer)
+        check_parts(peer, name)
         peer.MODEL.DEVICE = cfg.MODEL.DEVICE
         configs.append(student_config(cfg))
         configs[-1].MODEL, configs[-1].INPUT = peer.MODEL, peer.INPUT
@@ -109,5 +110,5 @@ class PeerWriter(HookBase):
             return
         for student, cfg in zip(self.students, self.configs, strict=True):
             Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
-            Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump(), encoding="utf-8")
+            save_config(cfg)
             KDCheckpointer(student, cfg.OUTPUT_DIR).save("model_final")

@@ -14,10 +14,9 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from kd_det.checkpoint import KDCheckpointer, find_file, fits
-from kd_det.config import student_config
+from kd_det.config import save_config, student_config
 from kd_det.engine import Trainer
 from kd_det.errors import InputError
-from kd_det.files import write_whole
 from kd_det.heads.build import has_stage
 from kd_det.meta_arch import TeacherStudent, check_finite
 from kd_det.sanity import check_teacher
@@ -72,11 +71,6 @@ def open_folder(cfg: CfgNode, *, resume: bool) -> None:
             for path in (Path(cfg.OUTPUT_DIR, name, TAG), Path(cfg.OUTPUT_DIR, name, "pretrain", TAG)):
                 path.unlink(missing_ok=True)
     save_config(cfg)
-
-
-def save_config(cfg: CfgNode) -> None:
-    """Write ``config.yaml`` into the output folder."""
-    write_whole(str(Path(cfg.OUTPUT_DIR, "config.yaml")), lambda file: file.write(cfg.dump().encode()))
 
 
 def is_finished(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from kd_det.checkpoint import load_strictly
-from kd_det.config import add_kd_config, find_config, is_flipped, merge_file, merge_list, student_config
+from kd_det.config import add_kd_config, check_parts, find_config, is_flipped, merge_file, merge_list, student_config
 from kd_det.errors import InputError
 from kd_det.signals import BOX_SIGNALS, Signals, flipped
 from kd_det.taps import build_tap
@@ -249,6 +249,7 @@ def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:
     merge_list(teacher_cfg, node.OPTS, "KD.TEACHER.OPTS")
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher_cfg = student_config(teacher_cfg)
+    check_parts(teacher_cfg, node.CONFIG_FILE)
     in_zoo = path != node.CONFIG_FILE
     weights = node.WEIGHTS or (zoo_weights(node.CONFIG_FILE) if in_zoo else teacher_cfg.MODEL.WEIGHTS)
     if not weights:

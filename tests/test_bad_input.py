@@ -86,6 +86,19 @@ def ends_run(process, told):
         ({"KD.HINT.SCHEDULE.DECAY": "steps"}, ["HintHead"], "KD.HINT.SCHEDULE.DECAY: got 'steps'; allowed are"),
         ({"KD.HINT.WEIGHT": -1.0}, ["HintHead"], "KD.HINT.WEIGHT: must be finite and 0 or more, got -1.0"),
         ({"KD.HINT.WEIGHT": 1e38}, ["HintHead"], "iteration 0: loss_kd_hint is inf"),
+        ({"SOLVER.MAX_ITER": 0}, [], "SOLVER.MAX_ITER: must be 1 or more, got 0."),
+        ({"SOLVER.IMS_PER_BATCH": 0}, [], "SOLVER.IMS_PER_BATCH: must be 1 or more, got 0."),
+        ({"SOLVER.CHECKPOINT_PERIOD": 0}, [], "SOLVER.CHECKPOINT_PERIOD: must be 1 or more, got 0."),
+        ({"DATALOADER.NUM_WORKERS": -1}, [], "DATALOADER.NUM_WORKERS: must be 0 or more, got -1."),
+        ({"SOLVER.LR_SCHEDULER_NAME": "Cosine"}, [], "SOLVER.LR_SCHEDULER_NAME: 'Cosine' is not one of WarmupMulti"),
+        ({"MODEL.DEVICE": "gpu"}, [], "MODEL.DEVICE: 'gpu' is no device, such as cuda, cuda:1 or cpu."),
+        ({"MODEL.BACKBONE.NAME": "resnet18"}, [], "config.yaml: MODEL.BACKBONE.NAME is 'resnet18', which nothing "),
+        ({"MODEL.META_ARCHITECTURE": "Student"}, [], "MODEL.META_ARCHITECTURE is 'Student', which nothing registers "),
+        (
+            {"KD.TEACHER.OPTS": ["MODEL.BACKBONE.NAME", "resnet101"]},
+            ["HintHead"],
+            "teacher.yaml: MODEL.BACKBONE.NAME is 'resnet101', which nothing registers ",
+        ),
     ],
 )
 def test_values_that_cannot_be(run, options, heads, told):

@@ -15,7 +15,7 @@ def measure_loader(config: str, overrides: list[str]) -> str:
     """Let a config's training data loader run for some seconds, and tell how fast it was."""
     cfg = get_cfg()
     add_kd_config(cfg)
-    merge_file(cfg, find_config(config))
+    merge_file(cfg, find_config(config, "--loader"))
     merge_list(cfg, overrides, "--loader")
     register_datasets(cfg)
     check_files(cfg)

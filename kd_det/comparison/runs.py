@@ -81,7 +81,7 @@ def load_runs(runs: Sequence[tuple[str, str]], dataset: str | None, device: str)
         if not os.path.isdir(source) and ":" not in source:
             raise InputError(f"--run {name}={source}: neither an output folder nor CONFIG:WEIGHTS.")
         config_file, path = find_run(source) if os.path.isdir(source) else source.split(":", 1)
-        cfgs.append(read_student_config(config_file))
+        cfgs.append(read_student_config(config_file, f"--run {name}={source}"))
         weights.append(path)
         register_datasets(cfgs[-1])
     classifiers = {is_classifier(cfg): name for (name, _), cfg in zip(runs, cfgs, strict=True)}

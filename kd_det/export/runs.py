@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
+from detectron2.modeling import build_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from kd_det.checkpoint import load_strictly
-from kd_det.config import add_kd_config, find_config, merge_file, student_config
+from kd_det.config import add_kd_config, check_parts, find_config, merge_file, student_config
 from kd_det.errors import InputError
 
 
@@ -27,11 +27,12 @@ def find_run(folder: str) -> tuple[str, str]:
     return str(config), str(weights)
 
 
-def read_student_config(config_file: str) -> CfgNode:
+def read_student_config(config_file: str, key: str = "--config-file") -> CfgNode:
     """Config of the student alone, with kd_det's keys at their defaults.
 
     Args:
         config_file: A file, or the name of a config of the model zoo.
+        key: What names it, for messages.
 
     Raises:
         InputError: If there is no such file, or it names parts that are not registered.
@@ -39,15 +40,11 @@ def read_student_config(config_file: str) -> CfgNode:
     cfg = get_cfg()
     add_kd_config(cfg)
     cfg.KD.set_new_allowed(True)  # Heads of plugins, which the student alone does not need.
-    merge_file(cfg, find_config(config_file))
+    merge_file(cfg, find_config(config_file, key))
     cfg = student_config(cfg)
     # The checkpoint holds these weights.
     cfg.MODEL.TIMM.PRETRAINED = False
-    for key, (registry, name) in registered_parts(cfg).items():
-        if name not in registry:
-            raise InputError(
-                f"{config_file}: {key} is {name!r}, which nothing registers; --plugin FILE imports what does."
-            )
+    check_parts(cfg, config_file)
     return cfg
 
 
@@ -74,10 +71,3 @@ def load_student(cfg: CfgNode, weights: str, device: str, *, ema: bool = False) 
         averaged.load_state_dict(rest["ema"])
         model = averaged.module
     return model.eval()
-
-
-def registered_parts(cfg: CfgNode) -> dict:
-    return {
-        "MODEL.META_ARCHITECTURE": (META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
-        "MODEL.BACKBONE.NAME": (BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
-    }

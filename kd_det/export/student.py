@@ -12,9 +12,9 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from kd_det.classification import ImageClassifier
-from kd_det.config import add_kd_config
+from kd_det.config import add_kd_config, registered_parts
 from kd_det.errors import InputError
-from kd_det.export.runs import load_student, registered_parts
+from kd_det.export.runs import load_student
 from kd_det.export.torchscript import trace
 from kd_det.formats import backbone_of_classifier
 

@@ -109,7 +109,7 @@ def test_loader(benchmark, monkeypatch, coco_folder, tmp_path, capsys):
         (["--heads", "NoHead"], "'NoHead' is not a distillation head"),
         (["--heads", "none", "--switches"], "--heads: only 'none' is named"),
         (["--heads", "none", "--profile"], "--heads: only 'none' is named"),
-        (["--loader", "a.yaml"], "--config-file"),
+        (["--loader", "a.yaml"], "--loader: there is no such file"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, message, benchmark, monkeypatch):
