@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from kd_det.errors import InputError
 from kd_det.heads.build import check_class_counts
 from kd_det.losses import born_again_loss, confidence_weights, permute_dark_knowledge
+from kd_det.losses.numerics import cast_up
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -59,17 +60,17 @@ class BornAgainHead(nn.Module):
         own, other = student[self.signals[0]], teacher[self.signals[0]]
         if self.kind == "cwtm":
             labels = student["roi_classes" if self.source == "roi" else "labels"]
-            losses = F.cross_entropy(own.float(), labels, reduction="none")
+            losses = F.cross_entropy(cast_up(own), labels, reduction="none")
             return {"loss_kd_born_again": (self._weights(other, labels) * losses).sum()}
         if self.kind == "dkpp":
-            other = permute_dark_knowledge(other.float().softmax(dim=1)).log()
+            other = permute_dark_knowledge(cast_up(other).softmax(dim=1)).log()
         return {"loss_kd_born_again": born_again_loss(own, other)}
 
     def _weights(self, other: Tensor, labels: Tensor) -> Tensor:
         """Weight of each row in the sum, (N,); they sum to 1."""
         if self.source == "cls":
             return confidence_weights(other)
-        weights = torch.full(labels.shape, 1 / max(len(labels), 1), device=other.device)
+        weights = torch.full(labels.shape, 1 / max(len(labels), 1), dtype=cast_up(other).dtype, device=other.device)
         foreground = labels < other.shape[1] - 1
-        weights[foreground] *= foreground.sum() * confidence_weights(other[foreground].float())
+        weights[foreground] *= foreground.sum() * confidence_weights(other[foreground])
         return weights

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.heads.build import check_signals
-from kd_det.losses.numerics import masked_mean
+from kd_det.losses.numerics import cast_up, masked_mean
 from kd_det.signals import Batch, Signals
 
 SCALES = ("map_invariant", "code")
@@ -113,7 +113,7 @@ def blank(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def encode(encoder: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
     """The factor of a feature, which depends on the cells that count and is zero at all others."""
-    return blank(encoder(blank(x.float(), mask)), mask)
+    return blank(encoder(blank(cast_up(x), mask)), mask)
 
 
 def reconstruction_loss(
@@ -132,8 +132,8 @@ def reconstruction_loss(
     losses = []
     for name, feature in features.items():
         mask = valid_cells(batch, teacher[name], feature.stride)
-        x = blank(teacher[name].detach().float(), mask)
-        rebuilt = auto_encoders[name](x).float()
+        x = blank(cast_up(teacher[name].detach()), mask)
+        rebuilt = cast_up(auto_encoders[name](x))
         losses.append(masked_mean((F.l1_loss if kind == "l1" else F.mse_loss)(rebuilt, x, reduction="none"), mask))
     return sum(losses)
 

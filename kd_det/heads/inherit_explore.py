@@ -24,6 +24,7 @@ from kd_det.heads.factors import (
 )
 from kd_det.heads.norms import check_norm
 from kd_det.losses import exploration_loss, inheritance_loss
+from kd_det.losses.numerics import cast_up
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -190,7 +191,7 @@ class InheritExploreHead(nn.Module):
     def _distance(self, part: str, half: Tensor, target: Tensor, name: str, batch: Batch) -> Tensor:
         mask = valid_cells(batch, half, self.features[name].stride)
         if (part, self.kind) == ("explore", "od"):
-            half = with_length_of(half.float().relu(), target.float().relu())
+            half = with_length_of(cast_up(half).relu(), cast_up(target).relu())
         loss = (inheritance_loss if part == "inherit" else exploration_loss)(half, target, kind=self.kind)
         return rescale(loss, half, mask, kind=self.kind, scale=self.scale)
 

@@ -21,6 +21,7 @@ from kd_det.heads.preactivations import (
     sum_over_stages,
 )
 from kd_det.losses import margin_from_batch_norm, overhaul_loss
+from kd_det.losses.numerics import cast_up
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -127,10 +128,10 @@ class OverhaulHead(nn.Module):
 
     @torch.no_grad()
     def _count_negatives(self, name: str, other: Tensor, mask: Tensor | None) -> None:
-        negative = other.float().clamp(max=0)
+        negative = cast_up(other).clamp(max=0)
         if mask is not None:
             negative = negative.masked_fill(~mask, 0)
-        found = torch.stack([negative.sum(dim=(0, 2, 3)), (negative < 0).float().sum(dim=(0, 2, 3))])
+        found = torch.stack([negative.sum(dim=(0, 2, 3)), (negative < 0).to(negative).sum(dim=(0, 2, 3))])
         if comm.get_world_size() > 1:
             dist.all_reduce(found)
         self.get_buffer(f"{name}_negative").add_(found)

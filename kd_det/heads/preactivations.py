@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.heads.build import check_feature_maps
+from kd_det.losses.numerics import cast_up
 
 SCALES = ("map_invariant", "code")
 # Of the deepest map of a CIFAR network, for which the published code's factors were chosen.
@@ -58,9 +59,9 @@ def build_connector(student_channels: int, teacher_channels: int, *, norm: str) 
 
 
 def connect(connector: nn.Module, x: Tensor) -> Tensor:
-    """Run a connector in float32: the gradient of a sum over elements may be too large for float16."""
+    """Run a connector in float32 at least: the gradient of a sum over elements may be too large for float16."""
     with torch.autocast(x.device.type, enabled=False):
-        return connector(x.float())
+        return connector(cast_up(x))
 
 
 def sum_over_cells(

@@ -11,6 +11,7 @@ from kd_det.errors import InputError
 from kd_det.heads.build import check_class_counts
 from kd_det.heads.targets import ClassTargets, check_class_targets
 from kd_det.losses import binary_soft_target_loss
+from kd_det.losses.numerics import cast_up
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -154,7 +155,7 @@ class SoftTargetHead(nn.Module):
         )
 
     def _box(self, student: Signals, teacher: Signals) -> Tensor:
-        own, other = student["roi_deltas"].float(), teacher["roi_deltas"].detach().float()
+        own, other = cast_up(student["roi_deltas"]), cast_up(teacher["roi_deltas"].detach())
         classes = student["roi_classes"]
         kept = classes < student["roi_logits"].shape[1] - 1
         own = select_class(own[kept], classes[kept], per_class=4)

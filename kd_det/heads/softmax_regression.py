@@ -14,6 +14,7 @@ from kd_det.errors import InputError
 from kd_det.heads.build import check_signals
 from kd_det.heads.norms import check_norm
 from kd_det.losses import feature_matching_loss, softmax_regression_loss
+from kd_det.losses.numerics import cast_up
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -108,7 +109,7 @@ class SoftmaxRegressionHead(nn.Module):
         }
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
-        feature, logits, weight, bias = (teacher[name].detach().float() for name in self.teacher_signals)
+        feature, logits, weight, bias = (cast_up(teacher[name].detach()) for name in self.teacher_signals)
         connected = self.connect(student[self.signals[0]])
         with torch.autocast(connected.device.type, enabled=False):
             own_logits = F.linear(connected, weight, bias)
@@ -125,4 +126,4 @@ class SoftmaxRegressionHead(nn.Module):
         # SyncBN has the values of all processes, and each of these must take part.
         synchronised = isinstance(self.norm, nn.SyncBatchNorm) and comm.get_world_size() > 1
         self.norm.train(self.training and (synchronised or x.numel() > x.shape[1]))
-        return self.norm(x).relu().float().mean(dim=(2, 3))
+        return cast_up(self.norm(x).relu()).mean(dim=(2, 3))

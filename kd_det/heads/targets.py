@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kd_det.errors import InputError
 from kd_det.losses import adjust_label_smoothing, adjust_probability_shift, dynamic_temperature, soft_target_loss
+from kd_det.losses.numerics import cast_up
 
 ADJUST = ("none", "probability_shift", "label_smoothing")
 DYNAMIC_TEMPERATURE = ("none", "flsw", "cwsm")
@@ -81,8 +82,7 @@ class ClassTargets:
     def _temperatures(self, own: Tensor, other: Tensor, rows: Tensor) -> Tensor:
         """Temperature of each row, (N,)."""
         # In half precision the rows' weights would lose their accuracy.
-        dtype = torch.promote_types(own.dtype, torch.float32)
-        temperatures = torch.full(own.shape[:1], self.temperature, dtype=dtype, device=own.device)
+        temperatures = torch.full(own.shape[:1], self.temperature, dtype=cast_up(own).dtype, device=own.device)
         if self.dynamic_temperature == "none":
             return temperatures
         low, high = min(1.0, self.temperature / 2), 2.0 * self.temperature
@@ -98,7 +98,7 @@ class ClassTargets:
         if has_event_storage():
             clamped = ((found <= low) | (found >= high)).sum() / max(len(found), 1)
             get_event_storage().put_scalar("kd/dtd_clamped", clamped)
-        temperatures[rows] = found.to(dtype)
+        temperatures[rows] = found.to(temperatures)
         return temperatures
 
     def _correct(self, other: Tensor, labels: Tensor, rows: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:

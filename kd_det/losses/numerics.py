@@ -18,8 +18,8 @@ def in_float32(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        args = [_cast_up(value) for value in args]
-        kwargs = {key: _cast_up(value) for key, value in kwargs.items()}
+        args = [cast_up(value) for value in args]
+        kwargs = {key: cast_up(value) for key, value in kwargs.items()}
         device = next((v.device.type for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), "cpu")
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
@@ -27,8 +27,8 @@ def in_float32(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def _cast_up(value):
-    """Casts a floating tensor of fewer than 32 bits to float32; anything else is returned as it is."""
+def cast_up(value):
+    """Casts a floating tensor of fewer than 32 bits to float32; anything else, float64 too, is returned as it is."""
     if isinstance(value, Tensor) and value.is_floating_point() and value.element_size() < 4:
         return value.float()
     return value

@@ -197,6 +197,23 @@ def test_half_precision(name, options, batch, dtype):
 
 
 @each_head
+def test_double_precision(name, options, batch):
+    """In float64 it computes the same, with more digits."""
+    head, sides = make(name, options), pair()
+    torch.manual_seed(0)
+    losses = head(*sides, batch)
+    more = make(name, options).double()
+    doubled = [{key: x.double() if x.is_floating_point() else x for key, x in side.items()} for side in sides]
+    torch.manual_seed(0)
+    again = more(*doubled, batch)
+    assert again.keys() == losses.keys()
+    for key, loss in again.items():
+        assert loss.item() == pytest.approx(losses[key].item(), rel=1e-3)
+        assert loss.dtype == torch.float64
+        assert loss != loss.float()
+
+
+@each_head
 def test_masking_of_padding_keeps_the_gradients(name, options, batch):
     masked = type(batch)(batch.inputs, batch.image_sizes, mask_padding=True)
     head, (student, teacher) = make(name, options), pair()

@@ -97,6 +97,20 @@ def test_half_precision(name, options, batch, dtype, autocast):
 
 
 @each(STAGE_CASES)
+def test_double_precision(name, options, batch):
+    """In float64 it computes the same, with more digits."""
+    sides = pair()
+    doubled = [{key: x.double() if x.is_floating_point() else x for key, x in side.items()} for side in sides]
+    losses = make(name, options).pretrain(*sides, batch)
+    again = make(name, options).double().pretrain(*doubled, batch)
+    assert again.keys() == losses.keys()
+    for key, loss in again.items():
+        assert loss.item() == pytest.approx(losses[key].item(), rel=1e-3)
+        assert loss.dtype == torch.float64
+        assert loss != loss.float()
+
+
+@each(STAGE_CASES)
 def test_state_dict_round_trip(name, options, batch):
     student, teacher = pair()
     first, second = make(name, options, seed=0), make(name, options, seed=1)
