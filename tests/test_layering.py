@@ -13,6 +13,7 @@ ALLOWED = {
     "losses": set(),
     **dict.fromkeys(LEAVES, LEAVES),
     "similarity": {"errors"},
+    "concepts": {"errors"},
     "checkpoint": LEAVES,
     "data": LEAVES,
     "backbones": LEAVES,

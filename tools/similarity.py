@@ -10,7 +10,8 @@ become one row: mean and standard deviation. The halves are those of KD.INHERIT_
 import argparse
 
 from kd_det.comparison import split_run
-from kd_det.comparison.similarity import compare_halves, make_table
+from kd_det.comparison.similarity import compare_halves
+from kd_det.comparison.table import make_rows
 from kd_det.engine import import_plugin, run_tool
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     for path in args.plugin:
         import_plugin(path)
     runs = [split_run(run) for run in args.run]
-    print(make_table(compare_halves(args.teacher, runs, args.feature, dataset=args.dataset)))
+    print(make_rows(compare_halves(args.teacher, runs, args.feature, dataset=args.dataset), "CKA"))
 
 
 if __name__ == "__main__":

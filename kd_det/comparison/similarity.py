@@ -4,13 +4,12 @@ IE-KD (Huang et al., CVPR 2021, https://arxiv.org/abs/2107.00181) draws one half
 away from it; a student that was trained without it tells how alike they are anyway.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
-from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,7 +47,11 @@ def compare_halves(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset, (guide, *students) = load_runs([("teacher", teacher), *runs], dataset, device)
     for run in (guide, *students):
-        check_feature(run, feature, halved=run is not guide)
+        channels = check_feature(run, feature)
+        if run is not guide and channels % 2:
+            raise InputError(
+                f"--feature: {feature} of {run.name!r} has {channels} channels; their number must be even."
+            )
     target, found = read_examples(guide, dataset, feature), []
     for run in students:
         inherit, explore = divide(run, read_examples(run, dataset, feature), feature)
@@ -59,17 +62,12 @@ def compare_halves(
     return summarise([run.name for run in students], found)
 
 
-def check_feature(run: Run, feature: str, *, halved: bool) -> None:
-    """Check that a model has a feature, and where it is to be halved, an even number of channels."""
-    maps = {
-        name: shape for name, shape in build_tap(run.model).spec().items() if shape.stride or name == "roi_features"
-    }
-    if feature not in maps:
-        raise InputError(f"--feature: {feature!r} is no feature map of {run.name!r}, which has {', '.join(maps)}.")
-    if halved and maps[feature].channels % 2:
-        raise InputError(
-            f"--feature: {feature} of {run.name!r} has {maps[feature].channels} channels; their number must be even."
-        )
+def check_feature(run: Run, feature: str, others: Collection[str] = ("roi_features",)) -> int:
+    """Check that a model has a feature: a map, or one of `others`; returns the number of its channels."""
+    known = {name: shape for name, shape in build_tap(run.model).spec().items() if shape.stride or name in others}
+    if feature not in known:
+        raise InputError(f"--feature: {feature!r} is no feature of {run.name!r}, which has {', '.join(known)}.")
+    return known[feature].channels
 
 
 @torch.no_grad()
@@ -103,12 +101,3 @@ def divide(run: Run, examples: Tensor, feature: str) -> tuple[Tensor, Tensor]:
         checkpoint = torch.load(find_run(run.source)[1], map_location="cpu", weights_only=True)
         order = checkpoint.get("kd_heads", {}).get(f"InheritExploreHead.order_{feature}")
     return (examples if order is None else examples[:, order]).chunk(2, dim=1)
-
-
-def make_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The result of :func:`compare_halves` as Markdown, a row per name."""
-    pairs = list(next(iter(found.values())))
-    rows = [
-        [name, *(f"{row[pair]['mean']:.3f} ± {row[pair]['std']:.3f}" for pair in pairs)] for name, row in found.items()
-    ]
-    return tabulate(rows, ["CKA", *pairs], tablefmt="pipe", disable_numparse=True)

@@ -70,6 +70,17 @@ def make_table(results: dict[str, Any]) -> str:
     )
 
 
+def make_rows(found: dict[str, dict[str, dict[str, float]]], title: str) -> str:
+    """What :func:`summarise` gives as a Markdown table, one row per name; a dash where there is no number."""
+    columns = list(next(iter(found.values())))
+
+    def cell(x: dict[str, float]) -> str:
+        return "-" if math.isnan(x["mean"]) else f"{x['mean']:.3f} ± {x['std']:.3f}"
+
+    rows = [[name, *(cell(row[column]) for column in columns)] for name, row in found.items()]
+    return tabulate(rows, [title, *columns], tablefmt="pipe", disable_numparse=True)
+
+
 def decimals(values: list[float]) -> int:
     """Digits behind the point: two, or as many as leave the least value two that are not leading zeros."""
     least = min((value for value in values if value > 0), default=1.0)

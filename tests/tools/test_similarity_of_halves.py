@@ -78,5 +78,5 @@ def test_boxes_are_scaled_with_their_images():
 
 def test_a_feature_that_is_no_map_is_refused(classifiers):
     _, (teacher, student) = classifiers
-    with pytest.raises(InputError, match="'logits' is no feature map of 'teacher', which has res2, res3, res4"):
+    with pytest.raises(InputError, match="'logits' is no feature of 'teacher', which has res2, res3, res4"):
         compare_halves(teacher, [("a", student)], "logits")

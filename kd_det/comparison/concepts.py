@@ -1,0 +1,142 @@
+"""How many visual concepts each of several trained models has, on objects and beside them, and how it learned them."""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from detectron2.data import DatasetCatalog
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+from tqdm import tqdm
+
+from kd_det.checkpoint import load_strictly
+from kd_det.classification.mapper import ClassificationMapper
+from kd_det.comparison.runs import Run, load_runs
+from kd_det.comparison.similarity import check_feature, labelled_boxes
+from kd_det.comparison.table import summarise
+from kd_det.concepts import concept_ratio, find_concepts, learning_effort, measure_entropies, stability
+from kd_det.data import DetectionMapper
+from kd_det.engine import is_classifier
+from kd_det.errors import InputError
+from kd_det.export import find_run
+from kd_det.taps import build_tap
+
+# Features beside maps that concepts can be measured of.
+OTHERS = ("roi_features", "roi_box_features", "pooled")
+METRICS = ("N_fg", "N_bg", "lambda", "D_mean", "D_std", "rho")
+
+
+def compare_concepts(
+    runs: Sequence[tuple[str, str]],
+    feature: str,
+    *,
+    dataset: str | None = None,
+    images: int = 20,
+    threshold: float = 0.2,
+    **search,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Measure the visual concepts of each run, at each of its checkpoints.
+
+    The foreground are the labelled boxes of a detector's images. Of a classifier's, which have none, it is the middle,
+    three quarters of each side, as in the published code for images of one object.
+
+    Args:
+        runs: Name and source of each: an output folder, or "CONFIG:WEIGHTS", which has one checkpoint. Runs of equal
+            names are averaged.
+        feature: A signal of all of them: a map such as ``res4``, ``pooled``, ``roi_features`` or ``roi_box_features``
+            (of the labelled boxes).
+        dataset: Name of the test set; the first run's DATASETS.TEST if None.
+        images: How many of its images are looked at, evenly spaced; of a detector's those with objects.
+        threshold: Of :func:`kd_det.concepts.find_concepts`.
+        search: Options of :func:`kd_det.concepts.measure_entropies`.
+
+    Returns:
+        Name, then metric, then mean and std over runs. Metrics: "N_fg" and "N_bg", concepts of an image on objects and
+        beside them at the last checkpoint; "lambda", the share of the former; of two or more checkpoints (else NaN)
+        "D_mean" and "D_std" (a variance), the way of the weights until an image had most concepts on objects, and
+        "rho", the share that the last one has of all that were ever there.
+
+    Raises:
+        InputError: If a model cannot be read or lacks the feature, or if no image has objects and background.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dataset, loaded = load_runs(runs, dataset, device)
+    for run in loaded:
+        check_feature(run, feature, OTHERS)
+    records = DatasetCatalog.get(dataset)
+    if not is_classifier(loaded[0].cfg):
+        records = [record for record in records if record["annotations"]]
+    if not records:
+        raise InputError(f"--dataset: no image of {dataset} has objects.")
+    records = [records[i * len(records) // images] for i in range(min(images, len(records)))]
+    found = [measure_run(run, feature, records, threshold, search) for run in loaded]
+    return summarise([run.name for run in loaded], found)
+
+
+def measure_run(run: Run, feature: str, records: list[dict], threshold: float, search: dict) -> dict[str, float]:
+    """The metrics of one run, see :func:`compare_concepts`."""
+    mapper = (ClassificationMapper if is_classifier(run.cfg) else DetectionMapper)(run.cfg, is_train=False)
+    pairs = [(record, mapper(record)) for record in records]
+    foreground = torch.stack([find_foreground(*pair, search.get("grid", 16)) for pair in pairs])
+    run.model.requires_grad_(False)
+    concepts, weights = [], []
+    for iteration in load_checkpoints(run):
+        entropies = [
+            measure_entropies(
+                extract(run.model, feature, *pair), pair[1]["image"].float().to(run.model.device), **search
+            )
+            for pair in tqdm(pairs, desc=f"{run.name}, checkpoint {iteration}", unit="image", disable=None)
+        ]
+        concepts.append(find_concepts(torch.stack(entropies).cpu(), foreground, threshold=threshold))
+        weights.append(parameters_to_vector(run.model.parameters()).double().cpu())
+    concepts, weights = torch.stack(concepts), torch.stack(weights)
+    on, beside = ((concepts & where).flatten(2).sum(dim=2).double() for where in (foreground, ~foreground))
+    metrics = {"N_fg": on[-1].mean(), "N_bg": beside[-1].mean(), "lambda": concept_ratio(on[-1], beside[-1])}
+    if len(weights) > 1:
+        steps = weights.diff(dim=0, prepend=weights[:1]).norm(dim=1) / weights[0].norm()
+        metrics["D_mean"], metrics["D_std"] = learning_effort(on.T, steps)
+        metrics["rho"] = stability(concepts & foreground)
+    return dict.fromkeys(METRICS, math.nan) | {name: value.item() for name, value in metrics.items()}
+
+
+def load_checkpoints(run: Run) -> Iterator[int | str]:
+    """Load the checkpoints of a run into its model one after the other, the first one first.
+
+    Yields:
+        The iteration of the one that is loaded, or its path if it does not say.
+    """
+    paths = [run.source.split(":", 1)[-1]]
+    if os.path.isdir(run.source):
+        paths = [*sorted(map(str, Path(run.source).glob("model_[0-9]*.pth"))), find_run(run.source)[1]]
+    seen = set()
+    for path in paths:
+        iteration = load_strictly(run.model, path, key=f"--run {run.name}").get("iteration", path)
+        if iteration not in seen:  # The last one is often there twice, with its number and as model_final.pth.
+            yield iteration
+        seen.add(iteration)
+
+
+def extract(model: nn.Module, feature: str, record: dict, sample: dict) -> Callable[[Tensor], Tensor]:
+    """The function that computes a feature of copies of an image, (n, 3, H, W)."""
+    tap = build_tap(model)
+
+    def compute(images: Tensor) -> Tensor:
+        batch = [sample | {"image": image} for image in images]
+        boxes = labelled_boxes([record] * len(batch), batch) if feature.startswith("roi_") else torch.empty(0, 5)
+        return tap.compute(batch, {feature}, {"roi_boxes": boxes.to(images.device)})[feature]
+
+    return compute
+
+
+def find_foreground(record: dict, sample: dict, grid: int) -> Tensor:
+    """The cells, (grid, grid), whose centres lie in a labelled box; of a classifier's image those in its middle."""
+    height, width = sample["image"].shape[-2:]
+    boxes = torch.tensor([[0.0, width / 8, height / 8, width * 7 / 8, height * 7 / 8]])
+    if "annotations" in record:
+        boxes = labelled_boxes([record], [sample])
+    centres = (torch.arange(grid) + 0.5) / grid
+    x, y = (centres * width)[None, None, :], (centres * height)[None, :, None]
+    left, top, right, bottom = boxes[:, 1:, None, None].unbind(1)
+    return ((left <= x) & (x < right) & (top <= y) & (y < bottom)).any(dim=0)

@@ -1,0 +1,87 @@
+"""tools/concepts.py: visual concepts of runs, over their checkpoints."""
+
+import math
+
+import pytest
+import torch
+from classification.models import classifier_cfg
+from detectron2.structures import BoxMode
+from helpers import build, tiny_cfg, with_data
+
+from kd_det.comparison.concepts import METRICS, compare_concepts, find_foreground
+from kd_det.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("in_process")
+
+DIGITS = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8, "DATASETS.TEST": ("digits_test",)}
+SEARCH = {"images": 3, "grid": 4, "steps": 4, "copies": 4}
+
+
+@pytest.fixture
+def classifier(tmp_path, save_run):
+    """A run of three checkpoints: two of iteration 1 and 2, and the last one once more as model_final.pth."""
+    cfg = classifier_cfg(options=DIGITS)
+    folder = save_run(tmp_path / "run", cfg)
+    for name, iteration in (("model_0000002", 2), ("model_final", 2)):
+        torch.save({"model": build(cfg, seed=5).state_dict(), "iteration": iteration}, f"{folder}/{name}.pth")
+    (tmp_path / "run" / "last_checkpoint").write_text("model_final.pth")
+    return folder
+
+
+def test_metrics_of_a_classifier(classifier):
+    found = compare_concepts([("a", classifier), ("a", classifier)], "res4", **SEARCH)["a"]
+    assert list(found) == list(METRICS)
+    assert all(x["std"] == 0 for x in found.values())
+    assert 0 < found["N_fg"]["mean"] + found["N_bg"]["mean"] <= 16
+    assert 0 <= found["lambda"]["mean"] <= 1
+    assert 0 <= found["rho"]["mean"] <= 1
+    # The way to the second and last checkpoint, or no way at all.
+    models = [torch.load(f"{classifier}/model_000000{i}.pth")["model"] for i in (1, 2)]
+    names = [name for name in models[0] if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    first, last = (torch.cat([model[name].flatten().double() for name in names]) for model in models)
+    share = found["D_mean"]["mean"] / ((last - first).norm() / first.norm()).item()
+    assert round(3 * share, 4) in (0, 1, 2, 3)  # of three images
+
+
+def test_one_checkpoint_tells_nothing_of_learning(classifier, run_tool, capsys):
+    source = f"{classifier}/config.yaml:{classifier}/model_final.pth"
+    options = [part for key, value in SEARCH.items() for part in (f"--{key}", str(value))]
+    run_tool("concepts", "--feature", "pooled", *options, "--run", f"one={source}", "--run", f"all={classifier}")
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in capsys.readouterr().out.strip().splitlines()
+    ]
+    assert rows[0] == ["concepts", *METRICS]
+    one, every = rows[2:]
+    assert one[4:] == ["-", "-", "-"]
+    assert "-" not in every
+    assert one[1:4] == every[1:4]
+
+
+@pytest.mark.parametrize("feature", ["p3", "res4", "roi_box_features"])
+def test_metrics_of_a_detector(feature, coco_folder, tmp_path, save_run):
+    folder = save_run(tmp_path / "run", with_data(tiny_cfg(), coco_folder, tmp_path))
+    found = compare_concepts([("a", folder)], feature, images=2, grid=4, steps=2, copies=2)["a"]
+    assert 0 <= found["N_fg"]["mean"] + found["N_bg"]["mean"] <= 16
+    assert math.isnan(found["rho"]["mean"])
+
+
+def test_foreground_is_where_boxes_hold_the_centres_of_cells():
+    """An image of 80 x 40 pixels, shown at half its size: cells of 10 x 5 pixels."""
+    sample = {"image": torch.zeros(3, 20, 40), "height": 40, "width": 80}
+    boxes = [[0, 0, 31, 29], [70, 30, 10, 9]]  # to x 15.5 and y 14.5; from x 35 and y 15 to 19.5
+    record = {"annotations": [{"bbox": box, "bbox_mode": BoxMode.XYWH_ABS} for box in boxes]}
+    found = find_foreground(record, sample, 4).int().tolist()
+    assert found == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1]]
+
+
+def test_foreground_of_a_classifiers_image_is_its_middle():
+    found = find_foreground({"label": 3}, {"image": torch.zeros(3, 32, 32)}, 16)
+    assert found[2:14, 2:14].all()
+    assert found.sum() == 12 * 12
+
+
+def test_mistakes(classifier, run_tool):
+    with pytest.raises(InputError, match=r"'logits' is no feature of 'a', which has res2, .*, pooled"):
+        compare_concepts([("a", classifier)], "logits", **SEARCH)
+    with pytest.raises(SystemExit, match="error: --copies: must be above 0, got 0"):
+        run_tool("concepts", "--feature", "res4", "--run", f"a={classifier}", "--copies", "0")
