@@ -353,6 +353,8 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         raise InputError(f"{place}: not a safe YAML file: {getattr(error, 'problem', error)}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: its _BASE_ leads back to the file itself.") from error
     except (AttributeError, TypeError) as error:
         raise InputError(f"{path}: something else stands where a mapping of keys belongs: {one_line(error)}") from error
     except (AssertionError, KeyError, ValueError) as error:

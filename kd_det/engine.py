@@ -362,12 +362,14 @@ def import_plugin(path: str) -> None:
     """Import a Python file for what it registers.
 
     Raises:
-        InputError: If there is no such file.
+        InputError: If there is no such file, or its name does not end in ``.py``.
     """
     if not os.path.isfile(path):
         raise InputError(f"--plugin: there is no file {path}.")
     name = f"kd_det_plugin_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        raise InputError(f"--plugin: {path} is no Python file; its name must end in .py.")
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
 

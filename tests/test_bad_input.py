@@ -112,6 +112,7 @@ def test_values_that_cannot_be(run, options, heads, told):
         ("", ["KD.HINT.WEIGTH", "2"], "command line: Non-existent key: KD.HINT.WEIGTH"),
         ("\nX: !!python/object/apply:os.mkdir [canary]", [], "not a safe YAML file"),
         ("", ["--plugin", "no_such.py"], "--plugin: there is no file no_such.py."),
+        ("", ["--plugin", "config.yaml"], "--plugin: config.yaml is no Python file; its name must end in .py."),
         (
             "",
             ["OUTPUT_DIR", "x", "--resume"],

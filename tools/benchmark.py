@@ -72,7 +72,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=8 if cuda else 2, help="images per step (%(default)s)")
     parser.add_argument(
-        "--depths", type=int, nargs=2, default=(18, 101), metavar=("STUDENT", "TEACHER"), help="of the ResNets"
+        "--depths",
+        type=int,
+        nargs=2,
+        choices=(18, 34, 50, 101, 152),
+        default=(18, 101),
+        metavar=("STUDENT", "TEACHER"),
+        help="of the ResNets: 18, 34, 50, 101 or 152 (18 and 101)",
     )
     parser.add_argument(
         "--amp",

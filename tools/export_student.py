@@ -50,6 +50,8 @@ def parse_args() -> argparse.Namespace:
 def read_sample(cfg, image: str | None, size: list[int] | None) -> torch.Tensor:
     """An image as the model expects it."""
     if size:
+        if min(size) < 1:
+            raise InputError(f"--size: both must be above 0, got {size[0]} and {size[1]}.")
         return torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) * 255
     if image and not os.path.isfile(image):
         raise InputError(f"--image: there is no file {image}.")

@@ -17,7 +17,11 @@ def benchmark(load_tool, monkeypatch):
     """The tool with tiny detectors, and without processes of their own."""
 
     def config(depth):
-        options = {"MODEL.RESNETS.RES2_OUT_CHANNELS": depth, "MODEL.RESNETS.NORM": "FrozenBN", "SOLVER.BASE_LR": 0.0}
+        options = {
+            "MODEL.RESNETS.RES2_OUT_CHANNELS": {18: 8, 34: 16}[depth],
+            "MODEL.RESNETS.NORM": "FrozenBN",
+            "SOLVER.BASE_LR": 0.0,
+        }
         cfg = tiny_cfg(options=options | {"MODEL.ROI_HEADS.NUM_CLASSES": 6})
         cfg.KD.SOFT_TARGET.SOURCES = ["roi", "rpn", "mask"]
         cfg.KD.HINT.IN_FEATURES = LEVELS
@@ -29,7 +33,7 @@ def benchmark(load_tool, monkeypatch):
 
 
 def run(benchmark, monkeypatch, *arguments):
-    tiny = ["--size", 64, "--batch", 1, "--rounds", 2, "--depths", 8, 16]
+    tiny = ["--size", 64, "--batch", 1, "--rounds", 2, "--depths", 18, 34]
     monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, [*tiny, *arguments])])
     benchmark.run_tool(benchmark.main)
 
@@ -50,7 +54,7 @@ def test_table_and_json(benchmark, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("options", [{}, {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"}])
 def test_weights_and_boxes_stay(options):
     """All steps of a case do the same work: they change no weight, and the teacher sees the boxes of the student."""
-    row, setup = Row("a", ("SoftTargetHead",), options), Setup(depths=(8, 16), batch=1, size=64, rounds=1)
+    row, setup = Row("a", ("SoftTargetHead",), options), Setup(depths=(18, 34), batch=1, size=64, rounds=1)
     student, teacher = case.build_networks(case.row_config(row, setup), setup)
     with EventStorage():
         first = case.Case(row, setup, student, teacher)

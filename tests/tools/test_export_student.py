@@ -190,6 +190,7 @@ def test_a_failure_leaves_nothing(options, message, tmp_path, save_run):
         (["--run", "nowhere"], "nowhere/config.yaml does not exist"),
         (["--config-file", "a.yaml"], "either --run, or --config-file and --weights"),
         (["--run", "{run}", "--image", "none.png"], "no file none.png"),
+        (["--run", "{run}", "--size", "0", "8"], "--size: both must be above 0, got 0 and 8"),
         (["--run", "{run}"], "--image: none is given"),
         (["--run", "{run}", "--output", "{run}", "--no-torchscript"], "exists already"),
     ],
