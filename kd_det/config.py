@@ -309,8 +309,8 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Keep the weights of all that is trained with the channels last in memory; see KD.TEACHER.CHANNELS_LAST.
     cfg.SOLVER.CHANNELS_LAST = False
-    # Count in epochs: MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD, TEST.EVAL_PERIOD and every SCHEDULE of KD. They
-    # are turned into iterations when a run begins.
+    # Count in epochs: MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD, TEST.EVAL_PERIOD, every SCHEDULE of KD, and
+    # MAX_ITER and STEPS of KD.PRETRAIN. They are turned into iterations when a run begins.
     cfg.SOLVER.IN_EPOCHS = False
 
     # ---- Checkpoints ----

@@ -4,6 +4,7 @@ import argparse
 import errno
 import importlib.util
 import logging
+import math
 import os
 import re
 import sys
@@ -58,6 +59,7 @@ from kd_det.writers import build_writers, drop_lines, metrics_path
 logger = logging.getLogger(__name__)
 # The least value of keys that take numbers.
 LEAST = {
+    "KD.PRETRAIN.MAX_ITER": 0,
     "SOLVER.IMS_PER_BATCH": 1,
     "SOLVER.MAX_ITER": 1,
     "SOLVER.CHECKPOINT_PERIOD": 1,
@@ -66,6 +68,7 @@ LEAST = {
     "KD.GENERATIONS": 0,
 }
 # Those of Detectron2.
+WARMUP_METHODS = ("linear", "constant")
 LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 # How an error that is no defect begins in the traceback of another process.
 TOLD = re.compile(
@@ -278,10 +281,15 @@ def check_run(cfg: CfgNode, source: str) -> None:
         value = reduce(getattr, key.split("."), cfg)
         if value < least:
             raise InputError(f"{key}: must be {least} or more, got {value}.")
-    if cfg.SOLVER.LR_SCHEDULER_NAME not in LR_SCHEDULERS:
-        raise InputError(
-            f"SOLVER.LR_SCHEDULER_NAME: {cfg.SOLVER.LR_SCHEDULER_NAME!r} is not one of {', '.join(LR_SCHEDULERS)}."
-        )
+    for key, rate in (("SOLVER.BASE_LR", cfg.SOLVER.BASE_LR), ("KD.PRETRAIN.BASE_LR", cfg.KD.PRETRAIN.BASE_LR)):
+        if not 0 < rate < math.inf:
+            raise InputError(f"{key}: must be finite and above 0, got {rate}.")
+    for key, steps in (("SOLVER.STEPS", cfg.SOLVER.STEPS), ("KD.PRETRAIN.STEPS", cfg.KD.PRETRAIN.STEPS)):
+        if list(steps) != sorted(steps):
+            raise InputError(f"{key}: must be in increasing order, got {list(steps)}.")
+    for key, allowed in (("LR_SCHEDULER_NAME", LR_SCHEDULERS), ("WARMUP_METHOD", WARMUP_METHODS)):
+        if cfg.SOLVER[key] not in allowed:
+            raise InputError(f"SOLVER.{key}: {cfg.SOLVER[key]!r} is not one of {', '.join(allowed)}.")
     try:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
@@ -313,17 +321,39 @@ def apply_distillation_arguments(cfg: CfgNode, args: argparse.Namespace) -> None
             "--teacher and --kd-heads: a config that names neither teacher nor heads needs both arguments."
         )
     cfg.KD.STUDENT_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE, "TeacherStudent"
-    # A model other than an R-CNN with FPN has other levels and predictions than the heads' defaults.
-    levels, source = {
-        "RetinaNet": (cfg.MODEL.RETINANET.IN_FEATURES, "dense"),
-        "ImageClassifier": (["res2", "res3", "res4"], "cls"),
-    }.get(cfg.KD.STUDENT_ARCHITECTURE, (cfg.MODEL.RPN.IN_FEATURES, "roi"))
+    default = get_cfg()
+    add_kd_config(default)
     for name in cfg.KD.HEADS:
-        node = cfg.KD.get(config_key(name), {})
-        if "IN_FEATURES" in node and not set(node.IN_FEATURES) <= set(levels):
-            node.IN_FEATURES = list(levels)
-        if source != "roi" and "SOURCES" in node:
-            node.SOURCES = [source]
+        key = config_key(name)
+        if key in cfg.KD and key in default.KD:
+            adapt_head(cfg, cfg.KD[key], default.KD[key])
+
+
+def adapt_head(cfg: CfgNode, node: CfgNode, default: CfgNode) -> None:
+    """Let a head's defaults name what the student has: they are those of an R-CNN with FPN.
+
+    Args:
+        cfg: The run's config.
+        node: The head's, which is changed; what is not the default stays.
+        default: The head's defaults.
+    """
+    stages = cfg.MODEL.FPN.IN_FEATURES or cfg.MODEL.RESNETS.OUT_FEATURES
+    if ImageClassifier.__name__ == cfg.KD.STUDENT_ARCHITECTURE:
+        levels, known = ["res2", "res3", "res4"], {"res2", "res3", "res4", *stages}
+        others = {"SOURCES": ["cls"], "SOURCE": "cls", "IN_FEATURE": max(known)}
+    elif cfg.KD.STUDENT_ARCHITECTURE == "RetinaNet":
+        levels, others = cfg.MODEL.RETINANET.IN_FEATURES, {"SOURCES": ["dense"]}
+        known = {*levels, *stages}
+    else:
+        levels, others = cfg.MODEL.RPN.IN_FEATURES, {}
+        known = {*levels, *stages, "roi_features"}
+    for key, value in others.items():
+        if key in node and node[key] == default[key]:
+            node[key] = value
+    if "IN_FEATURES" in node and node.IN_FEATURES == default.IN_FEATURES and not set(default.IN_FEATURES) <= known:
+        # Of the stages those that there are; other maps give way to all that the model predicts from.
+        found = [name for name in default.IN_FEATURES if name.startswith("res") and name in known]
+        node.IN_FEATURES = found or list(levels)
 
 
 def epochs_to_iterations(cfg: CfgNode, images: int) -> None:

@@ -48,7 +48,7 @@ def train(cfg: CfgNode, *, resume: bool, begin: Callable[[], None] | None = None
         train_generations(cfg, resume=resume, begin=begin)
         return
     check_teacher(cfg)
-    staged = cfg.KD.PRETRAIN.MAX_ITER and not cfg.KD.PRETRAIN.WEIGHTS
+    staged = cfg.KD.PRETRAIN.MAX_ITER > 0 and not cfg.KD.PRETRAIN.WEIGHTS
     weights = pretrain(cfg, resume=resume, begin=begin) if staged else cfg.KD.PRETRAIN.WEIGHTS
     seed(cfg)
     trainer = Trainer(cfg)

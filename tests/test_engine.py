@@ -277,6 +277,42 @@ def test_an_rcnn_keeps_the_levels_of_the_heads():
     assert cfg.KD.SOFT_TARGET.SOURCES == ["roi"]
 
 
+R_CNN, C4 = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"
+CLASSIFIER = "configs/Classification/cifar100_resnet20.yaml"
+PYRAMID = ["p3", "p4", "p5", "p6", "p7"]
+
+
+@pytest.mark.parametrize(
+    ("head", "config", "expected"),
+    [
+        ("OverhaulHead", R_CNN, {"OVERHAUL.IN_FEATURES": ["res2", "res3", "res4", "res5"]}),
+        ("OverhaulHead", ZOO, {"OVERHAUL.IN_FEATURES": ["res3", "res4", "res5"]}),
+        ("OverhaulHead", C4, {"OVERHAUL.IN_FEATURES": ["res4"]}),
+        ("ActivationBoundaryHead", CLASSIFIER, {"ACTIVATION_BOUNDARY.IN_FEATURES": ["res2", "res3", "res4"]}),
+        ("FactorTransferHead", R_CNN, {"FACTOR_TRANSFER.IN_FEATURES": ["roi_features"]}),
+        ("FactorTransferHead", ZOO, {"FACTOR_TRANSFER.IN_FEATURES": PYRAMID}),
+        ("InheritExploreHead", CLASSIFIER, {"INHERIT_EXPLORE.IN_FEATURES": ["res2", "res3", "res4"]}),
+        ("HintHead", R_CNN, {"HINT.IN_FEATURES": ["p2", "p3", "p4", "p5"]}),
+        ("SoftmaxRegressionHead", R_CNN, {"SOFTMAX_REGRESSION.IN_FEATURE": "roi_box_features"}),
+        ("SoftmaxRegressionHead", CLASSIFIER, {"SOFTMAX_REGRESSION.IN_FEATURE": "res4"}),
+        ("BornAgainHead", CLASSIFIER, {"BORN_AGAIN.SOURCE": "cls"}),
+        ("BornAgainHead", R_CNN, {"BORN_AGAIN.SOURCE": "roi"}),
+    ],
+)
+def test_every_heads_defaults_name_what_the_student_has(head, config, expected):
+    cfg = applied("--teacher", "t.yaml", "--kd-heads", head, config=config)
+    for key, value in expected.items():
+        node, option = key.split(".")
+        assert cfg.KD[node][option] == value
+
+
+def test_what_a_config_says_of_a_head_stays(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"_BASE_: {find_config(R_CNN)}\nKD: {{HINT: {{IN_FEATURES: [res9]}}}}\n")
+    cfg = applied("--teacher", "t.yaml", "--kd-heads", "HintHead", config=str(path))
+    assert cfg.KD.HINT.IN_FEATURES == ["res9"]
+
+
 def test_a_c4_model_has_one_level():
     cfg = applied("--teacher", "t.yaml", "--kd-heads", "HintHead", config="COCO-Detection/faster_rcnn_R_50_C4_1x.yaml")
     assert cfg.KD.HINT.IN_FEATURES == ["res4"]

@@ -154,9 +154,9 @@ def rescale(loss: Tensor, factor: Tensor, mask: Tensor | None, *, kind: str, sca
     channels = 1 if kind == "at" else factor.shape[1]
     elements = channels * factor.shape[2] * factor.shape[3]
     if mask is None:
-        valid = torch.tensor(float(elements), device=loss.device)
+        valid = torch.full_like(loss, elements)
     else:
-        valid = (channels * mask.sum() / max(len(mask), 1)).clamp(min=1)
+        valid = (channels * mask.sum().to(loss) / max(len(mask), 1)).clamp(min=1)
     if kind == "od":
         return loss / valid.sqrt() if scale == "map_invariant" else loss
     mean = loss * elements / valid

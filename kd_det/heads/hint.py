@@ -11,6 +11,7 @@ from kd_det.errors import InputError
 from kd_det.heads.build import check_feature_maps
 from kd_det.heads.norms import check_norm
 from kd_det.losses import hint_loss
+from kd_det.losses.numerics import cast_for_layers
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -93,7 +94,7 @@ class HintHead(nn.Module):
     def _compare(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
         losses = [
             hint_loss(
-                self.regressors[name](student[name]),
+                self.regressors[name](cast_for_layers(student[name])),
                 teacher[name],
                 mask=batch.valid_mask(student[name], stride),
             )

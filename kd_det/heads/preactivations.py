@@ -97,4 +97,4 @@ def sum_over_stages(losses: Sequence[Tensor], deepest: Tensor, mask: Tensor | No
         return total
     if mask is None:
         return total * REFERENCE_CELLS / (deepest.shape[2] * deepest.shape[3])
-    return total * REFERENCE_CELLS / torch.clamp(mask.sum() / max(len(mask), 1), min=1)
+    return total * REFERENCE_CELLS / torch.clamp(mask.sum().to(total) / max(len(mask), 1), min=1)

@@ -12,6 +12,7 @@ from kd_det.errors import InputError
 from kd_det.heads.build import check_feature_maps, check_signals
 from kd_det.heads.norms import check_norm
 from kd_det.losses import hierarchical_context_loss
+from kd_det.losses.numerics import cast_for_layers
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -106,6 +107,8 @@ class ReviewKDHead(nn.Module):
         check_signals(key, pooled, student_spec, teacher_spec)
         others = [*teacher_maps, *pooled]
         check_norm(cfg, "REVIEW", [node.MID_CHANNELS, *(teacher_spec[name].channels for name in others)])
+        if node.MID_CHANNELS < 1:
+            raise InputError(f"KD.REVIEW.MID_CHANNELS: must be 1 or more, got {node.MID_CHANNELS}.")
         strides = [student_spec[name].stride for name in maps]
         if strides != sorted(strides) or [*maps, *pooled] != list(node.IN_FEATURES):
             raise InputError(
@@ -122,7 +125,7 @@ class ReviewKDHead(nn.Module):
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
         losses, residual = [], None
         for name, other in zip(reversed(self.signals), reversed(self.teacher_signals), strict=True):
-            fused, residual = self.fusions[name](as_map(student[name]), residual)
+            fused, residual = self.fusions[name](cast_for_layers(as_map(student[name])), residual)
             mask = batch.valid_mask(fused, self.strides[name]) if self.strides[name] else None
             losses.append(hierarchical_context_loss(fused, as_map(teacher[other]), mask=mask))
         return {"loss_kd_review": sum(losses)}

@@ -1,5 +1,6 @@
 """Soft targets: the student's predictions resemble the teacher's, on the same boxes and anchors."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -100,6 +101,10 @@ class SoftTargetHead(nn.Module):
             raise InputError(f"KD.SOFT_TARGET.ROIS: got {node.ROIS!r}; allowed are {', '.join(ROIS)}.")
         if node.TEMPERATURE <= 0:
             raise InputError(f"KD.SOFT_TARGET.TEMPERATURE: must be above 0, got {node.TEMPERATURE}.")
+        if not 0 <= node.BACKGROUND_WEIGHT < math.inf:
+            raise InputError(
+                f"KD.SOFT_TARGET.BACKGROUND_WEIGHT: must be finite and 0 or more, got {node.BACKGROUND_WEIGHT}."
+            )
         for source in node.SOURCES:
             check_class_counts("KD.SOFT_TARGET.SOURCES", SOURCES[source], student_spec, teacher_spec)
         if node.BOX_REGRESSION:
@@ -133,7 +138,7 @@ class SoftTargetHead(nn.Module):
     def _images(self, student: Signals, teacher: Signals, name: str) -> Tensor:
         own = student[name]
         every = torch.ones(len(own), dtype=torch.bool, device=own.device)
-        return self.compare_classes(own, teacher[name], student.get("labels"), rows=every, weights=every.float())
+        return self.compare_classes(own, teacher[name], student.get("labels"), rows=every, weights=every.to(cast_up(own)))
 
     def _roi(self, student: Signals, teacher: Signals, name: str) -> Tensor:
         own, other, classes = student[name], teacher[name], student["roi_classes"]
@@ -141,7 +146,8 @@ class SoftTargetHead(nn.Module):
             kept = classes < own.shape[1] - 1
             own, other, classes = own[kept], other[kept], classes[kept]
         foreground = classes < own.shape[1] - 1
-        weights = torch.where(foreground, 1.0, self.background_weight)
+        weights = torch.full(foreground.shape, self.background_weight, dtype=cast_up(own).dtype, device=own.device)
+        weights = weights.masked_fill(foreground, 1.0)
         return self.compare_classes(own, other, classes, rows=foreground, weights=weights)
 
     def _anchors(self, student: Signals, teacher: Signals, name: str) -> Tensor:

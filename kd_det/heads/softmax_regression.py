@@ -121,9 +121,11 @@ class SoftmaxRegressionHead(nn.Module):
 
     def connect(self, x: Tensor) -> Tensor:
         """The student's feature (N, C) or (N, C, H, W) as one of the teacher's, (N, D)."""
-        x = self.connector(x if x.dim() == 4 else x[:, :, None, None])
+        # In float32, as large features overflow behind the convolution in float16.
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.connector(cast_up(x if x.dim() == 4 else x[:, :, None, None]))
         # Batch norm cannot normalise fewer than two values per channel: without boxes it uses its running statistics.
         # SyncBN has the values of all processes, and each of these must take part.
         synchronised = isinstance(self.norm, nn.SyncBatchNorm) and comm.get_world_size() > 1
         self.norm.train(self.training and (synchronised or x.numel() > x.shape[1]))
-        return cast_up(self.norm(x).relu()).mean(dim=(2, 3))
+        return self.norm(x).relu().mean(dim=(2, 3))

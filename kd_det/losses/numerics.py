@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,11 +27,16 @@ def in_float32(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def cast_up(value):
+def cast_up(value: Any) -> Any:
     """Casts a floating tensor of fewer than 32 bits to float32; anything else, float64 too, is returned as it is."""
     if isinstance(value, Tensor) and value.is_floating_point() and value.element_size() < 4:
         return value.float()
     return value
+
+
+def cast_for_layers(x: Tensor) -> Tensor:
+    """Casts up what layers in float32 take: under autocast they cast by themselves, and the copy would cost."""
+    return x if torch.is_autocast_enabled(x.device.type) else cast_up(x)
 
 
 def mean(x: Tensor) -> Tensor:
