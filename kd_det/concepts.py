@@ -76,7 +76,7 @@ def measure_entropies(
         seed: Of the noise.
 
     Returns:
-        (grid, grid) entropies in nats; NaN if the feature does not change when noise is added.
+        (grid, grid) entropies in nats; NaN if the feature does not change when noise is added, or is not finite.
     """
     generator = torch.Generator(image.device).manual_seed(seed)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def measure_entropies(
     parts = [min(batch, copies - first) for first in range(0, copies, batch)]
     with torch.no_grad():
         scale = sum(loss(part, 1.0, 0.0) * part for part in parts) / copies
-    if scale == 0:
+    if not 0 < scale < math.inf:
         return torch.full_like(sigma, math.nan).detach()
     found, nearest, reached = sigma.detach().clone(), math.inf, False
     for step in range(steps):
@@ -123,14 +123,15 @@ def find_concepts(entropies: Tensor, foreground: Tensor, *, threshold: float = 0
         threshold: In nats.
 
     Returns:
-        Booleans (N, g, g). The background's entropy is the mean over images of each one's mean over its background.
+        Booleans (N, g, g), all False of an image without entropies. The background's entropy is the mean over images of
+        each one's mean over its background.
 
     Raises:
         InputError: If no image has background.
     """
-    background = entropies.masked_fill(foreground, math.nan).flatten(1).nanmean(dim=1).nanmean()
-    if background.isnan():
+    if foreground.all():
         raise InputError("visual concepts: no image has background, which they are defined against.")
+    background = entropies.masked_fill(foreground, math.nan).flatten(1).nanmean(dim=1).nanmean()
     return background - entropies > threshold
 
 

@@ -354,7 +354,7 @@ def merge_file(cfg: CfgNode, path: str) -> None:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     except RecursionError as error:
-        raise InputError(f"{path}: its _BASE_ leads back to the file itself.") from error
+        raise InputError(f"{path}: its bases (_BASE_), or aliases in it, lead back to themselves.") from error
     except (AttributeError, TypeError) as error:
         raise InputError(f"{path}: something else stands where a mapping of keys belongs: {one_line(error)}") from error
     except (AssertionError, KeyError, ValueError) as error:

@@ -151,7 +151,7 @@ class MutualStudents(nn.Module):
             found = {key: self.task_weight * loss for key, loss in found.items()}
             groups.append({"task": list(found.values())})
             if self.heads and self.heads[i].pretrained:
-                found |= self.heads[i].pretrain({}, signals, batch)
+                found |= self.heads[i].pretrain({}, first_boxes(self.heads[i].boxes, signals)[0], batch)
             losses |= {f"{key}_peer_{i + 1}": loss for key, loss in found.items()}
             recorded.append(signals)
         weight = self.head_weight(storage.iter)

@@ -37,7 +37,7 @@ def load_peer_configs(cfg: CfgNode) -> list[CfgNode]:
         merge_file(peer, find_config(name, "KD.MUTUAL.PEERS"))
         merge_list(peer, node.OPTS, "KD.MUTUAL.OPTS")
         peer = student_config(peer)
-        check_parts(peer, name)
+        check_parts(peer, f"{name} with KD.MUTUAL.OPTS")
         peer.MODEL.DEVICE = cfg.MODEL.DEVICE
         configs.append(student_config(cfg))
         configs[-1].MODEL, configs[-1].INPUT = peer.MODEL, peer.INPUT

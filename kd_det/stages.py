@@ -55,8 +55,8 @@ def train(cfg: CfgNode, *, resume: bool, begin: Callable[[], None] | None = None
     if isinstance(trainer.plain_model, TeacherStudent):
         check_stage(cfg, trainer.plain_model.heads)
     trainer.resume_or_load(resume=resume)
-    if weights and trainer.start_iter == 0:
-        load_stage(trainer.plain_model, weights)
+    if weights:
+        load_stage(trainer.plain_model, weights, check_only=trainer.start_iter > 0)
     begin()
     log_summary(trainer, stage=weights)
     trainer.train()
@@ -229,17 +229,26 @@ def stage_config(cfg: CfgNode, folder: Path) -> CfgNode:
     return cfg
 
 
-def load_stage(model: TeacherStudent, path: str) -> None:
+def load_stage(model: TeacherStudent, path: str, *, check_only: bool = False) -> None:
     """Load what the stage trained: the heads, and the student where a head trained it.
 
+    Args:
+        check_only: Load nothing; only its teacher must be the model's.
+
     Raises:
-        InputError: If the file cannot be read, or is that of another teacher.
+        InputError: If the file cannot be read, is that of another teacher, or lacks keys of a student that it trained.
     """
-    parts = {"kd_teacher": TeacherIdentity(model.teacher), **model.checkpointables}
-    trained = any(getattr(head, "pretrains_student", False) for head in model.heads.values())
+    trained = any(getattr(head, "pretrains_student", False) for head in model.heads.values()) and not check_only
+    parts = {"kd_teacher": TeacherIdentity(model.teacher), **({} if check_only else model.checkpointables)}
     checkpointer = KDCheckpointer(model.student if trained else copy.deepcopy(model.student), **parts)
     with fits("KD.PRETRAIN.WEIGHTS", path):
         checkpointer.load(find_file(path, "KD.PRETRAIN.WEIGHTS"))
+    _, matched, total = checkpointer.loaded
+    if trained and matched < total:
+        raise InputError(
+            f"KD.PRETRAIN.WEIGHTS: {path} was written by a stage with another student: {matched} of the student's "
+            f"{total} keys match."
+        )
 
 
 # ---- Generations ----
@@ -256,6 +265,12 @@ def train_generations(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) 
         raise InputError(
             f"KD.GENERATIONS: got {cfg.KD.GENERATIONS}, but there is no teacher: MODEL.META_ARCHITECTURE is "
             f"{cfg.MODEL.META_ARCHITECTURE}, KD.HEADS {list(cfg.KD.HEADS)}; TeacherStudent and a head are needed."
+        )
+    if cfg.KD.GENERATIONS > 1 and cfg.KD.PRETRAIN.WEIGHTS:
+        raise InputError(
+            f"KD.PRETRAIN.WEIGHTS: must be empty for KD.GENERATIONS {cfg.KD.GENERATIONS}, got "
+            f"{cfg.KD.PRETRAIN.WEIGHTS}: a stage belongs to one teacher, and each generation has another; give "
+            "KD.PRETRAIN.MAX_ITER instead."
         )
     own, other = student_config(cfg).MODEL, load_teacher_config(cfg)[0].MODEL
     # As text, in which a list is a tuple.

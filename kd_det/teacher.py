@@ -249,7 +249,7 @@ def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:
     merge_list(teacher_cfg, node.OPTS, "KD.TEACHER.OPTS")
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher_cfg = student_config(teacher_cfg)
-    check_parts(teacher_cfg, node.CONFIG_FILE)
+    check_parts(teacher_cfg, f"{node.CONFIG_FILE} with KD.TEACHER.OPTS")
     in_zoo = path != node.CONFIG_FILE
     weights = node.WEIGHTS or (zoo_weights(node.CONFIG_FILE) if in_zoo else teacher_cfg.MODEL.WEIGHTS)
     if not weights:

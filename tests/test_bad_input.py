@@ -103,12 +103,16 @@ def ends_run(process, told):
             "KD.SOFT_TARGET.BACKGROUND_WEIGHT: must be finite and 0 or more, got -1.0.",
         ),
         ({"MODEL.DEVICE": "gpu"}, [], "MODEL.DEVICE: 'gpu' is no device, such as cuda, cuda:1 or cpu."),
-        ({"MODEL.BACKBONE.NAME": "resnet18"}, [], "config.yaml: MODEL.BACKBONE.NAME is 'resnet18', which nothing "),
+        (
+            {"MODEL.BACKBONE.NAME": "resnet18"},
+            [],
+            "config.yaml with the overrides: MODEL.BACKBONE.NAME is 'resnet18', ",
+        ),
         ({"MODEL.META_ARCHITECTURE": "Student"}, [], "MODEL.META_ARCHITECTURE is 'Student', which nothing registers "),
         (
             {"KD.TEACHER.OPTS": ["MODEL.BACKBONE.NAME", "resnet101"]},
             ["HintHead"],
-            "teacher.yaml: MODEL.BACKBONE.NAME is 'resnet101', which nothing registers ",
+            "teacher.yaml with KD.TEACHER.OPTS: MODEL.BACKBONE.NAME is 'resnet101', ",
         ),
     ],
 )

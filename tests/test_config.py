@@ -121,7 +121,7 @@ def test_detectron2s_own_files_may_have_tags(cfg, tmp_path, below):
         ("KD: [1", "not a safe YAML file"),
         ("MODEL: 3", "config.yaml"),
         ("_BASE_: nowhere.yaml", "nowhere.yaml"),
-        ("_BASE_: config.yaml", "_BASE_ leads back to the file itself"),
+        ("_BASE_: config.yaml", "lead back to themselves"),
         ("- a\n- b", "config.yaml"),
         ("", "config.yaml"),
     ],

@@ -14,6 +14,7 @@ import kd_det.teacher
 from kd_det import InputError
 from kd_det.data import register_datasets
 from kd_det.engine import Trainer
+from kd_det.registry import config_key
 from kd_det.stages import FINAL, Pretraining, PretrainingTrainer, seed, train
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -86,6 +87,25 @@ def test_for_an_adapter_of_the_teacher_the_student_does_not_run(run):
     sum(losses.values()).backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {name for name, _ in model.named_parameters() if ".paraphrasers." in name}
+
+
+@pytest.mark.parametrize(
+    ("head", "feature", "idle"),
+    [
+        ("FactorTransferHead", "roi_features", ["roi_heads.box_head", "roi_heads.box_predictor"]),
+        ("FactorTransferHead", "res3", ["backbone.fpn_output5", "proposal_generator"]),
+        ("ActivationBoundaryHead", "res3", ["backbone.fpn_output5", "proposal_generator"]),
+    ],
+)
+def test_only_what_the_stage_needs_runs(run, head, feature, idle):
+    model = Pretraining(run(heads=[head], **{f"KD.{config_key(head)}.IN_FEATURES": [feature]})).train()
+    runs = []
+    for network in (model.teacher.model, model.student):
+        for name in idle:
+            network.get_submodule(name).register_forward_hook(lambda *_, name=name: runs.append(name))
+    with EventStorage():
+        model(next(iter(PretrainingTrainer.build_train_loader(run()))))
+    assert runs == []
 
 
 @pytest.mark.parametrize("head", ["ActivationBoundaryHead", "HintHead"])
@@ -180,6 +200,28 @@ def test_a_stage_with_another_teacher_is_refused(run, tmp_path):
     told = rf"^KD.PRETRAIN: the stage was trained with another teacher, .*teacher.pth, not with {tmp_path}/other/.*pth;"
     with pytest.raises(InputError, match=told):
         go(second)
+
+
+def test_a_run_is_not_resumed_with_another_teacher_than_its_stage(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3, Trainer)
+        with pytest.raises(KeyboardInterrupt):
+            go(run(**{"SOLVER.MAX_ITER": 4}))
+    other = save_teacher(tmp_path / "other", tiny_cfg(options=WIDE), seed=5)
+    with pytest.raises(InputError, match=r"^KD.PRETRAIN: the stage was trained with another teacher, .*other"):
+        go(run(**other, **{"SOLVER.MAX_ITER": 4}), resume=True)
+
+
+def test_a_stage_of_another_student_is_refused_where_it_trained_it(run):
+    options = {"KD.ACTIVATION_BOUNDARY.IN_FEATURES": ["res3", "res4"]}
+    first = run("first", heads=["ActivationBoundaryHead"], **options)
+    go(first)
+    stage = str(Path(first.OUTPUT_DIR, "pretrain", FINAL))
+    options |= {"KD.PRETRAIN.MAX_ITER": 0, "KD.PRETRAIN.WEIGHTS": stage, "MODEL.FPN.NORM": "BN"}
+    with pytest.raises(
+        InputError, match=r"^KD.PRETRAIN.WEIGHTS: .* a stage with another student: \d+ of the student's"
+    ):
+        go(run("second", heads=["ActivationBoundaryHead"], **options))
 
 
 @pytest.mark.parametrize(
@@ -282,6 +324,13 @@ def test_a_first_teacher_of_another_kind_is_said(digits, tmp_path, caplog):
     cfg.KD.GENERATIONS = 1
     train(cfg, resume=False)
     assert "the first teacher is another network than the student; different are MODEL.CIFAR." in caplog.text
+
+
+def test_generations_cannot_share_a_stage(digits):
+    cfg = digits()
+    cfg.KD.PRETRAIN.WEIGHTS = "stage.pth"
+    with pytest.raises(InputError, match=r"^KD.PRETRAIN.WEIGHTS: must be empty for KD.GENERATIONS 3, got stage.pth"):
+        train(cfg, resume=False)
 
 
 def test_generations_without_a_teacher(digits):

@@ -163,8 +163,11 @@ def test_classes_are_those_of_the_objects(inputs):
     ("names", "expected"),
     [
         ({"p2"}, [1, 0, 0, 0, 0]),
-        ({"res5"}, [1, 0, 0, 0, 0]),
+        ({"res5"}, [0, 0, 0, 0, 0]),
+        ({"res4_preact", "res5"}, [0, 0, 0, 0, 0]),
+        ({"res5", "p2"}, [1, 0, 0, 0, 0]),
         ({"rpn_logits"}, [1, 1, 0, 0, 0]),
+        ({"roi_features"}, [1, 0, 0, 0, 0]),
         ({"roi_logits"}, [1, 0, 1, 1, 0]),
         ({"mask_logits"}, [1, 0, 0, 0, 1]),
         ({"p2", "rpn_deltas", "roi_features", "roi_deltas", "mask_logits"}, [1, 1, 1, 1, 1]),

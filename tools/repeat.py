@@ -24,6 +24,7 @@ from tqdm import tqdm
 from kd_det import TeacherStudent, add_kd_config
 from kd_det.checkpoint import find_file
 from kd_det.config import find_config, merge_file, merge_list
+from kd_det.engine import check_run, import_plugin
 from kd_det.errors import InputError
 
 TOOLS = Path(__file__).resolve().parent
@@ -54,12 +55,12 @@ def call(tool: str, *arguments: str, log: Path | None = None, threads: int | Non
         raise CallError(f"status {status} of: {told}" + (f"; the reason is at the end of {log}" if log else ""))
 
 
-def train(config: str, output: Path, options: list[str], *, log: bool, threads: int | None) -> None:
+def train(config: str, output: Path, options: list[str], *, plugins: list[str], log: bool, threads: int | None) -> None:
     """Train a run to its end, unless it has ended already."""
     if (output / "model_final.pth").is_file():
         tqdm.write(f"{output}: trained already.")
         return
-    arguments = ["--config-file", config, "--resume", "OUTPUT_DIR", str(output), *options]
+    arguments = ["--config-file", config, *plugins, "--resume", "OUTPUT_DIR", str(output), *options]
     call("train_net.py", *arguments, log=output / "output.txt" if log else None, threads=threads)
 
 
@@ -75,9 +76,9 @@ def has_teacher(config: str, options: list[str], key: str) -> bool:
     """
     cfg = get_cfg()
     add_kd_config(cfg)
-    cfg.KD.set_new_allowed(True)  # Heads of plugins.
     merge_file(cfg, find_config(config, key))
     merge_list(cfg, options, "command line")
+    check_run(cfg, config)
     return TeacherStudent.__name__ == cfg.MODEL.META_ARCHITECTURE
 
 
@@ -89,6 +90,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1, help="students trained at a time; the cores are shared out")
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file to import first")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides for every run")
     args = parser.parse_args()
     for student in args.student:
@@ -109,7 +111,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     begin = time.monotonic()
-    # All that can be found wrong is found before the first run.
+    plugins = [part for path in args.plugin for part in ("--plugin", path)]
+    for path in args.plugin:
+        import_plugin(path)
+    # All that can be found wrong without building a model is found before the first run.
     has_teacher(args.teacher, args.opts, "--teacher")
     students = [student.split("=", 1) for student in args.student]
     taught = {name: has_teacher(config, args.opts, f"--student {name}") for name, config in students}
@@ -117,7 +122,7 @@ def main() -> None:
     if weights:
         teacher = f"{args.teacher}:{weights}"
     else:
-        train(args.teacher, Path(teacher), ["SEED", "0", *args.opts], log=False, threads=None)
+        train(args.teacher, Path(teacher), ["SEED", "0", *args.opts], plugins=plugins, log=False, threads=None)
         weights = f"{teacher}/model_final.pth"
     options = ["KD.TEACHER.CONFIG_FILE", args.teacher, "KD.TEACHER.WEIGHTS", weights]
     runs = [
@@ -132,7 +137,7 @@ def main() -> None:
     ]
     threads = max(1, os.cpu_count() // args.jobs) if args.jobs > 1 else None
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(train, *run[1:], log=args.jobs > 1, threads=threads) for run in runs]
+        jobs = [pool.submit(train, *run[1:], plugins=plugins, log=args.jobs > 1, threads=threads) for run in runs]
         try:
             for job in tqdm(jobs, desc="students", disable=args.jobs == 1):
                 job.result()
@@ -143,6 +148,7 @@ def main() -> None:
     call(
         "compare.py",
         *(x for name, path in names for x in ("--run", f"{name}={path}")),
+        *plugins,
         "--output",
         str(args.output / "comparison"),
     )

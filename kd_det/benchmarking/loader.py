@@ -6,7 +6,7 @@ from detectron2.config import get_cfg
 
 from kd_det.config import add_kd_config, find_config, merge_file, merge_list
 from kd_det.data import check_files, register_datasets
-from kd_det.engine import Trainer
+from kd_det.engine import Trainer, check_run
 
 SECONDS = 10.0
 
@@ -17,6 +17,7 @@ def measure_loader(config: str, overrides: list[str]) -> str:
     add_kd_config(cfg)
     merge_file(cfg, find_config(config, "--loader"))
     merge_list(cfg, overrides, "--loader")
+    check_run(cfg, config)
     register_datasets(cfg)
     check_files(cfg)
     batches = iter(Trainer.build_train_loader(cfg))

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from kd_det.comparison.runs import Run, load_runs
 from kd_det.comparison.similarity import check_feature, labelled_boxes
 from kd_det.comparison.table import summarise
 from kd_det.concepts import concept_ratio, find_concepts, learning_effort, measure_entropies, stability
-from kd_det.data import DetectionMapper
+from kd_det.data import DetectionMapper, choose_images
 from kd_det.engine import is_classifier
 from kd_det.errors import InputError
 from kd_det.export import find_run
@@ -62,15 +62,13 @@ def compare_concepts(
         InputError: If a model cannot be read or lacks the feature, or if no image has objects and background.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dataset, loaded = load_runs(runs, dataset, device)
+    dataset, loaded = load_runs(runs, dataset, device, whole_chains=False)
     for run in loaded:
         check_feature(run, feature, OTHERS)
     records = DatasetCatalog.get(dataset)
-    if not is_classifier(loaded[0].cfg):
-        records = [record for record in records if record["annotations"]]
-    if not records:
+    if not any(record.get("annotations", True) for record in records):
         raise InputError(f"--dataset: no image of {dataset} has objects.")
-    records = [records[i * len(records) // images] for i in range(min(images, len(records)))]
+    records = choose_images(records, images)
     found = [measure_run(run, feature, records, threshold, search) for run in loaded]
     return summarise([run.name for run in loaded], found)
 
@@ -79,43 +77,53 @@ def measure_run(run: Run, feature: str, records: list[dict], threshold: float, s
     """The metrics of one run, see :func:`compare_concepts`."""
     mapper = (ClassificationMapper if is_classifier(run.cfg) else DetectionMapper)(run.cfg, is_train=False)
     pairs = [(record, mapper(record)) for record in records]
-    foreground = torch.stack([find_foreground(*pair, search.get("grid", 16)) for pair in pairs])
     run.model.requires_grad_(False)
-    concepts, weights = [], []
-    for iteration in load_checkpoints(run):
-        entropies = [
-            measure_entropies(
-                extract(run.model, feature, *pair), pair[1]["image"].float().to(run.model.device), **search
-            )
-            for pair in tqdm(pairs, desc=f"{run.name}, checkpoint {iteration}", unit="image", disable=None)
-        ]
-        concepts.append(find_concepts(torch.stack(entropies).cpu(), foreground, threshold=threshold))
-        weights.append(parameters_to_vector(run.model.parameters()).double().cpu())
-    concepts, weights = torch.stack(concepts), torch.stack(weights)
+    entropies, steps, weights = [], [], None
+    for path in find_checkpoints(run.source):
+        load_strictly(run.model, path, key=f"--run {run.name}")
+        entropies.append(
+            [
+                measure_entropies(
+                    extract(run.model, feature, *pair), pair[1]["image"].float().to(run.model.device), **search
+                )
+                for pair in tqdm(pairs, desc=f"{run.name}, {os.path.basename(path)}", unit="image", disable=None)
+            ]
+        )
+        before, weights = weights, parameters_to_vector(run.model.parameters()).double()
+        if before is None:
+            before, length = weights, weights.norm()
+        steps.append((weights - before).norm() / length)
+    entropies = torch.stack([torch.stack(images) for images in entropies]).cpu()
+    # An image whose feature does not answer, at any checkpoint, tells nothing.
+    answered = ~entropies.isnan().flatten(2).any(dim=2).any(dim=0)
+    if not answered.any():
+        raise InputError(f"--feature: {feature} of {run.name!r} does not change with any of the images.")
+    entropies = entropies[:, answered]
+    foreground = torch.stack([find_foreground(*pair, entropies.shape[-1]) for pair in pairs])[answered]
+    concepts = torch.stack([find_concepts(x, foreground, threshold=threshold) for x in entropies])
     on, beside = ((concepts & where).flatten(2).sum(dim=2).double() for where in (foreground, ~foreground))
     metrics = {"N_fg": on[-1].mean(), "N_bg": beside[-1].mean(), "lambda": concept_ratio(on[-1], beside[-1])}
-    if len(weights) > 1:
-        steps = weights.diff(dim=0, prepend=weights[:1]).norm(dim=1) / weights[0].norm()
-        metrics["D_mean"], metrics["D_std"] = learning_effort(on.T, steps)
+    if len(steps) > 1:
+        metrics["D_mean"], metrics["D_std"] = learning_effort(on.T, torch.stack(steps).cpu())
         metrics["rho"] = stability(concepts & foreground)
     return dict.fromkeys(METRICS, math.nan) | {name: value.item() for name, value in metrics.items()}
 
 
-def load_checkpoints(run: Run) -> Iterator[int | str]:
-    """Load the checkpoints of a run into its model one after the other, the first one first.
+def find_checkpoints(source: str) -> list[str]:
+    """Paths of a run's checkpoints, the first one first; those of another run that used the folder before are left out.
 
-    Yields:
-        The iteration of the one that is loaded, or its path if it does not say.
+    Args:
+        source: The output folder, or "CONFIG:WEIGHTS", which is one checkpoint.
     """
-    paths = [run.source.split(":", 1)[-1]]
-    if os.path.isdir(run.source):
-        paths = [*sorted(map(str, Path(run.source).glob("model_[0-9]*.pth"))), find_run(run.source)[1]]
-    seen = set()
-    for path in paths:
-        iteration = load_strictly(run.model, path, key=f"--run {run.name}").get("iteration", path)
-        if iteration not in seen:  # The last one is often there twice, with its number and as model_final.pth.
-            yield iteration
-        seen.add(iteration)
+    if not os.path.isdir(source):
+        return [source.split(":", 1)[1]]
+    found: dict[str | None, dict[int, str]] = {}
+    # The last one is often there twice, with its number and as model_final.pth.
+    for path in [*sorted(map(str, Path(source).glob("model_[0-9]*.pth"))), find_run(source)[1]]:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        run = data.get("trainer", {}).get("run")
+        found.setdefault(run, {})[data["iteration"]] = path
+    return [path for _, path in sorted(found[run].items())]
 
 
 def extract(model: nn.Module, feature: str, record: dict, sample: dict) -> Callable[[Tensor], Tensor]:

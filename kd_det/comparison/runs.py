@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.structures import Instances
@@ -69,19 +70,34 @@ def split_run(text: str) -> tuple[str, str]:
     return name, source
 
 
-def load_runs(runs: Sequence[tuple[str, str]], dataset: str | None, device: str) -> tuple[str, list[Run]]:
+def load_runs(
+    runs: Sequence[tuple[str, str]], dataset: str | None, device: str, *, whole_chains: bool = True
+) -> tuple[str, list[Run]]:
     """The name of the test set, and the runs, their configs checked before any model is built.
 
-    The output folder of a chain (``KD.GENERATIONS``) becomes a run for each generation and one for their ensemble.
+    Args:
+        runs: Name and source of each.
+        dataset: Name of the test set; the first run's DATASETS.TEST if None.
+        device: Where the models are built.
+        whole_chains: Whether the output folder of a chain (``KD.GENERATIONS``) becomes a run for each generation and
+            one for their ensemble; else it is refused.
+
+    Raises:
+        InputError: If a source, a data set, or a file of weights is wrong, or the runs are of different kinds.
     """
     chains = [find_generations(*run) for run in runs]
+    for (name, source), chain in zip(runs, chains, strict=True):
+        if chain and not whole_chains:
+            raise InputError(
+                f"{name}={source}: is a chain of generations; name one of them, such as {source}/gen_{len(chain)}."
+            )
     given, runs = runs, [one for run, chain in zip(runs, chains, strict=True) for one in chain or [run]]
     cfgs, weights = [], []
     for name, source in runs:
         if not os.path.isdir(source) and ":" not in source:
-            raise InputError(f"--run {name}={source}: neither an output folder nor CONFIG:WEIGHTS.")
+            raise InputError(f"{name}={source}: neither an output folder nor CONFIG:WEIGHTS.")
         config_file, path = find_run(source) if os.path.isdir(source) else source.split(":", 1)
-        cfgs.append(read_student_config(config_file, f"--run {name}={source}"))
+        cfgs.append(read_student_config(config_file, f"{name}={source}"))
         weights.append(path)
         register_datasets(cfgs[-1])
     classifiers = {is_classifier(cfg): name for (name, _), cfg in zip(runs, cfgs, strict=True)}
@@ -110,6 +126,10 @@ def load_runs(runs: Sequence[tuple[str, str]], dataset: str | None, device: str)
 def find_generations(name: str, source: str) -> list[tuple[str, str]]:
     """Name and folder of each generation, the first one first; none where the source is no chain of them."""
     folders = {int(path.name.removeprefix("gen_")): path for path in Path(source).glob("gen_[1-9]*")}
+    if folders and Path(source, "config.yaml").is_file():  # A longer chain may have been there before.
+        with open(Path(source, "config.yaml"), encoding="utf-8") as file:
+            last = yaml.safe_load(file)["KD"]["GENERATIONS"]
+        folders = {i: path for i, path in folders.items() if i <= last}
     return [(f"{name} gen {i}", str(folders[i])) for i in sorted(folders)]
 
 

@@ -45,7 +45,7 @@ def compare_halves(
         InputError: If a model cannot be read, or lacks the feature or an even number of channels.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dataset, (guide, *students) = load_runs([("teacher", teacher), *runs], dataset, device)
+    dataset, (guide, *students) = load_runs([("teacher", teacher), *runs], dataset, device, whole_chains=False)
     for run in (guide, *students):
         channels = check_feature(run, feature)
         if run is not guide and channels % 2:

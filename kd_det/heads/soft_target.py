@@ -137,8 +137,8 @@ class SoftTargetHead(nn.Module):
 
     def _images(self, student: Signals, teacher: Signals, name: str) -> Tensor:
         own = student[name]
-        every = torch.ones(len(own), dtype=torch.bool, device=own.device)
-        return self.compare_classes(own, teacher[name], student.get("labels"), rows=every, weights=every.to(cast_up(own)))
+        weights = torch.ones(len(own), dtype=cast_up(own).dtype, device=own.device)
+        return self.compare_classes(own, teacher[name], student.get("labels"), rows=weights.bool(), weights=weights)
 
     def _roi(self, student: Signals, teacher: Signals, name: str) -> Tensor:
         own, other, classes = student[name], teacher[name], student["roi_classes"]

@@ -182,7 +182,7 @@ def permute_dark_knowledge(
     others = torch.arange(k - 1, device=t_probs.device).repeat(n, 1)
     others += others >= t_probs.argmax(dim=1, keepdim=True)
     if permutations is None:
-        keys = torch.rand(n, k - 1, generator=generator, device=t_probs.device, dtype=t_probs.dtype)
+        keys = torch.rand(n, k - 1, generator=generator, device=t_probs.device, dtype=torch.float64)
         permutations = others.gather(1, keys.argsort(dim=1))
     else:
         check_shape(name, "permutations", permutations, (n, k - 1))

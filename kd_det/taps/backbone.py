@@ -122,7 +122,17 @@ class BackboneTap:
     def _forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
         """Run the backbone, and the parts behind it that the named signals need."""
         images = self.model.preprocess_image(batched_inputs)
-        self._run(self.model.backbone(images.tensor), names, student)
+        if not self._run_bottom_up(images.tensor, names):
+            self._run(self.model.backbone(images.tensor), names, student)
+
+    def _run_bottom_up(self, images: Tensor, names: set[str]) -> bool:
+        """Run the bottom-up network alone if all named signals are its own, and tell whether they are."""
+        bottom_up, *above = self._backbones
+        stages = tuple(f"{name}_" for name in preactivations(bottom_up))
+        alone = all(name in bottom_up.output_shape() or name.startswith(stages) for name in names)
+        if above and alone:
+            bottom_up(images)
+        return bool(above) and alone
 
     def _run(self, features: dict[str, Tensor], names: set[str], student: Signals) -> None:
         """Run the parts behind the backbone that the named signals need."""

@@ -133,6 +133,8 @@ class GeneralizedRCNNTap(BackboneTap):
 
     def _forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
         images = self.model.preprocess_image(batched_inputs)
+        if self._run_bottom_up(images.tensor, names):
+            return
         features = self.model.backbone(images.tensor)
         if any(name.startswith("roi_") for name in names) and "roi_boxes" not in student:
             student = {"roi_boxes": self._propose(images, features)}
@@ -151,16 +153,22 @@ class GeneralizedRCNNTap(BackboneTap):
         # Boxes last: in a C4 model both go through one pooler, and roi_features are the boxes'.
         if "mask_logits" in names:
             self._run_masks(features, split_boxes(student["mask_boxes"], images))
-        if any(name.startswith("roi_") for name in names):
-            self._run_boxes(features, split_boxes(student["roi_boxes"], images))
+        wanted = {name for name in names if name.startswith("roi_")}
+        if wanted:
+            boxes = split_boxes(student["roi_boxes"], images)
+            self._run_boxes(features, boxes, pool_only=wanted == {"roi_features"})
 
-    def _run_boxes(self, features: dict[str, Tensor], boxes: list[Boxes]) -> None:
+    def _run_boxes(self, features: dict[str, Tensor], boxes: list[Boxes], *, pool_only: bool) -> None:
         heads = self.model.roi_heads
+        levels = heads.in_features if isinstance(heads, Res5ROIHeads) else heads.box_in_features
+        pooled = self._pooler([features[level] for level in levels], boxes)
+        if pool_only:
+            return
         if isinstance(heads, Res5ROIHeads):
-            box_features = heads.res5(heads.pooler([features[f] for f in heads.in_features], boxes)).mean(dim=[2, 3])
+            box_features = heads.res5(pooled).mean(dim=[2, 3])
         else:
             box_head = heads.box_head[-1] if isinstance(heads, CascadeROIHeads) else heads.box_head
-            box_features = box_head(heads.box_pooler([features[f] for f in heads.box_in_features], boxes))
+            box_features = box_head(pooled)
         self._predictor(box_features)
 
     def _run_masks(self, features: dict[str, Tensor], boxes: list[Boxes]) -> None:

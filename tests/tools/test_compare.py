@@ -110,10 +110,12 @@ def test_classifiers_and_seeds(tmp_path, save_run, run_tool):
 
 
 def save_chain(folder, cfg, save_run, *, seed: int = 0) -> list[str]:
-    """The output folder of two generations, below config.yaml as a training leaves it."""
-    generations = [save_run(folder / f"gen_{i}", cfg, seed=seed + i) for i in (1, 2)]
-    write_yaml(folder / "config.yaml", cfg)
-    return generations
+    """The output folder of two generations, below config.yaml as a training leaves it; a third is an older chain's."""
+    generations = [save_run(folder / f"gen_{i}", cfg, seed=seed + i) for i in (1, 2, 3)]
+    chain = cfg.clone()
+    chain.KD.GENERATIONS = 2
+    write_yaml(folder / "config.yaml", chain)
+    return generations[:2]
 
 
 def test_generations_of_classifiers_and_their_ensemble(tmp_path, save_run, run_tool):
