@@ -11,7 +11,6 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
-from kd_det.heads.build import check_signals
 from kd_det.heads.norms import check_norm
 from kd_det.heads.preactivations import (
     build_connector,
@@ -95,7 +94,12 @@ class OverhaulHead(nn.Module):
         names = [f"{name}_preact" for name in node.IN_FEATURES]
         check_norm(cfg, "OVERHAUL", [teacher_spec[name].channels for name in names])
         if node.MARGIN == "batch_norm":
-            check_signals(f"{key}.MARGIN", [], student_spec, teacher_spec, norm_signals(names))
+            lacking = [signal for signal in norm_signals(names) if signal not in teacher_spec]
+            if lacking:
+                raise InputError(
+                    f"{key}.MARGIN: {lacking[0]!r} is not a signal of the teacher: it has no batch norm before that "
+                    "ReLU, or its statistics were folded into weight and bias; 'estimate' takes margins from features."
+                )
         return {
             "student_spec": {name: student_spec[name] for name in names},
             "teacher_spec": {name: teacher_spec[name] for name in names},

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
@@ -35,8 +36,9 @@ class BackboneTap:
             for name, source in preactivations(module).items():
                 if name in shapes:
                     spec[f"{name}_preact"] = shapes[name]
-                    vector = ShapeSpec(channels=shapes[name].channels)
-                    spec.update({f"{name}_norm_{key}": vector for key in norm_parameters(source)})
+                    if not is_folded(last_norm(source)):
+                        vector = ShapeSpec(channels=shapes[name].channels)
+                        spec.update({f"{name}_norm_{key}": vector for key in norm_parameters(source)})
         return spec
 
     @property
@@ -151,12 +153,23 @@ def preactivations(backbone: nn.Module) -> dict[str, nn.Module]:
 
 def norm_parameters(source: nn.Module) -> dict[str, Tensor]:
     """Weight and bias (C,) of the batch norm before the ReLU behind a module of :func:`preactivations`."""
+    norm = last_norm(source)
+    batch_norm = isinstance(norm, FrozenBatchNorm2d | nn.modules.batchnorm._BatchNorm)
+    return {"weight": norm.weight, "bias": norm.bias} if batch_norm else {}
+
+
+def last_norm(source: nn.Module) -> nn.Module:
+    """The normalisation at the end of a residual block, of another module itself."""
     if isinstance(source, BasicBlock | BottleneckBlock):
-        branch = source.conv3 if isinstance(source, BottleneckBlock) else source.conv2
-        source = branch.norm
-    found = {key: getattr(source, key, None) for key in ("weight", "bias")}
-    batch_norm = isinstance(source, FrozenBatchNorm2d | nn.modules.batchnorm._BatchNorm)
-    return found if batch_norm else {}
+        return (source.conv3 if isinstance(source, BottleneckBlock) else source.conv2).norm
+    return source
+
+
+def is_folded(norm: nn.Module) -> bool:
+    """Whether a frozen batch norm has no statistics: in Detectron2's converted models its weight and bias hold them."""
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return False
+    return not norm.running_mean.any() and torch.allclose(norm.running_var + norm.eps, torch.ones(()).to(norm.weight))
 
 
 def hook_preactivation(stack: ExitStack, source: nn.Module, function: Callable[[Tensor], None]) -> None:
