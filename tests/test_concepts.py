@@ -139,8 +139,9 @@ def test_the_total_comes_near_the_target():
 
 
 def test_features_that_do_not_answer():
-    """One is constant; one is below zero, where rectifying hides it."""
-    for feature in (lambda x: torch.ones(len(x), 2), lambda x: -1 - x.flatten(1).abs()):
+    """One is constant; one is below zero, where rectifying hides it; one is not finite."""
+    nan = math.nan
+    for feature in (lambda x: torch.ones(len(x), 2), lambda x: -1 - x.flatten(1).abs(), lambda x: nan * x.flatten(1)):
         assert measure_entropies(feature, torch.ones(1, 4, 4), grid=2, copies=2).isnan().all()
 
 

@@ -1,6 +1,7 @@
 """tools/concepts.py: visual concepts of runs, over their checkpoints."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from classification.models import classifier_cfg
 from detectron2.structures import BoxMode
 from helpers import build, tiny_cfg, with_data
 
+from kd_det.comparison import concepts
 from kd_det.comparison.concepts import METRICS, compare_concepts, find_foreground
 from kd_det.errors import InputError
 
@@ -19,7 +21,7 @@ SEARCH = {"images": 3, "grid": 4, "steps": 4, "copies": 4}
 
 @pytest.fixture
 def classifier(tmp_path, save_run):
-    """A run of three checkpoints: two of iteration 1 and 2, and the last one once more as model_final.pth."""
+    """A run of two checkpoints, the last of which is there twice: with its number, and as model_final.pth."""
     cfg = classifier_cfg(options=DIGITS)
     folder = save_run(tmp_path / "run", cfg)
     for name, iteration in (("model_0000002", 2), ("model_final", 2)):
@@ -41,6 +43,53 @@ def test_metrics_of_a_classifier(classifier):
     first, last = (torch.cat([model[name].flatten().double() for name in names]) for model in models)
     share = found["D_mean"]["mean"] / ((last - first).norm() / first.norm()).item()
     assert round(3 * share, 4) in (0, 1, 2, 3)  # of three images
+
+
+def scripted(monkeypatch, *found):
+    """Let the search give these entropies, one after the other."""
+    answers = iter(found)
+    monkeypatch.setattr(concepts, "measure_entropies", lambda *_, **__: next(answers))
+
+
+def entropies(*cells):
+    """0 but for some cells, where it is -1."""
+    found = torch.zeros(16, 16)
+    for row, column in cells:
+        found[row, column] = -1
+    return found
+
+
+def test_known_concepts(classifier, monkeypatch):
+    """Of three images one does not answer; one loses a concept on its object, one gains one there and one beside it."""
+    nothing = torch.full((16, 16), math.nan)
+    first = entropies((5, 5), (5, 6), (0, 0)), entropies((8, 8)), nothing
+    last = entropies((5, 5), (0, 0)), entropies((8, 8), (9, 9), (15, 15)), nothing
+    scripted(monkeypatch, *first, *last)
+    found = {name: x["mean"] for name, x in compare_concepts([("a", classifier)], "res4", images=3)["a"].items()}
+    way = found.pop("D_mean") * 2  # Of the first image none, of the second all of it.
+    assert found.pop("D_std") == pytest.approx((way / 2) ** 2)
+    assert found == pytest.approx({"N_fg": 1.5, "N_bg": 1.0, "lambda": (1 / 2 + 2 / 3) / 2, "rho": (1 / 2 + 1) / 2})
+
+
+def test_images_that_all_do_not_answer(classifier, monkeypatch):
+    scripted(monkeypatch, *[torch.full((16, 16), math.nan)] * 6)
+    with pytest.raises(InputError, match=r"^--feature: res4 of 'a' does not change with any of the images\.$"):
+        compare_concepts([("a", classifier)], "res4", images=3)
+
+
+def test_checkpoints_of_an_earlier_run_are_left_out(classifier):
+    """A longer run was in the folder before; a later checkpoint of it is none of this run's."""
+    for name, run, iteration in (("model_0000001", "new", 1), ("model_0000009", "old", 9), ("model_final", "new", 2)):
+        torch.save({"model": {}, "iteration": iteration, "trainer": {"run": run}}, f"{classifier}/{name}.pth")
+    names = [Path(path).stem for path in concepts.find_checkpoints(classifier)]
+    assert names == ["model_0000001", "model_final"]
+
+
+def test_no_image_counts_twice(coco_folder, tmp_path, save_run, monkeypatch):
+    """There are four images, and twenty are asked for."""
+    folder = save_run(tmp_path / "run", with_data(tiny_cfg(), coco_folder, tmp_path))
+    scripted(monkeypatch, *[entropies((0, 0))] * 4)
+    compare_concepts([("a", folder)], "p3", images=20)
 
 
 def test_one_checkpoint_tells_nothing_of_learning(classifier, run_tool, capsys):
@@ -83,5 +132,8 @@ def test_foreground_of_a_classifiers_image_is_its_middle():
 def test_mistakes(classifier, run_tool):
     with pytest.raises(InputError, match=r"'logits' is no feature of 'a', which has res2, .*, pooled"):
         compare_concepts([("a", classifier)], "logits", **SEARCH)
+    (Path(classifier).parent / "gen_1").mkdir()
+    with pytest.raises(InputError, match=r"^a=.*: is a chain of generations; name one of them, such as .*/gen_1\.$"):
+        compare_concepts([("a", str(Path(classifier).parent))], "res4", **SEARCH)
     with pytest.raises(SystemExit, match="error: --copies: must be above 0, got 0"):
         run_tool("concepts", "--feature", "res4", "--run", f"a={classifier}", "--copies", "0")
