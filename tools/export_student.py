@@ -61,9 +61,12 @@ def read_sample(cfg, image: str | None, size: list[int] | None) -> torch.Tensor:
         try:
             register_datasets(cfg)
             check_files(cfg, train=False)
-            record = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]
-        except (InputError, IndexError) as error:
+            records = [record for name in cfg.DATASETS.TEST for record in DatasetCatalog.get(name)]
+        except InputError as error:
             raise InputError(f"--image: none is given, and DATASETS.TEST has none: {error}") from error
+        if not records:
+            raise InputError(f"--image: none is given, and DATASETS.TEST, {list(cfg.DATASETS.TEST)}, has none.")
+        record = records[0]
     mapper = ClassificationMapper if is_classifier(cfg) else DetectionMapper
     return mapper(cfg, is_train=False)(record)["image"].float()
 

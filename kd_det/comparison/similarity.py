@@ -83,12 +83,18 @@ def read_examples(run: Run, dataset: str, feature: str) -> Tensor:
 
 
 def labelled_boxes(records: list[dict], batch: list[dict]) -> Tensor:
-    """The boxes that a data set's records name, in pixels of the batch's images, (R, 5): image, x0, y0, x1, y1."""
+    """The boxes of objects that a data set's records name, without crowds, in pixels of the batch's images.
+
+    Returns:
+        (R, 5): image, x0, y0, x1, y1.
+    """
     boxes = [torch.empty(0, 5)]
     for i, (record, image) in enumerate(zip(records, batch, strict=True)):
         height, width = image["image"].shape[-2:]
         scale = torch.tensor([width / image["width"], height / image["height"]]).repeat(2)
         for annotation in record["annotations"]:
+            if annotation.get("iscrowd", 0):
+                continue
             box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
             boxes.append(torch.cat([torch.tensor([float(i)]), torch.tensor(box) * scale])[None])
     return torch.cat(boxes).float()

@@ -2,7 +2,7 @@
 
 The student comes first, the teacher second, everything else by keyword. Every function computes in float32 at least,
 with autocast switched off, and sends no gradient into the teacher. Empty inputs, such as no ROIs, give 0 with a
-gradient.
+gradient. Shapes that do not fit, and options out of range, raise ValueError.
 """
 
 from .attention import attention_map, attention_transfer_loss, input_gradient_loss

@@ -72,7 +72,7 @@ def test_boxes_of_a_detector(coco_folder, tmp_path, save_run):
 def test_boxes_are_scaled_with_their_images():
     box = {"bbox": [10, 20, 30, 40], "bbox_mode": BoxMode.XYWH_ABS}
     batch = [{"image": torch.zeros(3, 50, 80), "height": 100, "width": 200} for _ in range(2)]
-    boxes = labelled_boxes([{"annotations": []}, {"annotations": [box]}], batch)
+    boxes = labelled_boxes([{"annotations": [box | {"iscrowd": 1}]}, {"annotations": [box]}], batch)
     assert boxes.tolist() == [pytest.approx([1, 4, 10, 16, 30])]  # x times 80 / 200, y times 50 / 100
 
 
