@@ -253,7 +253,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     merge_list(cfg, args.opts, "command line")
     check_run(cfg, f"{args.config_file or 'the config'} with the overrides")
     if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
-        logger.warning(f"MODEL.DEVICE: this machine has no GPU, going on with cpu instead of {cfg.MODEL.DEVICE}.")
+        logger.warning("MODEL.DEVICE: this machine has no GPU, going on with cpu instead of %s.", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
     register_datasets(cfg)
     check_files(cfg, train=not args.eval_only)
