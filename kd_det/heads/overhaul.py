@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
+from kd_det.heads.build import check_signals
 from kd_det.heads.norms import check_norm
 from kd_det.heads.preactivations import (
     build_connector,
@@ -94,12 +95,13 @@ class OverhaulHead(nn.Module):
         names = [f"{name}_preact" for name in node.IN_FEATURES]
         check_norm(cfg, "OVERHAUL", [teacher_spec[name].channels for name in names])
         if node.MARGIN == "batch_norm":
-            lacking = [signal for signal in norm_signals(names) if signal not in teacher_spec]
-            if lacking:
+            try:
+                check_signals(f"{key}.MARGIN", [], student_spec, teacher_spec, norm_signals(names))
+            except InputError as error:
                 raise InputError(
-                    f"{key}.MARGIN: {lacking[0]!r} is not a signal of the teacher: it has no batch norm before that "
-                    "ReLU, or its statistics were folded into weight and bias; 'estimate' takes margins from features."
-                )
+                    f"{error} A batch norm whose statistics were folded into weight and bias gives no margins; "
+                    "'estimate' takes them from features."
+                ) from error
         return {
             "student_spec": {name: student_spec[name] for name in names},
             "teacher_spec": {name: teacher_spec[name] for name in names},
