@@ -233,16 +233,23 @@ def load_stage(model: TeacherStudent, path: str, *, check_only: bool = False) ->
     """Load what the stage trained: the heads, and the student where a head trained it.
 
     Args:
-        check_only: Load nothing; only its teacher must be the model's.
+        check_only: Load nothing; only its teacher must be the model's, if the file is still there.
 
     Raises:
         InputError: If the file cannot be read, is that of another teacher, or lacks keys of a student that it trained.
     """
+    try:
+        file = find_file(path, "KD.PRETRAIN.WEIGHTS")
+    except InputError:
+        if not check_only:
+            raise
+        logger.warning("%s is gone; whether the teacher is still that of the stage is not checked.", path)
+        return
     trained = any(getattr(head, "pretrains_student", False) for head in model.heads.values()) and not check_only
     parts = {"kd_teacher": TeacherIdentity(model.teacher), **({} if check_only else model.checkpointables)}
     checkpointer = KDCheckpointer(model.student if trained else copy.deepcopy(model.student), **parts)
     with fits("KD.PRETRAIN.WEIGHTS", path):
-        checkpointer.load(find_file(path, "KD.PRETRAIN.WEIGHTS"))
+        checkpointer.load(file)
     _, matched, total = checkpointer.loaded
     if trained and matched < total:
         raise InputError(

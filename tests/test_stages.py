@@ -212,6 +212,19 @@ def test_a_run_is_not_resumed_with_another_teacher_than_its_stage(run, tmp_path,
         go(run(**other, **{"SOLVER.MAX_ITER": 4}), resume=True)
 
 
+def test_a_resumed_run_does_not_need_the_file_of_another_runs_stage(run, monkeypatch, caplog):
+    go(run("first"))
+    stage = Path(run("first").OUTPUT_DIR, "pretrain", FINAL)
+    second = run("second", **{"KD.PRETRAIN.MAX_ITER": 0, "KD.PRETRAIN.WEIGHTS": str(stage), "SOLVER.MAX_ITER": 4})
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3, Trainer)
+        with pytest.raises(KeyboardInterrupt):
+            go(second)
+    stage.unlink()
+    go(second, resume=True)
+    assert f"{stage} is gone; whether the teacher is still that of the stage is not checked." in caplog.text
+
+
 def test_a_stage_of_another_student_is_refused_where_it_trained_it(run):
     options = {"KD.ACTIVATION_BOUNDARY.IN_FEATURES": ["res3", "res4"]}
     first = run("first", heads=["ActivationBoundaryHead"], **options)
