@@ -1,6 +1,7 @@
 """Every config key that kd_det adds to Detectron2's, and how configs are read."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from detectron2 import model_zoo
@@ -401,6 +402,13 @@ def find_config(path: str, key: str = "--config-file") -> str:
         return model_zoo.get_config_file(path)
     except RuntimeError as error:
         raise InputError(f"{key}: there is no such file, and {error}") from error
+
+
+def look_up(cfg: CfgNode, key: str) -> Any:
+    """The value of a key such as ``SOLVER.MAX_ITER``."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
 
 
 def registered_parts(cfg: CfgNode) -> dict[str, tuple[Registry, str]]:

@@ -12,7 +12,6 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import reduce
 from pathlib import Path
 
 import detectron2.utils.comm as comm
@@ -39,7 +38,17 @@ from kd_det.classification import (
     build_classification_test_loader,
     build_classification_train_loader,
 )
-from kd_det.config import DISTILLED, add_kd_config, check_parts, find_config, merge_file, merge_list, student_config
+from kd_det.classification.mapper import ClassificationMapper
+from kd_det.config import (
+    DISTILLED,
+    add_kd_config,
+    check_parts,
+    find_config,
+    look_up,
+    merge_file,
+    merge_list,
+    student_config,
+)
 from kd_det.data import DetectionMapper, check_files, check_num_classes, count_training_images, register_datasets
 from kd_det.data.loader import build_detection_training_loader, seed_everything
 from kd_det.data.workers import end_with_the_run
@@ -211,6 +220,11 @@ def is_classifier(cfg: CfgNode) -> bool:
     return ImageClassifier.__name__ == student_config(cfg).MODEL.META_ARCHITECTURE
 
 
+def build_test_mapper(cfg: CfgNode) -> Callable[[dict], dict]:
+    """What reads the image of a data set's record as the evaluation of the student does."""
+    return (ClassificationMapper if is_classifier(cfg) else DetectionMapper)(cfg, is_train=False)
+
+
 def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that turn any Detectron2 config into a distillation run."""
     group = parser.add_argument_group("distillation")
@@ -278,7 +292,7 @@ def check_run(cfg: CfgNode, source: str) -> None:
     """
     check_parts(cfg, source)
     for key, least in LEAST.items():
-        value = reduce(getattr, key.split("."), cfg)
+        value = look_up(cfg, key)
         if value < least:
             raise InputError(f"{key}: must be {least} or more, got {value}.")
     for key, rate in (("SOLVER.BASE_LR", cfg.SOLVER.BASE_LR), ("KD.PRETRAIN.BASE_LR", cfg.KD.PRETRAIN.BASE_LR)):

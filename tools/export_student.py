@@ -20,9 +20,8 @@ import os
 import torch
 from detectron2.data import DatasetCatalog
 
-from kd_det.classification.mapper import ClassificationMapper
-from kd_det.data import DetectionMapper, check_files, register_datasets
-from kd_det.engine import import_plugin, is_classifier, run_tool
+from kd_det.data import check_files, register_datasets
+from kd_det.engine import build_test_mapper, import_plugin, run_tool
 from kd_det.errors import InputError
 from kd_det.export import export_student, find_run, header, read_student_config
 
@@ -67,8 +66,7 @@ def read_sample(cfg, image: str | None, size: list[int] | None) -> torch.Tensor:
         if not records:
             raise InputError(f"--image: none is given, and DATASETS.TEST, {list(cfg.DATASETS.TEST)}, has none.")
         record = records[0]
-    mapper = ClassificationMapper if is_classifier(cfg) else DetectionMapper
-    return mapper(cfg, is_train=False)(record)["image"].float()
+    return build_test_mapper(cfg)(record)["image"].float()
 
 
 def main() -> None:

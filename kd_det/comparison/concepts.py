@@ -12,13 +12,12 @@ from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 from kd_det.checkpoint import load_strictly
-from kd_det.classification.mapper import ClassificationMapper
 from kd_det.comparison.runs import Run, load_runs
 from kd_det.comparison.similarity import check_feature, labelled_boxes
 from kd_det.comparison.table import summarise
 from kd_det.concepts import concept_ratio, find_concepts, learning_effort, measure_entropies, stability
-from kd_det.data import DetectionMapper, choose_images
-from kd_det.engine import is_classifier
+from kd_det.data import choose_images
+from kd_det.engine import build_test_mapper
 from kd_det.errors import InputError
 from kd_det.export import find_run
 from kd_det.taps import build_tap
@@ -75,7 +74,7 @@ def compare_concepts(
 
 def measure_run(run: Run, feature: str, records: list[dict], threshold: float, search: dict) -> dict[str, float]:
     """The metrics of one run, see :func:`compare_concepts`."""
-    mapper = (ClassificationMapper if is_classifier(run.cfg) else DetectionMapper)(run.cfg, is_train=False)
+    mapper = build_test_mapper(run.cfg)
     pairs = [(record, mapper(record)) for record in records]
     run.model.requires_grad_(False)
     entropies, steps, weights = [], [], None

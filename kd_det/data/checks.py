@@ -1,13 +1,12 @@
 """Checks of the data sets that a config names, before a model is built."""
 
 import logging
-from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from kd_det.config import student_config
+from kd_det.config import look_up, student_config
 from kd_det.data.builtin import BUILTIN
 from kd_det.data.datasets import class_names
 from kd_det.data.paths import data_root
@@ -71,7 +70,7 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
                 f"{place}: the evaluator_type of {name!r} is {kind!r}, which does not fit the model, {architecture}; "
                 f"{'classification' if architecture == 'ImageClassifier' else 'a data set for detection'} is needed."
             )
-    model_classes = _look_up(cfg, key)
+    model_classes = look_up(cfg, key)
     classes = {name: class_names(name) for _, name in _used(cfg, train)}
     classes = {name: names for name, names in classes.items() if names}
     for name, names in classes.items():
@@ -90,12 +89,6 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
 def _used(cfg: CfgNode, train: bool) -> list[tuple[str, str]]:
     keys = ["TRAIN", "TEST"] if train else ["TEST"]
     return [(f"DATASETS.{key}", name) for key in keys for name in cfg.DATASETS[key]]
-
-
-def _look_up(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
 
 
 def _shorten(names: list[str]) -> str:
