@@ -180,8 +180,8 @@ def add_kd_config(cfg: CfgNode) -> None:
         NORM="BN",
         # "map_invariant": the same strength at every map size. "code": the published mean (its weight is 50 on CIFAR).
         SCALE="map_invariant",
-        # How the auto-encoder reconstructs: "l1" (published code) or "l2" (paper).
-        RECONSTRUCTION="l1",
+        # How the auto-encoder reconstructs: "l2" (paper) or "l1" (published code).
+        RECONSTRUCTION="l2",
     )
     # Overhaul of feature distillation (OFD, Heo et al., ICCV 2019), on what enters the ReLU at the end of each stage.
     cfg.KD.OVERHAUL = head_node(

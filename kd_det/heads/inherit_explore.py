@@ -66,7 +66,7 @@ class InheritExploreHead(nn.Module):
         explore_weight: Factor of the exploring half's loss; 0 leaves it out.
         norm: Of encoders and decoders: "BN" (published code), "SyncBN", "GN" or "LN".
         scale: "map_invariant" or "code".
-        reconstruction: "l1" (published code) or "l2" (paper): the auto-encoder's loss in the stage.
+        reconstruction: "l2" (paper) or "l1" (published code): the auto-encoder's loss in the stage.
     """
 
     pretrains_student = False
@@ -84,7 +84,7 @@ class InheritExploreHead(nn.Module):
         explore_weight: float = 1.0,
         norm: str = "BN",
         scale: str = "map_invariant",
-        reconstruction: str = "l1",
+        reconstruction: str = "l2",
     ):
         super().__init__()
         self.features = dict(features)

@@ -136,15 +136,24 @@ def test_paraphraser_and_translator_as_published():
     assert torch.equal(head.translators["p2"](maps(4, 5)), torch.full((2, 2, 4, 5), -0.1))
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("l1", 3.0), ("l2", 9.0)])
-def test_reconstruction_by_hand(kind, expected):
+# By default as the published code of factor transfer, and as the paper of inherit and explore.
+@pytest.mark.parametrize(
+    ("head_class", "options", "expected"),
+    [
+        (FactorTransferHead, {}, 3.0),
+        (FactorTransferHead, {"reconstruction": "l2"}, 9.0),
+        (InheritExploreHead, {}, 9.0),
+        (InheritExploreHead, {"reconstruction": "l1"}, 3.0),
+    ],
+)
+def test_reconstruction_by_hand(head_class, options, expected):
     """Of 3 the auto-encoder makes 6. In two features, one of which is right, the mean of each counts."""
-    head = FactorTransferHead(
-        features={"p2": Feature(1, 1, 1, 4), "roi_features": Feature(1, 1, 1, None)}, reconstruction=kind
-    )
-    head.paraphrasers["p2"], head.paraphrasers["roi_features"] = Factor(2.0), Factor(1.0)
+    head = head_class(features={"p2": Feature(2, 1, 1, 4), "roi_features": Feature(2, 1, 1, None)}, **options)
+    (part,) = head.pretrained
+    parts = getattr(head, part)
+    parts["p2"], parts["roi_features"] = Factor(2.0), Factor(1.0)
     teacher = {"p2": torch.full((2, 1, 3, 3), 3.0), "roi_features": torch.full((5, 1, 2, 2), 7.0)}
-    loss = head.pretrain({}, teacher, NO_BATCH)["loss_kd_factor_transfer_reconstruct"]
+    (loss,) = head.pretrain({}, teacher, NO_BATCH).values()
     assert loss.item() == pytest.approx(expected)
 
 

@@ -51,7 +51,7 @@ VARIANTS = {
         "at_fpn": {"KIND": "at", "IN_FEATURES": ["p3", "p4", "p5"], "DIVIDE": "random", "SCALE": "code"},
         "od": {"KIND": "od"},
         "od_fpn": {"KIND": "od", "IN_FEATURES": ["p4"], "SCALE": "code"},
-        "random": {"DIVIDE": "random", "SCALE": "code", "RECONSTRUCTION": "l2", "IN_FEATURES": ["p3", "p5"]},
+        "random": {"DIVIDE": "random", "SCALE": "code", "RECONSTRUCTION": "l1", "IN_FEATURES": ["p3", "p5"]},
         "SyncBN": {"NORM": "SyncBN"},
         "inherit": {"EXPLORE_WEIGHT": 0.0},
         "explore": {"INHERIT_WEIGHT": 0.0, "EXPLORE_WEIGHT": 2.0},
