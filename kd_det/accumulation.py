@@ -1,4 +1,4 @@
-"""Steps in mixed precision, and steps whose images pass through the model in parts, where memory is short."""
+"""Steps in mixed precision, of several updates, and whose images pass through the model in parts, to save memory."""
 
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -22,30 +22,40 @@ class AccumulatingTrainer(SimpleTrainer):
 
     Args:
         parts: Into how many a batch is split; they divide its images.
+        turns: How many updates an iteration has, all on its one batch. If there are several, the model is told which
+            one its losses are for, counted from 0; what has no part in them is not updated.
     """
 
-    def __init__(self, *arguments, parts: int, **options):
+    def __init__(self, *arguments, parts: int, turns: int = 1, **options):
         super().__init__(*arguments, **options)
         self.parts = parts
+        self.turns = [(turn,) for turn in range(turns)] if turns > 1 else [()]
 
     def run_step(self) -> None:
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
+        means: dict[str, Tensor] = {}
+        for turn in self.turns:
+            self.optimizer.zero_grad()
+            means |= self._run_parts(data, turn)
+            self.after_backward()
+            self._update()
+        self._write_metrics(means, data_time)
+
+    def _run_parts(self, data: list[dict], turn: tuple[int, ...]) -> dict[str, Tensor]:
+        """Forward and backward of all parts; the means of their losses."""
         size = len(data) // self.parts
-        self.optimizer.zero_grad()
         means: dict[str, Tensor] = {}
         for i in range(self.parts):
             with nullcontext() if i == self.parts - 1 else self._unsynchronised():
                 with self._precision():
-                    losses = self.model(data[i * size : (i + 1) * size])
+                    losses = self.model(data[i * size : (i + 1) * size], *turn)
                     loss = sum(losses.values()) / self.parts
                 self._backward(loss)
             for key, value in losses.items():
                 means[key] = means.get(key, 0.0) + value.detach() / self.parts
-        self.after_backward()
-        self._write_metrics(means, data_time)
-        self._update()
+        return means
 
     def _unsynchronised(self) -> AbstractContextManager:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
@@ -74,8 +84,13 @@ class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
         self.grad_scaler.update()
 
 
-def build_step_trainer(cfg: CfgNode, model: nn.Module, loader, optimizer: Optimizer) -> SimpleTrainer:
-    """What runs one iteration: Detectron2's trainer or, for mixed precision or batches in parts, one of these.
+def build_step_trainer(
+    cfg: CfgNode, model: nn.Module, loader, optimizer: Optimizer, *, turns: int = 1
+) -> SimpleTrainer:
+    """What runs one iteration: Detectron2's trainer or, for all that this one does not know, one of these.
+
+    Args:
+        turns: How many updates an iteration has.
 
     Raises:
         InputError: If SOLVER.ACCUMULATE does not divide the images of a process, or SOLVER.AMP.DTYPE is unknown.
@@ -89,7 +104,8 @@ def build_step_trainer(cfg: CfgNode, model: nn.Module, loader, optimizer: Optimi
         dtype, device = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE], torch.device(cfg.MODEL.DEVICE).type
         # Gradients in bfloat16 have the range of float32, and are not scaled.
         scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-        return AccumulatingAMPTrainer(model, loader, optimizer, precision=dtype, grad_scaler=scaler, parts=parts)
-    if parts > 1:
-        return AccumulatingTrainer(model, loader, optimizer, parts=parts)
+        options = {"precision": dtype, "grad_scaler": scaler}
+        return AccumulatingAMPTrainer(model, loader, optimizer, parts=parts, turns=turns, **options)
+    if max(parts, turns) > 1:
+        return AccumulatingTrainer(model, loader, optimizer, parts=parts, turns=turns)
     return SimpleTrainer(model, loader, optimizer)

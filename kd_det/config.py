@@ -89,6 +89,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.MUTUAL.SOURCE = "roi"
     # Factor of the mean divergence from the peers.
     cfg.KD.MUTUAL.WEIGHT = 1.0
+    # In each iteration update one student after the other on the same images, each taught by peers that have been
+    # updated before it (paper), instead of all at once. With n students every forward runs n times.
+    cfg.KD.MUTUAL.SEQUENTIAL = False
 
     # ---- The stage before the main run, which some heads need ----
     cfg.KD.PRETRAIN = CfgNode()

@@ -118,10 +118,10 @@ class Trainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)
         loader.batch_sampler.seed = self.seed
         devices = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
-        wrapped = create_ddp_model(
-            model, broadcast_buffers=False, find_unused_parameters=self.find_unused_parameters, **devices
-        )
-        self._trainer = build_step_trainer(cfg, wrapped, loader, optimizer)
+        turns = model.turns if isinstance(model, MutualStudents) else 1
+        unused = self.find_unused_parameters or turns > 1
+        wrapped = create_ddp_model(model, broadcast_buffers=False, find_unused_parameters=unused, **devices)
+        self._trainer = build_step_trainer(cfg, wrapped, loader, optimizer, turns=turns)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # Without DDP around it.
         self.plain_model = model

@@ -31,8 +31,8 @@ class MutualStudents(nn.Module):
 
     Deep mutual learning (DML, Zhang et al., CVPR 2018, https://arxiv.org/abs/1706.00384): each student's losses gain
     the Kullback-Leibler divergence of its class probabilities from those of a peer, mean over its peers. No gradient
-    reaches the peer. Each forward runs once, on the same batch, and all are updated at once; the paper updates one
-    after the other.
+    reaches the peer. Each forward runs once, on the same batch, and all are updated at once; or, as in the paper's
+    algorithm, one after the other, each with its peers' predictions after their updates.
 
     Of R-CNNs the classes of the sampled boxes are compared, and each student samples its own. A peer's ROI heads run
     once more on these, in evaluation mode and without gradients, from the feature maps that its forward computed.
@@ -53,6 +53,7 @@ class MutualStudents(nn.Module):
         heads: For IE-DML one head per student, which compares the student with itself, and of which all factors have
             the same number of channels; else none.
         head_weight: Factor of the heads' losses at an iteration.
+        sequential: Whether the students shall be updated one after the other; then an iteration has `turns`.
         flip_channels: Of each student whether its images are in the reversed channel order; None for no student.
         mask_padding: Whether the heads leave out padding.
         task_weight: Factor of the students' own losses.
@@ -69,6 +70,7 @@ class MutualStudents(nn.Module):
         weight: float = 1.0,
         heads: Sequence[InheritExploreHead] = (),
         head_weight: Callable[[int], float] = lambda _: 1.0,
+        sequential: bool = False,
         flip_channels: Sequence[bool] | None = None,
         mask_padding: bool = False,
         task_weight: float = 1.0,
@@ -82,6 +84,7 @@ class MutualStudents(nn.Module):
         self.logits = SOURCES[source][0]
         self.weight = weight
         self.head_weight = head_weight
+        self.sequential = sequential
         self.flip_channels = list(flip_channels or [False] * len(students))
         self.mask_padding = mask_padding
         self.task_weight = task_weight
@@ -116,6 +119,7 @@ class MutualStudents(nn.Module):
             "weight": node.WEIGHT,
             "heads": heads,
             "head_weight": build_schedule(cfg.KD.INHERIT_EXPLORE, cfg.SOLVER.MAX_ITER, key="KD.INHERIT_EXPLORE"),
+            "sequential": node.SEQUENTIAL,
             "flip_channels": flip_channels,
             "mask_padding": cfg.KD.MASK_PADDING,
             "task_weight": cfg.KD.TASK_WEIGHT,
@@ -129,36 +133,53 @@ class MutualStudents(nn.Module):
         return self.students[0]
 
     @property
+    def turns(self) -> int:
+        """How many updates an iteration has."""
+        return len(self.students) if self.sequential else 1
+
+    @property
     def checkpointables(self) -> dict[str, object]:
         """What lies beside the first student in a checkpoint."""
         peers = {f"peer_{i}": student for i, student in enumerate(self.students, 1) if i > 1}
         return peers | ({"kd_heads": self.heads} if self.heads else {})
 
-    def forward(self, batched_inputs: list[dict]):
+    def forward(self, batched_inputs: list[dict], turn: int | None = None):
         """See the first student's forward; in training the losses of all students.
+
+        Args:
+            batched_inputs: As the first student reads them.
+            turn: Of which student alone losses are wanted, counted from 0; the others then run without gradients.
 
         Raises:
             FloatingPointError: If a loss is not finite.
         """
         if not self.training:
             return self.student(batched_inputs)
+        learning = range(len(self.students)) if turn is None else [turn]
         storage = get_event_storage()
         batch = Batch.from_inputs(batched_inputs, mask_padding=self.mask_padding)
-        losses, recorded, groups = {}, [], []
+        losses, recorded, groups = {}, [], {}
         for i, (student, tap) in enumerate(zip(self.students, self.taps, strict=True)):
-            with tap.record(self.signals | set(tap.features)) as signals, storage.name_scope(f"peer_{i + 1}"):
+            with (
+                torch.set_grad_enabled(i in learning),
+                tap.record(self.signals | set(tap.features)) as signals,
+                storage.name_scope(f"peer_{i + 1}"),
+            ):
                 found = student(flipped(batched_inputs) if self.flip_channels[i] else batched_inputs)
+            recorded.append(signals)
+            if i not in learning:
+                continue
             found = {key: self.task_weight * loss for key, loss in found.items()}
-            groups.append({"task": list(found.values())})
+            groups[i] = {"task": list(found.values())}
             if self.heads and self.heads[i].pretrained:
                 found |= self.heads[i].pretrain({}, first_boxes(self.heads[i].boxes, signals)[0], batch)
             losses |= {f"{key}_peer_{i + 1}": loss for key, loss in found.items()}
-            recorded.append(signals)
         weight = self.head_weight(storage.iter)
         if self.heads:
             storage.put_scalar(f"kd/weight/{InheritExploreHead.__name__}", weight, smoothing_hint=False)
         # What runs without gradients runs last: autocast may keep the first low-precision copy of a weight.
-        for i, own in enumerate(recorded):
+        for i in learning:
+            own = recorded[i]
             peers = {j: self._on_boxes_of(own, j, peer) for j, peer in enumerate(recorded) if j != i}
             divergences = [mutual_loss(own[self.logits], peer[self.logits]) for peer in peers.values()]
             found = {"loss_kd_mutual": self.weight * sum(divergences) / len(divergences)}
@@ -170,8 +191,8 @@ class MutualStudents(nn.Module):
             losses |= {f"{key}_peer_{i + 1}": loss for key, loss in found.items()}
         check_finite(losses, storage.iter)
         if self.gradient_shares.is_due(storage.iter):
-            for i, student in enumerate(self.students):
-                self.gradient_shares.measure(student, groups[i], suffix=f"_peer_{i + 1}")
+            for i, group in groups.items():
+                self.gradient_shares.measure(self.students[i], group, suffix=f"_peer_{i + 1}")
         return losses
 
     @torch.no_grad()

@@ -67,7 +67,9 @@ def log_summary(trainer: Trainer, *, stage: str = "") -> None:
     if isinstance(model, TeacherStudent) and model.heads:
         parts.append(head_table(model))
     if isinstance(model, MutualStudents):
-        parts.append(f"They teach each other {model.logits}, weight {model.weight:g} ({trainer.cfg.KD.MUTUAL.METHOD}).")
+        turns = ", one after the other" if model.sequential else ""
+        method = trainer.cfg.KD.MUTUAL.METHOD
+        parts.append(f"They teach each other {model.logits}{turns}, weight {model.weight:g} ({method}).")
     if stage:
         parts.append(f"A stage before has trained {stage}.")
     logger.info("What is trained:\n%s", "\n\n".join(parts))

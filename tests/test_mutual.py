@@ -6,17 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from classification.models import classifier_cfg, classifier_inputs
 from detectron2.engine import create_ddp_model
 from detectron2.modeling import Backbone, build_model
+from detectron2.utils.events import EventStorage
 from helpers import WIDE, attached, build, save_teacher, step, tiny_cfg, tiny_inputs, train_net, with_data, write_yaml
 
 from kd_det import ImageClassifier, InputError, MutualStudents
+from kd_det.accumulation import AccumulatingTrainer
 from kd_det.config import student_config
 from kd_det.data import register_datasets
 from kd_det.engine import Trainer
 from kd_det.export import find_run, load_student, read_student_config
-from kd_det.losses import exploration_loss, inheritance_loss
+from kd_det.losses import exploration_loss, inheritance_loss, mutual_loss
 from kd_det.stages import FINAL, train
 
 IE = {"KD.MUTUAL.METHOD": "ie_dml"}
@@ -99,7 +102,47 @@ def test_weights_scale_the_losses(mutual):
         assert torch.equal(scaled[f"loss_cls_peer_{i}"], 2 * once[f"loss_cls_peer_{i}"])
 
 
+def gradient_step(logits, peer):
+    """By gradient descent with rate 1 on cross-entropy and KL(peer || own)."""
+    loss = F.cross_entropy(logits, torch.tensor([0, 2])) + mutual_loss(logits, peer)
+    return (logits - torch.autograd.grad(loss, logits)[0]).detach()
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_one_after_the_other_each_is_taught_by_peers_that_were_updated_before_it(sequential):
+    model = MutualStudents(students=[classifier_of(x) for x in LOGITS], source="cls", sequential=sequential)
+    learned = [student.backbone.values for student in model.students]
+    before = [x.detach().clone().requires_grad_() for x in learned]
+    optimizer = torch.optim.SGD(learned, lr=1.0)
+    batch = [{"image": torch.zeros(3, 4, 4), "label": label} for label in (0, 2)]
+    trainer = AccumulatingTrainer(model, [batch], optimizer, parts=1, turns=model.turns)
+    with EventStorage() as storage:
+        trainer.run_step()
+    assert {f"{name}_peer_{i}" for name in ("loss_cls", "loss_kd_mutual") for i in (1, 2, 3)} < storage.latest().keys()
+    after = []
+    for i, own in enumerate(before):
+        peers = [x for j, x in enumerate([*after, *before[i:]] if sequential else before) if j != i]
+        steps = [gradient_step(own, peer) for peer in peers]  # The mean over peers of what they ask for.
+        after.append(sum(steps) / len(steps))
+    for found, expected in zip(learned, after, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-6, atol=0)
+
+
 # ---- Each student is a stock one, and learns for itself ----
+@pytest.mark.parametrize("family", ["mask_rcnn", "classifier"])
+def test_a_turn_is_one_students(mutual, family):
+    """The others run without gradients, and are not updated."""
+    model = build(mutual(({}, {}), IE | {"KD.MUTUAL.SEQUENTIAL": True}, family))
+    assert model.turns == 3
+    with EventStorage():
+        losses = model(classifier_inputs() if family == "classifier" else tiny_inputs(), 1)
+    assert {key[-len("_peer_2") :] for key in losses} == {"_peer_2"}
+    assert {"loss_cls_peer_2", "loss_kd_mutual_peer_2", "loss_kd_inherit_explore_inherit_peer_2"} < losses.keys()
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == name.startswith(("students.1.", "heads.1.")), name
+
+
 @pytest.mark.parametrize("family", ["mask_rcnn", "classifier"])
 def test_a_students_losses_reach_that_student_alone(mutual, family):
     model = build(mutual(({}, {}), family=family))
@@ -322,8 +365,11 @@ def test_each_student_ends_as_a_plain_run(run, tmp_path):
 
 
 @pytest.mark.usefixtures("in_process")
-def test_interrupted_and_resumed_gives_the_weights_of_an_uninterrupted_run(run, monkeypatch):
-    options = IE | {"SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2}
+@pytest.mark.parametrize(
+    "others", [{}, {"KD.MUTUAL.SEQUENTIAL": True, "SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"}]
+)
+def test_interrupted_and_resumed_gives_the_weights_of_an_uninterrupted_run(run, monkeypatch, others):
+    options = IE | {"SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2} | others
     train(whole := run("whole", options), resume=False)
     cut, run_step = run("cut", options), Trainer.run_step
 
@@ -356,20 +402,22 @@ def test_a_peer_begins_from_the_weights_that_its_config_names(run, tmp_path):
 def train_rank(rank, cfg, folder):
     """Three steps on a rank's own data, from its own random weights; DDP hands out those of rank 0."""
     torch.distributed.init_process_group("gloo", f"file://{folder}/init", world_size=2, rank=rank)
-    model = create_ddp_model(build(cfg, seed=rank), broadcast_buffers=False, device_ids=None)
+    plain, sequential = build(cfg, seed=rank), cfg.KD.MUTUAL.SEQUENTIAL
+    model = create_ddp_model(plain, broadcast_buffers=False, device_ids=None, find_unused_parameters=sequential)
+    batches = [tiny_inputs(seed=10 * rank + i, empty=(0, 1) if (rank, i) == (1, 1) else ()) for i in range(3)]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for i in range(3):
-        inputs = tiny_inputs(seed=10 * rank + i, empty=(0, 1) if (rank, i) == (1, 1) else ())
-        losses = step(model, inputs, iteration=i)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-    torch.save({"losses": losses, **dict(model.module.named_parameters())}, f"{folder}/{rank}.pth")
+    trainer = AccumulatingTrainer(model, batches, optimizer, parts=1, turns=plain.turns)
+    for trainer.iter in range(3):
+        with EventStorage(trainer.iter):
+            trainer.run_step()
+    losses = step(plain, batches[0], iteration=3)
+    torch.save({"losses": losses, **dict(plain.named_parameters())}, f"{folder}/{rank}.pth")
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_stay_in_sync(mutual, tmp_path):
-    cfg = mutual(options=IE | {"KD.INHERIT_EXPLORE.SCHEDULE.START": 1})
+@pytest.mark.parametrize("sequential", [False, True])
+def test_two_ranks_stay_in_sync(mutual, tmp_path, sequential):
+    cfg = mutual(options=IE | {"KD.INHERIT_EXPLORE.SCHEDULE.START": 1, "KD.MUTUAL.SEQUENTIAL": sequential})
     torch.multiprocessing.spawn(train_rank, args=(cfg, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2))
     losses = first.pop("losses"), second.pop("losses")

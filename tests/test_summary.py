@@ -158,6 +158,7 @@ def test_students_that_teach_each_other(tmp_path, told):
     peer = write_yaml(tmp_path / "peer.yaml", classifier_cfg(options=options | {"INPUT.FORMAT": "BGR"}))
     options |= {"KD.MUTUAL.PEERS": [peer], "KD.MUTUAL.SOURCE": "cls", "MODEL.META_ARCHITECTURE": "MutualStudents"}
     options |= {"MODEL.CIFAR.NAME": "resnet8", "MODEL.WEIGHTS": "", "KD.STUDENT_ARCHITECTURE": "ImageClassifier"}
+    options["KD.MUTUAL.SEQUENTIAL"] = True
     cfg = classifier_cfg(options=options | {"OUTPUT_DIR": str(tmp_path)})
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("digits_train",), ()
     log_summary(trainer_of(cfg))
@@ -165,7 +166,7 @@ def test_students_that_teach_each_other(tmp_path, told):
     assert rows["architecture"] == [f"ImageClassifier build_cifar_backbone NAME {x}" for x in ("resnet8", "resnet20")]
     assert rows["weights"] == ["random", str(tmp_path / "peer.pth")]
     assert rows["images"] == ["RGB", "BGR, channels flipped"]
-    assert "They teach each other logits, weight 1 (dml)." in rows
+    assert "They teach each other logits, one after the other, weight 1 (dml)." in rows
 
 
 @pytest.mark.usefixtures("uncounted")
