@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import logging
 import os
 import statistics
 import time
@@ -25,6 +26,7 @@ from kd_det.ensemble import Ensemble
 from kd_det.errors import InputError
 from kd_det.export import find_run, load_student, read_student_config
 
+logger = logging.getLogger(__name__)
 TIMED_ROUNDS = 5
 
 
@@ -97,6 +99,8 @@ def load_runs(
         if not os.path.isdir(source) and ":" not in source:
             raise InputError(f"{name}={source}: neither an output folder nor CONFIG:WEIGHTS.")
         config_file, path = find_run(source) if os.path.isdir(source) else source.split(":", 1)
+        if os.path.isdir(source) and os.path.basename(path) != "model_final.pth":
+            logger.warning("%s=%s: the run is not finished; compared is %s.", name, source, os.path.basename(path))
         cfgs.append(read_student_config(config_file, f"{name}={source}"))
         weights.append(path)
         register_datasets(cfgs[-1])
@@ -130,6 +134,8 @@ def find_generations(name: str, source: str) -> list[tuple[str, str]]:
         with open(Path(source, "config.yaml"), encoding="utf-8") as file:
             last = yaml.safe_load(file)["KD"]["GENERATIONS"]
         folders = {i: path for i, path in folders.items() if i <= last}
+        if len(folders) < last:
+            logger.warning("%s=%s: of %d generations %d are there.", name, source, last, len(folders))
     return [(f"{name} gen {i}", str(folders[i])) for i in sorted(folders)]
 
 

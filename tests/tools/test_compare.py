@@ -1,6 +1,7 @@
 """tools/compare.py: table, JSON and picture of several runs on a tiny data set."""
 
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ from helpers import tiny_cfg, with_data, write_yaml
 
 from kd_det import pictures
 from kd_det.classification.mapper import ClassificationMapper
+from kd_det.comparison.runs import load_runs
 from kd_det.comparison.table import decimals, make_table, summarise, without_nan
 from kd_det.data import choose_images
 from kd_det.data.shapes import CLASSES
@@ -116,6 +118,17 @@ def save_chain(folder, cfg, save_run, *, seed: int = 0) -> list[str]:
     chain.KD.GENERATIONS = 2
     write_yaml(folder / "config.yaml", chain)
     return generations[:2]
+
+
+def test_what_is_not_finished_is_told(tmp_path, save_run, caplog):
+    cfg = classifier_cfg(options=DIGITS)
+    save_chain(tmp_path / "chain", cfg, save_run)
+    shutil.rmtree(tmp_path / "chain/gen_2")
+    load_runs([("ban", str(tmp_path / "chain"))], "digits_test", "cpu")
+    assert [record.getMessage() for record in caplog.records if record.name == "kd_det.comparison.runs"] == [
+        f"ban={tmp_path / 'chain'}: of 2 generations 1 are there.",
+        f"ban gen 1={tmp_path / 'chain/gen_1'}: the run is not finished; compared is model_0000001.pth.",
+    ]
 
 
 def test_generations_of_classifiers_and_their_ensemble(tmp_path, save_run, run_tool):
