@@ -112,6 +112,9 @@ class MutualStudents(nn.Module):
             students += [build_model(config) for config in configs[1:]]
             taps = [build_tap(student) for student in students]
             check_classes(node.SOURCE, [tap.spec() for tap in taps], names)
+            if node.SOURCE == "roi":
+                for tap in taps[1:]:
+                    taps[0].check_alignment(tap, [SOURCES["roi"][0]])
             heads = build_heads(cfg, taps, names) if node.METHOD == "ie_dml" else []
         return {
             "students": students,

@@ -457,6 +457,11 @@ def test_two_ranks_stay_in_sync(mutual, tmp_path, sequential):
         ),
         (
             {},
+            {"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": True},
+            r"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE: must be False in all networks whose .*",
+        ),
+        (
+            {},
             {"INPUT.FORMAT": "L"},
             r"INPUT.FORMAT: this config reads BGR, .*peer_2.yaml L; only .*",
         ),

@@ -251,6 +251,18 @@ def test_box_deltas_of_another_scale(tmp_path):
         build(distilled_cfg(named, ["SoftTargetHead"], {"KD.SOFT_TARGET.BOX_REGRESSION": True}))
 
 
+SIGMOID = {"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": True}
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(SIGMOID, {}), ({}, SIGMOID), (SIGMOID, SIGMOID)])
+@pytest.mark.parametrize("head", ["SoftTargetHead", "BornAgainHead"])
+def test_classes_that_are_no_softmax(tmp_path, student, teacher, head):
+    named = save_teacher(tmp_path, tiny_cfg(options=teacher))
+    with pytest.raises(InputError, match=r"^MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE: must be False in all networks whose "):
+        build(distilled_cfg(named, [head], student))
+    build(distilled_cfg(named, ["HintHead"], student))  # compares no classes
+
+
 # ---- Other models ----
 class Pyramid(Backbone):
     """One convolution of stride 4."""

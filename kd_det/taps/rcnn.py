@@ -57,6 +57,11 @@ class GeneralizedRCNNTap(BackboneTap):
             check_anchors(
                 self.model.proposal_generator.anchor_generator, teacher.model.proposal_generator.anchor_generator
             )
+        if "roi_logits" in names and any(tap._predictor.use_sigmoid_ce for tap in (self, teacher)):
+            raise InputError(
+                "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE: must be False in all networks whose class predictions of boxes are "
+                "compared, since these are taken for those of a softmax."
+            )
         if "roi_deltas" in names:
             weights = [tap._predictor.box2box_transform.weights for tap in (self, teacher)]
             if tuple(weights[0]) != tuple(weights[1]):
