@@ -27,7 +27,6 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
     x, y = _rows(x, y, least=4 if unbiased else 2)
     if unbiased:
         return _align(x @ x.T, y @ y.T, _unbiased_hsic)
-    x, y = x - x.mean(dim=0), y - y.mean(dim=0)
     return (y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
 
 
@@ -59,10 +58,12 @@ def rbf_cka(x: Tensor, y: Tensor, *, width: float = 1.0) -> Tensor:
 
 
 def _rows(x: Tensor, y: Tensor, *, least: int) -> list[Tensor]:
-    """Both sides as (n, features), in float32 at least."""
+    """Both sides as (n, features), in float32 at least, with mean 0: products of large means would drown all else."""
     if len(x) != len(y) or len(x) < least:
         raise InputError(f"CKA: both sides need the same {least} or more examples, got {len(x)} and {len(y)}.")
-    return [(z if z.dtype == torch.float64 else z.float()).flatten(1) for z in (x, y)]
+    rows = [(z if z.dtype == torch.float64 else z.float()).flatten(1) for z in (x, y)]
+    shifted = [z - z[:1] for z in rows]  # Equal examples become zeros, which the mean alone would miss by rounding.
+    return [z - z.mean(dim=0) for z in shifted]
 
 
 def _align(k: Tensor, other: Tensor, inner) -> Tensor:
@@ -74,7 +75,7 @@ def _inner_product(k: Tensor, other: Tensor) -> Tensor:
 
 
 def _unbiased_hsic(k: Tensor, other: Tensor) -> Tensor:
-    """Unbiased HSIC of two Gram matrices (n, n), not centred, times n (n - 3), which cancels in CKA."""
+    """Unbiased HSIC of two Gram matrices (n, n) times n (n - 3), which cancels in CKA."""
     n = len(k)
     k, other = (gram - gram.diag().diag() for gram in (k, other))
     return (

@@ -41,6 +41,22 @@ def test_it_does_not_see_rotation_shift_and_scale(cka):
     torch.testing.assert_close(cka(X, X @ rotation), torch.ones((), dtype=torch.float64))
 
 
+@each_kind
+def test_means_far_from_zero_cost_no_digits(cka):
+    """Features behind a ReLU have them; a difference of large products would have no digit left in float32."""
+    x, y = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
+    expected = cka((x + 64).double() - 64, y.double())
+    torch.testing.assert_close(cka(x + 64, y - 64).double(), expected, rtol=0, atol=1e-5)
+
+
+@each_kind
+def test_equal_examples_have_no_alignment(cka):
+    """Though the mean of five times 0.1 is not exactly 0.1."""
+    same, others = torch.full((5, 3), 0.1), torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    assert cka(same, others).isnan()
+    assert cka(others, same).isnan()
+
+
 def test_few_examples_of_many_features_look_alike_unless_unbiased():
     x, y = torch.randn(2, 20, 8, 4, 4, generator=torch.Generator().manual_seed(0))  # maps are flattened
     assert linear_cka(x, y) > 0.5
