@@ -145,7 +145,7 @@ def concept_ratio(foreground: Tensor, background: Tensor) -> Tensor:
     Returns:
         Scalar: mean of foreground / (foreground + background) over images that have concepts; NaN if none has.
     """
-    return (foreground / (foreground + background)).nanmean()
+    return (foreground.double() / (foreground + background)).nanmean()
 
 
 def learning_effort(counts: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,4 +175,4 @@ def stability(concepts: Tensor) -> Tensor:
         Scalar, mean over images; an image that never had a concept counts as 0, as in the published code.
     """
     ever = concepts.any(dim=0).flatten(1).sum(dim=1)
-    return (concepts[-1].flatten(1).sum(dim=1) / ever.clamp(min=1)).mean()
+    return (concepts[-1].flatten(1).sum(dim=1).double() / ever.clamp(min=1)).mean()

@@ -97,6 +97,9 @@ def test_images_without_an_answer_are_left_out():
     assert concepts.tolist() == [[[True, False]], [[True, False]], [[False, False]]]
     assert concept_ratio(tensor(1, 3, 0), tensor(3, 1, 0)).item() == 0.5
     assert stability(torch.tensor([[[[True]], [[False]]], [[[True]], [[False]]]])).item() == 0.5
+    # counts, too, divide in float64
+    assert concept_ratio(torch.tensor([1]), torch.tensor([2])).item() == 1 / 3
+    assert stability(torch.tensor([[[[True, True, True]]], [[[True, False, False]]]])).item() == 1 / 3
     with pytest.raises(InputError, match="no image has background"):
         find_concepts(torch.ones(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool))
 

@@ -73,5 +73,6 @@ def input_gradient(logits: Tensor, labels: Tensor, images: Tensor, *, create_gra
         create_graph: Whether the gradient is to be differentiated once more.
     """
     # The sum, so that an image's gradient does not depend on the size of the batch.
-    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits, labels, reduction="sum")
     return torch.autograd.grad(loss, images, create_graph=create_graph, retain_graph=True)[0]

@@ -14,6 +14,7 @@ from kd_det import InputError, Teacher, TeacherStudent, build_kd_heads
 from kd_det.checkpoint import KDCheckpointer, load_strictly
 from kd_det.heads.build import teacher_signals
 from kd_det.taps import build_tap
+from kd_det.taps.classifier import input_gradient
 
 from .models import PAIRS, STAGES, classifier_cfg, classifier_inputs
 
@@ -75,6 +76,14 @@ def test_published_form_of_reviewkd(family):
 
 
 # ---- Gradient-based attention transfer ----
+def test_input_gradients_keep_the_digits_of_float64():
+    weight = torch.tensor([[0.3, -0.7], [1.1, 0.2]], dtype=torch.float64)
+    images = torch.tensor([[0.5, -0.3]], dtype=torch.float64, requires_grad=True)
+    found = input_gradient(images @ weight, torch.tensor([1]), images, create_graph=False)
+    expected = ((images @ weight).softmax(dim=1) - torch.tensor([[0, 1]])) @ weight.T
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-12)
+
+
 def test_input_gradients_are_those_of_autograd():
     model = distilled("cifar_resnet", ["AttentionTransferHead"], {"KD.ATTENTION_TRANSFER.KIND": "gradient"})
     inputs = classifier_inputs()
