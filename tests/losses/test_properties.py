@@ -1,5 +1,6 @@
 """What must hold for every loss, and what distinguishes each."""
 
+import math
 from functools import partial
 
 import pytest
@@ -141,6 +142,33 @@ def test_temperature_squared_keeps_the_gradient():
     for temperature in (1e3, 1e4):
         (gradient,) = torch.autograd.grad(losses.soft_target_loss(student, teacher, temperature=temperature), student)
         torch.testing.assert_close(gradient, centred, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_a_small_divergence_keeps_its_digits_in_float32(temperature):
+    """High temperatures make all probabilities nearly equal, and the terms of the divergence cancel each other."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        s, t = torch.randn(2, 16, 10, generator=generator)
+        expected = losses.soft_target_loss(s.double(), t.double(), temperature=temperature)
+        found = losses.soft_target_loss(s, t, temperature=temperature).double()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_a_divergence_is_never_negative():
+    s, t = 1e-3 * torch.randn(2, 100, 3, generator=torch.Generator().manual_seed(0))
+    for own, other in zip(s, t, strict=True):
+        assert losses.soft_target_loss(own[None], other[None], temperature=4.0) >= 0
+
+
+def test_classes_that_the_teacher_rules_out():
+    """0 * log 0 is 0, also beside a student that is far away or rules them out as well."""
+    teacher = torch.tensor([[0.0, 0.0, -torch.inf, -1e4]], dtype=torch.float64)
+    student = torch.tensor([[0.0, 200.0, 3.0, -torch.inf]], dtype=torch.float64, requires_grad=True)
+    loss = losses.soft_target_loss(student, teacher, temperature=1.0)
+    torch.testing.assert_close(loss.item(), 100 - math.log(2))
+    loss.backward()
+    torch.testing.assert_close(student.grad[0], torch.tensor([-0.5, 0.5, 0.0, 0.0], dtype=torch.float64))
 
 
 def test_attention_ignores_positive_scale():
