@@ -168,6 +168,9 @@ def add_kd_config(cfg: CfgNode) -> None:
         weight=1.1,
         # "ft" (factors), "at" (attention maps, which need no stage) or "od" (rectified factors).
         KIND="ft",
+        # Of "ft" and "at": "l1" and "l2", the mean of absolute differences or the root of the mean of squared ones, or
+        # "cosine" (published code's alternative). The paper found l1 best.
+        DISTANCE="l1",
         # Feature maps of the backbone, and roi_features: those of the sampled boxes.
         IN_FEATURES=["roi_features"],
         # As above.
@@ -181,7 +184,8 @@ def add_kd_config(cfg: CfgNode) -> None:
         FACTOR_RATE=0.5,
         # Normalisation in the encoders and decoders: BN (published), SyncBN, GN or LN.
         NORM="BN",
-        # "map_invariant": the same strength at every map size. "code": the published mean (its weight is 50 on CIFAR).
+        # "map_invariant": the same strength at every map size; the default weight is that of "ft" on CIFAR, where "at"
+        # would have 6.25. "code": the published mean, whose best weight on CIFAR is 50.
         SCALE="map_invariant",
         # How the auto-encoder reconstructs: "l2" (paper) or "l1" (published code).
         RECONSTRUCTION="l2",

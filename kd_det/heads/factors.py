@@ -138,7 +138,7 @@ def reconstruction_loss(
     return sum(losses)
 
 
-def rescale(loss: Tensor, factor: Tensor, mask: Tensor | None, *, kind: str, scale: str) -> Tensor:
+def rescale(loss: Tensor, factor: Tensor, mask: Tensor | None, *, kind: str, scale: str, p: float = 1) -> Tensor:
     """Bring a distance of factors to its scale.
 
     A factor of D elements has unit length for the kinds "ft" and "at", so the mean over its elements, the published
@@ -150,6 +150,7 @@ def rescale(loss: Tensor, factor: Tensor, mask: Tensor | None, *, kind: str, sca
         mask: The cells that count.
         scale: "map_invariant" multiplies the mean ("ft", "at") by sqrt(D) and divides the length ("od") by it; "code"
             leaves both. Only elements that count are counted.
+        p: Exponent of the mean.
     """
     channels = 1 if kind == "at" else factor.shape[1]
     elements = channels * factor.shape[2] * factor.shape[3]
@@ -159,5 +160,5 @@ def rescale(loss: Tensor, factor: Tensor, mask: Tensor | None, *, kind: str, sca
         valid = (channels * mask.sum().to(loss) / max(len(mask), 1)).clamp(min=1)
     if kind == "od":
         return loss / valid.sqrt() if scale == "map_invariant" else loss
-    mean = loss * elements / valid
+    mean = loss * (elements / valid) ** (1 / p)
     return mean * valid.sqrt() if scale == "map_invariant" else mean

@@ -29,6 +29,8 @@ from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
 KINDS = ("ft", "at", "od")
+# Name to the options of the losses.
+DISTANCES = {"l1": {"p": 1}, "l2": {"p": 2}, "cosine": {"cosine": True}}
 DIVISIONS = ("natural", "random")
 
 
@@ -43,23 +45,29 @@ class InheritExploreHead(nn.Module):
     * ``at``: the same of attention maps, which need no encoders, and so no stage;
     * ``od``: length of the difference of the rectified factors, mean over images (or boxes).
 
+    For the first two, the mean may be that of squares, of which the root is taken, or the cosine may take its place, as
+    in the paper's and the published code's comparison of distances.
+
     Factors come from encoders as in the published code: three 3x3 convolutions, batch norms and leaky ReLUs; each half
     and each feature has its own. A stage before the run trains the teacher's encoder, with a decoder, to reconstruct
     the teacher's features; in the run it is frozen.
 
-    The exploring half's loss is the negated distance. For ``ft`` and ``at`` it is bounded. That of ``od`` has no lower
-    bound: the encoder's last batch norm could drive it down for ever by its weight alone. So here the exploring half's
-    rectified factor is first scaled to the length of the teacher's, which the paper does not do; the farthest from it
-    is then a factor that shares no active neuron with it, at sqrt(2) times that length.
+    The exploring half's loss is the negated distance, or the absolute cosine. For ``ft`` and ``at`` it is bounded. That
+    of ``od`` has no lower bound: the encoder's last batch norm could drive it down for ever by its weight alone. So
+    here the exploring half's rectified factor is first scaled to the length of the teacher's, which the paper does not
+    do; the farthest from it is then a factor that shares no active neuron with it, at sqrt(2) times that length.
 
     The means of ``ft`` and ``at`` fall with the size of the map, the length of ``od`` grows with it. "map_invariant"
-    multiplies or divides by the square root of the number of elements (weight 1.1); "code" does not, as published
-    (weight 50 for ``ft`` on CIFAR); the length of ``od``'s exploring factor is the teacher's in both.
+    multiplies or divides by the square root of the number of elements; "code" does not, as published; the length of
+    ``od``'s exploring factor is the teacher's in both, and cosines do not depend on the size. On CIFAR the weight that
+    the paper found best is 50 with "code", which is 1.1 with "map_invariant" for ``ft`` (32x8x8 elements) and 6.25 for
+    ``at`` (8x8); the published configs have 1 and, for factor transfer, 500.
 
     Args:
         features: Name to description of each compared feature: maps of the backbone, or ``roi_features``. The student's
             channels must be even.
         kind: "ft", "at" or "od".
+        distance: "l1", "l2" or "cosine"; "od" has its own and takes "l1".
         divide: "natural" (the first half of the channels inherits) or "random" (a division drawn once, and saved).
         seed: Of the random division; the same on every process.
         inherit_weight: Factor of the inheriting half's loss; 0 leaves it out.
@@ -78,6 +86,7 @@ class InheritExploreHead(nn.Module):
         features: Mapping[str, Feature],
         boxes: int = 0,
         kind: str = "ft",
+        distance: str = "l1",
         divide: str = "natural",
         seed: int = 0,
         inherit_weight: float = 1.0,
@@ -90,6 +99,7 @@ class InheritExploreHead(nn.Module):
         self.features = dict(features)
         self.boxes = boxes
         self.kind = kind
+        self.distance = distance
         self.scale = scale
         self.reconstruction = reconstruction
         weights = {"inherit": inherit_weight, "explore": explore_weight}
@@ -113,9 +123,11 @@ class InheritExploreHead(nn.Module):
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         node, key = cfg.KD.INHERIT_EXPLORE, "KD.INHERIT_EXPLORE"
         features = check_factor_options(key, node, student_spec, teacher_spec)
-        for option, allowed in (("KIND", KINDS), ("DIVIDE", DIVISIONS)):
+        for option, allowed in (("KIND", KINDS), ("DISTANCE", DISTANCES), ("DIVIDE", DIVISIONS)):
             if node[option] not in allowed:
                 raise InputError(f"{key}.{option}: {node[option]!r} is not one of {', '.join(allowed)}.")
+        if node.KIND == "od" and node.DISTANCE != "l1":
+            raise InputError(f"{key}.DISTANCE: must stay l1 with KIND 'od', which has its own, got {node.DISTANCE!r}.")
         for name, feature in features.items():
             if feature.student_channels % 2:
                 raise InputError(
@@ -134,6 +146,7 @@ class InheritExploreHead(nn.Module):
             "features": features,
             "boxes": node.BOXES,
             "kind": node.KIND,
+            "distance": node.DISTANCE,
             "divide": node.DIVIDE,
             "seed": max(cfg.SEED, 0),
             "inherit_weight": node.INHERIT_WEIGHT,
@@ -192,8 +205,11 @@ class InheritExploreHead(nn.Module):
         mask = valid_cells(batch, half, self.features[name].stride)
         if (part, self.kind) == ("explore", "od"):
             half = with_length_of(cast_up(half).relu(), cast_up(target).relu())
-        loss = (inheritance_loss if part == "inherit" else exploration_loss)(half, target, kind=self.kind)
-        return rescale(loss, half, mask, kind=self.kind, scale=self.scale)
+        options = {} if self.kind == "od" else DISTANCES[self.distance]
+        loss = (inheritance_loss if part == "inherit" else exploration_loss)(half, target, kind=self.kind, **options)
+        if self.distance == "cosine":
+            return loss
+        return rescale(loss, half, mask, kind=self.kind, scale=self.scale, p=options.get("p", 1))
 
 
 def with_length_of(x: Tensor, other: Tensor) -> Tensor:

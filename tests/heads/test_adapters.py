@@ -188,6 +188,20 @@ def test_inherit_and_explore_give_what_published_code_gives(kind, inherit, explo
         assert losses["loss_kd_inherit_explore_explore"].item() == pytest.approx(50 * factor * explore, abs=1e-9)
 
 
+@pytest.mark.parametrize("scale", ["code", "map_invariant"])
+def test_other_distances_give_what_published_code_gives(scale):
+    """The cosine has no scale."""
+    values = []
+    for distance in ("l2", "cosine"):
+        head = without_encoders(inherit_explore(distance=distance, scale=scale))
+        losses = head(*golden_halves("ft"), NO_BATCH)
+        values += [losses[f"loss_kd_inherit_explore_{part}"].item() for part in ("inherit", "explore")]
+    factor = 1 if scale == "code" else math.sqrt(8)
+    assert values[0] == pytest.approx(0.20168885204364898 * factor, abs=1e-9)
+    assert values[1] < 0
+    assert values[2:] == pytest.approx([0.1627135721547397, 0.0805896125913797], abs=1e-9)
+
+
 @pytest.mark.parametrize("length", [1.0, 1e6])
 def test_exploration_of_rectified_factors_by_hand(length):
     """Teacher (3, 4, -9), of length 5. An orthogonal factor is sqrt(50) away, however long it is; an equal one is 0."""
@@ -407,6 +421,11 @@ def crop(signals, cells):
             for kind in ("ft", "at", "od")
             for scale in ("code", "map_invariant")
         ],
+        *[
+            (lambda kind=kind, distance=distance: without_encoders(inherit_explore(kind=kind, distance=distance)), "p2")
+            for kind in ("ft", "at")
+            for distance in ("l2", "cosine")
+        ],
         (lambda: overhaul(4, scale="code"), "res2_preact"),
         (lambda: overhaul(4), "res2_preact"),
     ],
@@ -494,6 +513,7 @@ PREACTIVATIONS = ("OVERHAUL", "ACTIVATION_BOUNDARY")
         *[(node, "IN_FEATURES", ["pooled"], "'pooled' is not a feature map; allowed are p2") for node in FACTORS],
         *[(node, "BOXES", -1, "must be 0 .all. or a number of boxes per image, got -1") for node in FACTORS],
         ("INHERIT_EXPLORE", "KIND", "ofd", "'ofd' is not one of ft, at, od."),
+        ("INHERIT_EXPLORE", "DISTANCE", "l3", "'l3' is not one of l1, l2, cosine."),
         ("INHERIT_EXPLORE", "DIVIDE", "half", "'half' is not one of natural, random."),
         *[
             (node, "IN_FEATURES", [], "no stage is named; the student has res2, res3, res4, res5.")
@@ -517,6 +537,11 @@ PREACTIVATIONS = ("OVERHAUL", "ACTIVATION_BOUNDARY")
 def test_options_that_cannot_be(node, key, value, told):
     with pytest.raises(InputError, match=f"^KD.{node}.{key}: .*{told}"):
         from_options(node, {key: value}, (make_spec(6), make_spec(6)))
+
+
+def test_rectified_factors_have_a_distance_of_their_own():
+    with pytest.raises(InputError, match=r"^KD.INHERIT_EXPLORE.DISTANCE: must stay l1 with KIND 'od', .* got 'l2'"):
+        from_options("INHERIT_EXPLORE", {"KIND": "od", "DISTANCE": "l2"}, (make_spec(6), make_spec(6)))
 
 
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (-1.0, 1.0), (1.0, -1.0)])

@@ -49,6 +49,8 @@ VARIANTS = {
         "ft": {},
         "at": {"KIND": "at"},
         "at_fpn": {"KIND": "at", "IN_FEATURES": ["p3", "p4", "p5"], "DIVIDE": "random", "SCALE": "code"},
+        "l2": {"DISTANCE": "l2", "IN_FEATURES": ["p4"]},
+        "cosine": {"DISTANCE": "cosine"},
         "od": {"KIND": "od"},
         "od_fpn": {"KIND": "od", "IN_FEATURES": ["p4"], "SCALE": "code"},
         "random": {"DIVIDE": "random", "SCALE": "code", "RECONSTRUCTION": "l1", "IN_FEATURES": ["p3", "p5"]},
@@ -138,8 +140,8 @@ def total(losses):
     return sum(losses.values())
 
 
-def check_losses(name, losses):
-    """Of noise on both sides a head of a name gives finite scalars in float32, above 0 but for those of exploration."""
+def check_losses(name, options, losses):
+    """Of noise on both sides a head gives finite scalars in float32, above 0 but for the negated distances."""
     prefix = f"loss_kd_{config_key(name).lower()}"
     assert losses
     for key, loss in losses.items():
@@ -147,12 +149,13 @@ def check_losses(name, losses):
         assert loss.shape == ()
         assert loss.dtype == torch.float32
         assert loss.isfinite()
-        assert loss < 0 if key.endswith("_explore") else loss > 0
+        negated = key.endswith("_explore") and options.get("DISTANCE") != "cosine"
+        assert loss < 0 if negated else loss > 0
 
 
 @each_head
 def test_losses(name, options, batch):
-    check_losses(name, make(name, options)(*pair(), batch))
+    check_losses(name, options, make(name, options)(*pair(), batch))
 
 
 @each_head
@@ -210,7 +213,7 @@ def test_half_precision(name, options, batch, dtype):
 @each_head
 def test_half_precision_without_autocast(name, options, batch):
     losses = make(name, options)(*pair(torch.float16), batch)
-    check_losses(name, losses)
+    check_losses(name, options, losses)
     total(losses).backward()
 
 

@@ -52,7 +52,7 @@ def trained_by_stage(head):
 @each(STAGE_CASES)
 def test_losses(name, options, batch):
     losses = make(name, options).pretrain(*pair(), batch)
-    check_losses(name, losses)
+    check_losses(name, options, losses)
     assert min(losses.values()) > 0
 
 

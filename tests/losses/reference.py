@@ -131,7 +131,9 @@ def factor_transfer_loss(s, t, *, p=1):
     return (np.abs(unit(s) - unit(t)) ** p).mean() ** (1 / p)
 
 
-def inheritance_loss(s, t, *, kind="ft", p=1):
+def inheritance_loss(s, t, *, kind="ft", p=1, cosine=False):
+    if cosine:
+        return 1 - cosines(s, t, kind=kind).mean()
     if kind == "od":
         return np.mean([math.sqrt((row**2).sum()) for row in np.maximum(s, 0) - np.maximum(t, 0)])
     return (
@@ -141,7 +143,14 @@ def inheritance_loss(s, t, *, kind="ft", p=1):
     )
 
 
-def exploration_loss(s, t, *, kind="ft", p=1):
+def cosines(s, t, *, kind):
+    s, t = (attention_map(s), attention_map(t)) if kind == "at" else (unit(s), unit(t))
+    return np.array([(a * b).sum() for a, b in zip(s, t, strict=True)])
+
+
+def exploration_loss(s, t, *, kind="ft", p=1, cosine=False):
+    if cosine:
+        return np.abs(cosines(s, t, kind=kind)).mean()
     return -inheritance_loss(s, t, kind=kind, p=p)
 
 

@@ -59,6 +59,10 @@ MISTAKES = [
         lambda: losses.exploration_loss(A, A, kind="l2"),
         "exploration_loss: kind must be one of 'at', 'ft', 'od', got 'l2'",
     ),
+    (
+        lambda: losses.inheritance_loss(A, A, kind="od", cosine=True),
+        "inheritance_loss: kind must be one of 'at', 'ft', got 'od'",
+    ),
     (lambda: losses.factor_transfer_loss(A, A, p=0.5), "factor_transfer_loss: p must be 1 or more, got 0.5"),
     (
         lambda: losses.hierarchical_context_loss(ROWS, ROWS),
