@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
+from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from kd_det.heads.norms import check_norm
@@ -14,7 +15,7 @@ from kd_det.heads.preactivations import (
     sum_over_cells,
     sum_over_stages,
 )
-from kd_det.losses import activation_boundary_loss
+from kd_det.losses import activation_boundary_loss, activation_disagreement
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -31,6 +32,8 @@ class ActivationBoundaryHead(nn.Module):
 
     The sum grows with the size of the map. "map_invariant" scales it to a deepest map of 8x8 cells, the one of CIFAR;
     "code" leaves it as published.
+
+    The scalar ``kd/ab_disagreement`` is the share of neurons that are active in one network alone, mean over stages.
 
     Args:
         student_spec: Name to shape of each stage's ``<name>_preact`` in the student, finest first.
@@ -79,11 +82,14 @@ class ActivationBoundaryHead(nn.Module):
         }
 
     def pretrain(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
-        losses = []
+        losses, disagreements = [], []
         for name, stride in self.strides.items():
             own = connect(self.connectors[name], student[name])
             mask = batch.valid_mask(own, stride)
             losses.append(sum_over_cells(activation_boundary_loss, own, teacher[name], mask))
+            disagreements.append(activation_disagreement(own, teacher[name], mask=mask))
+        if has_event_storage():
+            get_event_storage().put_scalar("kd/ab_disagreement", sum(disagreements) / len(disagreements))
         return {"loss_kd_activation_boundary": self.weight * sum_over_stages(losses, own, mask, scale=self.scale)}
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from .attention import attention_map, attention_transfer_loss, input_gradient_lo
 from .factors import exploration_loss, factor_transfer_loss, inheritance_loss
 from .features import (
     activation_boundary_loss,
+    activation_disagreement,
     feature_matching_loss,
     hierarchical_context_loss,
     hint_loss,
@@ -30,6 +31,7 @@ from .logits import (
 
 __all__ = [
     "activation_boundary_loss",
+    "activation_disagreement",
     "adjust_label_smoothing",
     "adjust_probability_shift",
     "attention_map",

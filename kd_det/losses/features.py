@@ -97,6 +97,25 @@ def activation_boundary_loss(s_pre: Tensor, t_pre: Tensor, *, margin: float = 1.
     return _sum_per_sample(shortfall.square())
 
 
+@torch.no_grad()
+def activation_disagreement(s_pre: Tensor, t_pre: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Computes the share of neurons that are active, above 0, in one network alone.
+
+    What AB is to lower: Heo et al., 2018, https://arxiv.org/abs/1811.03233.
+
+    Args:
+        s_pre: (N, C, H, W) responses of the student before the ReLU.
+        t_pre: responses of the teacher before the ReLU, of the same shape.
+        mask: (N, 1, H, W) booleans, the cells that count; None for all.
+
+    Returns:
+        Scalar in float64, without gradient; 0 without elements.
+    """
+    check_same_shape("activation_disagreement", s_pre, t_pre)
+    check_mask("activation_disagreement", mask, s_pre)
+    return masked_mean(((s_pre > 0) != (t_pre > 0)).double(), mask)
+
+
 @in_float32
 def overhaul_loss(s: Tensor, t_pre: Tensor, *, margin: Tensor) -> Tensor:
     """Sums squared differences, except where student and teacher are both inactive.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
+from detectron2.utils.events import EventStorage
 from helpers import build, distilled_cfg, step
 from torch import nn
 
@@ -379,8 +380,10 @@ def test_activation_boundaries_give_what_published_code_gives():
     student, teacher = golden("activation_boundary_loss", "zeros and margins")
     own = {"res2_preact": 1.1 * student, "res3_preact": student}
     other = {"res2_preact": 0.9 * teacher, "res3_preact": teacher}
-    losses = activation_boundary(scale="code").pretrain(own, other, NO_BATCH)
+    with EventStorage() as storage:
+        losses = activation_boundary(scale="code").pretrain(own, other, NO_BATCH)
     assert losses["loss_kd_activation_boundary"].item() == pytest.approx(0.06198363750000001, rel=1e-5)
+    assert storage.latest()["kd/ab_disagreement"][0] == pytest.approx(0.3125)
 
 
 def test_connectors_stand_where_the_channels_differ():
@@ -448,11 +451,15 @@ def test_masked_padding_equals_cropped_maps(make, name):
 def test_masked_padding_of_activation_boundaries_equals_cropped_maps():
     head = activation_boundary(("res2",))
     student, teacher = ({"res2_preact": maps(8, 8, channels=2, seed=seed)} for seed in (0, 1))
-    masked = head.pretrain(student, teacher, make_batch([(16, 20)] * 2, mask_padding=True))
-    cropped = head.pretrain(crop(student, (4, 5)), crop(teacher, (4, 5)), NO_BATCH)
-    assert masked["loss_kd_activation_boundary"].item() == pytest.approx(
-        cropped["loss_kd_activation_boundary"].item(), rel=1e-5
-    )
+    found = []
+    for signals, batch in (
+        ((student, teacher), make_batch([(16, 20)] * 2, mask_padding=True)),
+        ((crop(student, (4, 5)), crop(teacher, (4, 5))), NO_BATCH),
+    ):
+        with EventStorage() as storage:
+            loss = head.pretrain(*signals, batch)["loss_kd_activation_boundary"]
+        found.append([loss.item(), storage.latest()["kd/ab_disagreement"][0]])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(
