@@ -188,7 +188,8 @@ class MutualStudents(nn.Module):
             found = {"loss_kd_mutual": self.weight * sum(divergences) / len(divergences)}
             groups[i]["mutual"] = list(found.values())
             if self.heads:
-                compared = self._inherit_and_explore(i, own, peers, batch, weight)
+                with storage.name_scope(f"peer_{i + 1}"):
+                    compared = self._inherit_and_explore(i, own, peers, batch, weight)
                 groups[i][InheritExploreHead.__name__] = list(compared.values())
                 found |= compared
             losses |= {f"{key}_peer_{i + 1}": loss for key, loss in found.items()}

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import get_norm
+from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from kd_det.heads.factors import (
 )
 from kd_det.heads.norms import check_norm
 from kd_det.losses import exploration_loss, inheritance_loss
-from kd_det.losses.numerics import cast_up
+from kd_det.losses.numerics import cast_up, mean
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -55,7 +56,8 @@ class InheritExploreHead(nn.Module):
     The exploring half's loss is the negated distance, or the absolute cosine. For ``ft`` and ``at`` it is bounded. That
     of ``od`` has no lower bound: the encoder's last batch norm could drive it down for ever by its weight alone. So
     here the exploring half's rectified factor is first scaled to the length of the teacher's, which the paper does not
-    do; the farthest from it is then a factor that shares no active neuron with it, at sqrt(2) times that length.
+    do; the farthest from it is then a factor that shares no active neuron with it, at sqrt(2) times that length. That
+    multiple is logged as ``kd/ie_od_distance/<feature>``, since the length changes while the student trains.
 
     The means of ``ft`` and ``at`` fall with the size of the map, the length of ``od`` grows with it. "map_invariant"
     multiplies or divides by the square root of the number of elements; "code" does not, as published; the length of
@@ -203,10 +205,14 @@ class InheritExploreHead(nn.Module):
 
     def _distance(self, part: str, half: Tensor, target: Tensor, name: str, batch: Batch) -> Tensor:
         mask = valid_cells(batch, half, self.features[name].stride)
-        if (part, self.kind) == ("explore", "od"):
+        bounded = (part, self.kind) == ("explore", "od")
+        if bounded:
             half = with_length_of(cast_up(half).relu(), cast_up(target).relu())
         options = {} if self.kind == "od" else DISTANCES[self.distance]
         loss = (inheritance_loss if part == "inherit" else exploration_loss)(half, target, kind=self.kind, **options)
+        if bounded and has_event_storage():
+            length = mean(cast_up(target).relu().flatten(1).norm(dim=1)).clamp(min=1e-12)
+            get_event_storage().put_scalar(f"kd/ie_od_distance/{name}", -loss.detach() / length)
         if self.distance == "cosine":
             return loss
         return rescale(loss, half, mask, kind=self.kind, scale=self.scale, p=options.get("p", 1))

@@ -210,8 +210,10 @@ def test_exploration_of_rectified_factors_by_hand(length):
     head = without_encoders(inherit_explore(6, "od", 3, 3, scale="code"))
     for explore, expected in (([-5.0, 0.0, 1.0], -math.sqrt(50)), ([3.0, 4.0, -1.0], 0.0)):
         half = length * torch.tensor(explore).view(1, 3, 1, 1)
-        losses = head({"p2": torch.cat([teacher, half], dim=1)}, {"p2": teacher}, make_batch([(4, 4)]))
+        with EventStorage() as storage:
+            losses = head({"p2": torch.cat([teacher, half], dim=1)}, {"p2": teacher}, make_batch([(4, 4)]))
         assert losses["loss_kd_inherit_explore_explore"].item() == pytest.approx(expected, abs=1e-5)
+        assert storage.latest()["kd/ie_od_distance/p2"][0] == pytest.approx(-expected / 5, abs=1e-6)
         assert losses["loss_kd_inherit_explore_inherit"].item() == 0
 
 
