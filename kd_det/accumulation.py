@@ -40,8 +40,9 @@ class AccumulatingTrainer(SimpleTrainer):
             self.optimizer.zero_grad()
             means |= self._run_parts(data, turn)
             self.after_backward()
+            if turn is self.turns[-1]:
+                self._write_metrics(means, data_time)  # It stops the run where a loss is not finite.
             self._update()
-        self._write_metrics(means, data_time)
 
     def _run_parts(self, data: list[dict], turn: tuple[int, ...]) -> dict[str, Tensor]:
         """Forward and backward of all parts; the means of their losses."""
@@ -87,7 +88,7 @@ class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
 def build_step_trainer(
     cfg: CfgNode, model: nn.Module, loader, optimizer: Optimizer, *, turns: int = 1
 ) -> SimpleTrainer:
-    """What runs one iteration: Detectron2's trainer or, for all that this one does not know, one of these.
+    """What runs one iteration: Detectron2's trainer or, for mixed precision, parts or turns, one of these.
 
     Args:
         turns: How many updates an iteration has.

@@ -89,8 +89,8 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.MUTUAL.SOURCE = "roi"
     # Factor of the mean divergence from the peers.
     cfg.KD.MUTUAL.WEIGHT = 1.0
-    # In each iteration update one student after the other on the same images, each taught by peers that have been
-    # updated before it (paper), instead of all at once. With n students every forward runs n times.
+    # In each iteration update one student after the other on the same images, each taught by its peers as they then are
+    # (paper), instead of all at once. With n students every forward, and every exchange of gradients, runs n times.
     cfg.KD.MUTUAL.SEQUENTIAL = False
 
     # ---- The stage before the main run, which some heads need ----
@@ -169,7 +169,7 @@ def add_kd_config(cfg: CfgNode) -> None:
         # "ft" (factors), "at" (attention maps, which need no stage) or "od" (rectified factors).
         KIND="ft",
         # Of "ft" and "at": "l1" and "l2", the mean of absolute differences or the root of the mean of squared ones, or
-        # "cosine" (published code's alternative). The paper found l1 best.
+        # "cosine" (published code's alternative; SCALE has no part). The paper found l1 best; WEIGHT is for that.
         DISTANCE="l1",
         # Feature maps of the backbone, and roi_features: those of the sampled boxes.
         IN_FEATURES=["roi_features"],

@@ -32,11 +32,19 @@ class GradientShares:
 
     def __init__(self, period: int = 0):
         self.period = period
-        self.last = -1
+        # Of each suffix the last iteration that was measured.
+        self.last: dict[str, int] = {}
 
-    def is_due(self, iteration: int) -> bool:
-        """Whether to measure now; once per iteration, and not where precise batch norm runs the model."""
-        return self.period > 0 and iteration % self.period == 0 and iteration != self.last and torch.is_grad_enabled()
+    def is_due(self, iteration: int, suffix: str = "") -> bool:
+        """Whether to measure now; once per iteration, and not where precise batch norm runs the model.
+
+        Args:
+            iteration: The run's.
+            suffix: As of :meth:`measure`.
+        """
+        if self.period == 0 or iteration % self.period or not torch.is_grad_enabled():
+            return False
+        return self.last.get(suffix) != iteration
 
     def measure(self, student: nn.Module, groups: Mapping[str, Sequence[Tensor]], suffix: str = "") -> None:
         """Put the shares into the event storage as ``kd/gradient/<group><suffix>``, and into the log.
@@ -47,7 +55,7 @@ class GradientShares:
             suffix: Tells several students apart.
         """
         storage = get_event_storage()
-        self.last = storage.iter
+        self.last[suffix] = storage.iter
         shares = {f"{name}{suffix}": share for name, share in gradient_shares(student.backbone, groups).items()}
         storage.put_scalars(smoothing_hint=False, **{f"kd/gradient/{name}": share for name, share in shares.items()})
         told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
 from kd_det.config import is_flipped
@@ -32,7 +32,7 @@ class MutualStudents(nn.Module):
     Deep mutual learning (DML, Zhang et al., CVPR 2018, https://arxiv.org/abs/1706.00384): each student's losses gain
     the Kullback-Leibler divergence of its class probabilities from those of a peer, mean over its peers. No gradient
     reaches the peer. Each forward runs once, on the same batch, and all are updated at once; or, as in the paper's
-    algorithm, one after the other, each with its peers' predictions after their updates.
+    algorithm, one after the other, each with the predictions of its peers as they then are.
 
     Of R-CNNs the classes of the sampled boxes are compared, and each student samples its own. A peer's ROI heads run
     once more on these, in evaluation mode and without gradients, from the feature maps that its forward computed.
@@ -114,7 +114,7 @@ class MutualStudents(nn.Module):
             check_classes(node.SOURCE, [tap.spec() for tap in taps], names)
             if node.SOURCE == "roi":
                 for tap in taps[1:]:
-                    taps[0].check_alignment(tap, [SOURCES["roi"][0]])
+                    taps[0].check_alignment(tap, [SOURCES[node.SOURCE][0]])
             heads = build_heads(cfg, taps, names) if node.METHOD == "ie_dml" else []
         return {
             "students": students,
@@ -147,11 +147,11 @@ class MutualStudents(nn.Module):
         return peers | ({"kd_heads": self.heads} if self.heads else {})
 
     def forward(self, batched_inputs: list[dict], turn: int | None = None):
-        """See the first student's forward; in training the losses of all students.
+        """See the first student's forward; in training the losses of all students, or of one.
 
         Args:
             batched_inputs: As the first student reads them.
-            turn: Of which student alone losses are wanted, counted from 0; the others then run without gradients.
+            turn: The one student that is to learn, counted from 0; the others then run without gradients.
 
         Raises:
             FloatingPointError: If a loss is not finite.
@@ -163,11 +163,13 @@ class MutualStudents(nn.Module):
         batch = Batch.from_inputs(batched_inputs, mask_padding=self.mask_padding)
         losses, recorded, groups = {}, [], {}
         for i, (student, tap) in enumerate(zip(self.students, self.taps, strict=True)):
-            with (
-                torch.set_grad_enabled(i in learning),
-                tap.record(self.signals | set(tap.features)) as signals,
-                storage.name_scope(f"peer_{i + 1}"),
-            ):
+            with ExitStack() as stack:
+                if i in learning:
+                    stack.enter_context(storage.name_scope(f"peer_{i + 1}"))
+                else:  # Its scalars are those of its own turn.
+                    stack.enter_context(torch.no_grad())
+                    stack.enter_context(EventStorage(storage.iter))
+                signals = stack.enter_context(tap.record(self.signals | set(tap.features)))
                 found = student(flipped(batched_inputs) if self.flip_channels[i] else batched_inputs)
             recorded.append(signals)
             if i not in learning:
@@ -194,9 +196,9 @@ class MutualStudents(nn.Module):
                 found |= compared
             losses |= {f"{key}_peer_{i + 1}": loss for key, loss in found.items()}
         check_finite(losses, storage.iter)
-        if self.gradient_shares.is_due(storage.iter):
-            for i, group in groups.items():
-                self.gradient_shares.measure(self.students[i], group, suffix=f"_peer_{i + 1}")
+        for i, group in groups.items():
+            if self.gradient_shares.is_due(storage.iter, suffix := f"_peer_{i + 1}"):
+                self.gradient_shares.measure(self.students[i], group, suffix)
         return losses
 
     @torch.no_grad()

@@ -75,7 +75,7 @@ def _inner_product(k: Tensor, other: Tensor) -> Tensor:
 
 
 def _unbiased_hsic(k: Tensor, other: Tensor) -> Tensor:
-    """Unbiased HSIC of two Gram matrices (n, n) times n (n - 3), which cancels in CKA."""
+    """Unbiased HSIC of two Gram matrices (n, n), times n (n - 3), which cancels in CKA."""
     n = len(k)
     k, other = (gram - gram.diag().diag() for gram in (k, other))
     return (

@@ -101,10 +101,15 @@ def test_not_measured_without_gradients(teacher, inputs):
         assert "kd/gradient/task" not in scalars(model, inputs)[1]
 
 
-def test_students_that_teach_each_other(tmp_path, inputs):
+@pytest.mark.parametrize("turns", [[()], [(0,), (1,)]])
+def test_students_that_teach_each_other(tmp_path, inputs, turns):
     options = {"KD.MUTUAL.PEERS": [write_yaml(tmp_path / "peer.yaml", tiny_cfg())], "KD.GRADIENT_SHARES": 1}
     options |= {"MODEL.META_ARCHITECTURE": "MutualStudents", "KD.MUTUAL.METHOD": "ie_dml"}
-    _, found, _ = scalars(build(tiny_cfg(options=options | {"KD.INHERIT_EXPLORE.WEIGHT": 0.5})), inputs)
+    model = build(tiny_cfg(options=options | {"KD.INHERIT_EXPLORE.WEIGHT": 0.5}))
+    with EventStorage() as storage:
+        for turn in turns:
+            model(inputs, *turn)
+    found = {key: value for key, (value, _) in storage.latest().items() if key.startswith("kd/")}
     assert found.pop("kd/weight/InheritExploreHead") == 0.5
     for i in (1, 2):
         own = [found.pop(f"kd/gradient/{name}_peer_{i}") for name in ("task", "mutual", "InheritExploreHead")]

@@ -13,7 +13,7 @@ from detectron2.modeling import Backbone, build_model
 from detectron2.utils.events import EventStorage
 from helpers import WIDE, attached, build, save_teacher, step, tiny_cfg, tiny_inputs, train_net, with_data, write_yaml
 
-from kd_det import ImageClassifier, InputError, MutualStudents
+from kd_det import ImageClassifier, InputError, MutualStudents, engine
 from kd_det.accumulation import AccumulatingTrainer
 from kd_det.config import student_config
 from kd_det.data import register_datasets
@@ -134,10 +134,11 @@ def test_a_turn_is_one_students(mutual, family):
     """The others run without gradients, and are not updated."""
     model = build(mutual(({}, {}), IE | {"KD.MUTUAL.SEQUENTIAL": True}, family))
     assert model.turns == 3
-    with EventStorage():
+    with EventStorage() as storage:
         losses = model(classifier_inputs() if family == "classifier" else tiny_inputs(), 1)
     assert {key[-len("_peer_2") :] for key in losses} == {"_peer_2"}
     assert {"loss_cls_peer_2", "loss_kd_mutual_peer_2", "loss_kd_inherit_explore_inherit_peer_2"} < losses.keys()
+    assert {key.split("/")[0] for key in storage.latest()} <= {"peer_2", "kd"}, "scalars of its own turn alone"
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith(("students.1.", "heads.1.")), name
@@ -220,6 +221,15 @@ def test_no_backbone_runs_twice(mutual, inputs):
     step(model, inputs)
     # each predictor sees its own boxes and those of the two others
     assert sorted(runs) == [f"backbone {i}" for i in range(3)] + [f"boxes {i}" for i in range(3) for _ in range(3)]
+
+
+@pytest.mark.parametrize("turn", [(), (1,)])
+def test_precise_batch_norm_builds_no_graph(mutual, turn):
+    """It runs the model in training mode without gradients."""
+    model = build(mutual(options=IE, family="classifier"))
+    with torch.no_grad(), EventStorage():
+        losses = model(classifier_inputs(), *turn)
+    assert not any(loss.requires_grad for loss in losses.values())
 
 
 def test_a_peers_second_pass_leaves_no_trace(mutual, inputs):
@@ -366,7 +376,12 @@ def test_each_student_ends_as_a_plain_run(run, tmp_path):
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
-    "others", [{}, {"KD.MUTUAL.SEQUENTIAL": True, "SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"}]
+    "others",
+    [
+        {},
+        {"KD.MUTUAL.SEQUENTIAL": True, "SOLVER.ACCUMULATE": 2},
+        {"KD.MUTUAL.SEQUENTIAL": True, "SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"},
+    ],
 )
 def test_interrupted_and_resumed_gives_the_weights_of_an_uninterrupted_run(run, monkeypatch, others):
     options = IE | {"SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2} | others
@@ -398,13 +413,36 @@ def test_a_peer_begins_from_the_weights_that_its_config_names(run, tmp_path):
         assert same(student.state_dict(), torch.load(path, weights_only=True)["model"])
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_turns_need_weights_that_a_loss_does_not_reach(mutual, tmp_path, monkeypatch, sequential):
+    found, wrap = [], engine.create_ddp_model
+    monkeypatch.setattr(engine, "create_ddp_model", lambda *args, **options: found.append(options) or wrap(*args))
+    size = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8, "KD.MUTUAL.SEQUENTIAL": sequential}
+    cfg = mutual(({"MODEL.CLASSIFIER.NUM_CLASSES": 10},), size | {"OUTPUT_DIR": str(tmp_path)}, "classifier")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("digits_train",), ()
+    trainer = Trainer(cfg)
+    assert found[0]["find_unused_parameters"] is sequential
+    assert len(getattr(trainer._trainer, "turns", [()])) == (2 if sequential else 1)
+
+
 # ---- Two ranks ----
+def check_turn(model, inputs):
+    """The gradients of the others stay None, not 0: momentum and weight decay would go on moving them."""
+    with EventStorage():
+        losses = model(inputs, 0)
+    sum(losses.values()).backward()
+    for name, parameter in model.module.named_parameters():
+        assert (parameter.grad is not None) == name.startswith(("students.0.", "heads.0.")), name
+
+
 def train_rank(rank, cfg, folder):
     """Three steps on a rank's own data, from its own random weights; DDP hands out those of rank 0."""
     torch.distributed.init_process_group("gloo", f"file://{folder}/init", world_size=2, rank=rank)
     plain, sequential = build(cfg, seed=rank), cfg.KD.MUTUAL.SEQUENTIAL
     model = create_ddp_model(plain, broadcast_buffers=False, device_ids=None, find_unused_parameters=sequential)
     batches = [tiny_inputs(seed=10 * rank + i, empty=(0, 1) if (rank, i) == (1, 1) else ()) for i in range(3)]
+    if sequential:
+        check_turn(model, batches[0])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     trainer = AccumulatingTrainer(model, batches, optimizer, parts=1, turns=plain.turns)
     for trainer.iter in range(3):

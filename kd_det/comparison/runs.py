@@ -99,8 +99,6 @@ def load_runs(
         if not os.path.isdir(source) and ":" not in source:
             raise InputError(f"{name}={source}: neither an output folder nor CONFIG:WEIGHTS.")
         config_file, path = find_run(source) if os.path.isdir(source) else source.split(":", 1)
-        if os.path.isdir(source) and os.path.basename(path) != "model_final.pth":
-            logger.warning("%s=%s: the run is not finished; compared is %s.", name, source, os.path.basename(path))
         cfgs.append(read_student_config(config_file, f"{name}={source}"))
         weights.append(path)
         register_datasets(cfgs[-1])
@@ -135,7 +133,8 @@ def find_generations(name: str, source: str) -> list[tuple[str, str]]:
             last = yaml.safe_load(file)["KD"]["GENERATIONS"]
         folders = {i: path for i, path in folders.items() if i <= last}
         if len(folders) < last:
-            logger.warning("%s=%s: of %d generations %d are there.", name, source, last, len(folders))
+            there = f"of {last} generations only {len(folders)} are there"
+            logger.warning("%s=%s: the chain is not finished, %s.", name, source, there)
     return [(f"{name} gen {i}", str(folders[i])) for i in sorted(folders)]
 
 

@@ -1,5 +1,6 @@
 """The student of a run: its files, its config, and the model."""
 
+import logging
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
@@ -10,6 +11,8 @@ from torch.optim.swa_utils import AveragedModel
 from kd_det.checkpoint import load_strictly
 from kd_det.config import add_kd_config, check_parts, find_config, merge_file, student_config
 from kd_det.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def find_run(folder: str) -> tuple[str, str]:
@@ -24,6 +27,8 @@ def find_run(folder: str) -> tuple[str, str]:
     for path in (config, weights):
         if not path.is_file():
             raise InputError(f"{folder}: not the output folder of a finished run: {path} does not exist.")
+    if weights.name != "model_final.pth":
+        logger.warning("%s: the run is not finished; its newest checkpoint is %s.", folder, weights.name)
     return str(config), str(weights)
 
 

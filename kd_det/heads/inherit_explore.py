@@ -213,7 +213,7 @@ class InheritExploreHead(nn.Module):
         if bounded and has_event_storage():
             length = mean(cast_up(target).relu().flatten(1).norm(dim=1)).clamp(min=1e-12)
             get_event_storage().put_scalar(f"kd/ie_od_distance/{name}", -loss.detach() / length)
-        if self.distance == "cosine":
+        if options.get("cosine"):
             return loss
         return rescale(loss, half, mask, kind=self.kind, scale=self.scale, p=options.get("p", 1))
 

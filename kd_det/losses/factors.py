@@ -45,7 +45,8 @@ def inheritance_loss(
             which the channels may differ; "od", the L2 norm per sample of the difference of the ReLUs, averaged over
             samples.
         p: exponent of the distance for "ft" and "at", 1 or more; "od" takes none.
-        cosine: whether, for "ft" and "at", 1 less the cosine of student and teacher takes the distance's place.
+        cosine: whether, for "ft" and "at", 1 less the cosine of student and teacher takes the distance's place; p then
+            has no part.
 
     Returns:
         Scalar; 0 without samples.
@@ -70,7 +71,7 @@ def exploration_loss(
         kind: "at", "ft" or "od", as for `inheritance_loss`.
         p: exponent of the distance, as for `inheritance_loss`.
         cosine: whether, for "ft" and "at", the absolute cosine of student and teacher takes the negated distance's
-            place; it is least, 0, where they are orthogonal.
+            place; it is least, 0, where they are orthogonal. p then has no part.
 
     Returns:
         Scalar, never positive but for the cosine; 0 without samples.

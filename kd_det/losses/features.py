@@ -113,7 +113,9 @@ def activation_disagreement(s_pre: Tensor, t_pre: Tensor, *, mask: Tensor | None
     """
     check_same_shape("activation_disagreement", s_pre, t_pre)
     check_mask("activation_disagreement", mask, s_pre)
-    return masked_mean(((s_pre > 0) != (t_pre > 0)).double(), mask)
+    differ = (s_pre > 0) != (t_pre > 0)
+    count = differ.numel() if mask is None else mask.sum() * differ.shape[1]
+    return (differ if mask is None else differ & mask).sum().double() / max(count, 1)
 
 
 @in_float32

@@ -63,8 +63,7 @@ def binary_soft_target_loss(s_logits: Tensor, t_logits: Tensor, *, weights: Tens
     name = "binary_soft_target_loss"
     check_same_shape(name, s_logits, t_logits)
     t_logits = t_logits.detach()
-    on = t_logits.sigmoid() * (F.logsigmoid(t_logits) - F.logsigmoid(s_logits))
-    off = (-t_logits).sigmoid() * (F.logsigmoid(-t_logits) - F.logsigmoid(-s_logits))
+    on, off = (_divergence_terms(F.logsigmoid(x * t_logits), F.logsigmoid(x * s_logits)) for x in (1, -1))
     divergence = on + off
     if weights is None:
         return mean(divergence)
@@ -286,19 +285,22 @@ def dynamic_temperature(
 
 
 def _divergence(s_logits: Tensor, t_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """T^2 * KL(teacher || student) of each row.
-
-    Each term p log(p / q) is taken together with q - p, which sums to 0 over the classes: near q = p the terms alone
-    cancel each other, and in float32 little is left of a small divergence.
-    """
+    """T^2 * KL(teacher || student) of each row."""
     divisor = temperature[..., None] if isinstance(temperature, Tensor) else temperature
     log_p = (t_logits.detach() / divisor).log_softmax(dim=-1)
     log_q = (s_logits / divisor).log_softmax(dim=-1)
+    return temperature**2 * _divergence_terms(log_p, log_q).sum(dim=-1)
+
+
+def _divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p log(p / q) + q - p of each class, whose sum is the Kullback-Leibler divergence, since q - p sums to 0.
+
+    Near q = p the terms p log(p / q) alone cancel each other, and in float32 little is left of a small divergence.
+    """
     p, q = log_p.exp(), log_q.exp()
     ratio = (log_p - log_q).masked_fill(p == 0, 0)  # 0 * log 0 = 0
     near = (ratio.abs() < 1) & (p > 0)
-    rest = torch.where(near, p * (-ratio.clamp(-1, 1)).expm1(), q - p)
-    return temperature**2 * (p * ratio + rest).sum(dim=-1)
+    return p * ratio + torch.where(near, p * (-ratio.clamp(-1, 1)).expm1(), q - p)
 
 
 def _cross_entropy(s_logits: Tensor, t_logits: Tensor) -> Tensor:

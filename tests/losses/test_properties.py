@@ -155,10 +155,19 @@ def test_a_small_divergence_keeps_its_digits_in_float32(temperature):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+def test_a_small_binary_divergence_keeps_its_digits_in_float32():
+    s = 3 * torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    t = s + 0.01 * torch.randn(s.shape, generator=torch.Generator().manual_seed(1))
+    for own, other in zip(s, t, strict=True):
+        expected = losses.binary_soft_target_loss(own.double(), other.double())
+        torch.testing.assert_close(losses.binary_soft_target_loss(own, other).double(), expected, rtol=1e-4, atol=0)
+
+
 def test_a_divergence_is_never_negative():
     s, t = 1e-3 * torch.randn(2, 100, 3, generator=torch.Generator().manual_seed(0))
     for own, other in zip(s, t, strict=True):
         assert losses.soft_target_loss(own[None], other[None], temperature=4.0) >= 0
+        assert losses.binary_soft_target_loss(own, other) >= 0
 
 
 def test_classes_that_the_teacher_rules_out():

@@ -122,12 +122,16 @@ def save_chain(folder, cfg, save_run, *, seed: int = 0) -> list[str]:
 
 def test_what_is_not_finished_is_told(tmp_path, save_run, caplog):
     cfg = classifier_cfg(options=DIGITS)
-    save_chain(tmp_path / "chain", cfg, save_run)
-    shutil.rmtree(tmp_path / "chain/gen_2")
-    load_runs([("ban", str(tmp_path / "chain"))], "digits_test", "cpu")
-    assert [record.getMessage() for record in caplog.records if record.name == "kd_det.comparison.runs"] == [
-        f"ban={tmp_path / 'chain'}: of 2 generations 1 are there.",
-        f"ban gen 1={tmp_path / 'chain/gen_1'}: the run is not finished; compared is model_0000001.pth.",
+    chain, finished = tmp_path / "chain", tmp_path / "finished"
+    save_chain(chain, cfg, save_run)
+    shutil.rmtree(chain / "gen_2")
+    save_run(finished, cfg)
+    (finished / "model_0000001.pth").rename(finished / "model_final.pth")
+    (finished / "last_checkpoint").write_text("model_final.pth")
+    load_runs([("ban", str(chain)), ("plain", str(finished))], "digits_test", "cpu")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("kd_det.")] == [
+        f"ban={chain}: the chain is not finished, of 2 generations only 1 are there.",
+        f"{chain / 'gen_1'}: the run is not finished; its newest checkpoint is model_0000001.pth.",
     ]
 
 
