@@ -207,11 +207,12 @@ class InheritExploreHead(nn.Module):
         mask = valid_cells(batch, half, self.features[name].stride)
         bounded = (part, self.kind) == ("explore", "od")
         if bounded:
-            half = with_length_of(cast_up(half).relu(), cast_up(target).relu())
+            target = cast_up(target).relu()
+            half = with_length_of(cast_up(half).relu(), target)
         options = {} if self.kind == "od" else DISTANCES[self.distance]
         loss = (inheritance_loss if part == "inherit" else exploration_loss)(half, target, kind=self.kind, **options)
         if bounded and has_event_storage():
-            length = mean(cast_up(target).relu().flatten(1).norm(dim=1)).clamp(min=1e-12)
+            length = mean(target.flatten(1).norm(dim=1)).clamp(min=1e-12)
             get_event_storage().put_scalar(f"kd/ie_od_distance/{name}", -loss.detach() / length)
         if options.get("cosine"):
             return loss
