@@ -14,7 +14,7 @@ quickstart: .venv/.ready
 
 # One thread in each of two processes: on two cores, two processes of two threads are 30 times slower.
 test: .venv/.ready
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal tests
 
 lint: .venv/.ready
 	.venv/bin/python -m ruff check .

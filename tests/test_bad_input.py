@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from children import Task
 from helpers import WIDE, distilled_cfg, run_train_net, save_teacher, tiny_cfg, train_net, with_data, write_yaml
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -44,16 +45,6 @@ def own_data(coco_folder, tmp_path):
         return root
 
     return change
-
-
-def ends_run(process, told):
-    """Exactly one line of stderr tells the error, and there is no traceback anywhere."""
-    lines = [line for line in process.stderr.splitlines() if line.startswith("error:")]
-    assert process.returncode == 1, process.stderr
-    assert len(lines) == 1
-    assert told in lines[0]
-    assert process.stderr.splitlines()[-1] == lines[0]
-    assert "Traceback" not in process.stderr + process.stdout
 
 
 # ---- The config ----
@@ -265,8 +256,9 @@ def test_images_without_objects_train_on(teacher, own_data, tmp_path):
 # ---- In a process of its own ----
 def test_unknown_head_in_a_process(teacher, coco_folder, tmp_path):
     cfg = with_data(distilled_cfg(teacher, ["NoSuchHead"]), coco_folder, tmp_path / "output")
-    process = run_train_net("--config-file", write_yaml(tmp_path / "config.yaml", cfg))
-    ends_run(process, "error: KD.HEADS: 'NoSuchHead' is not a distillation head; registered are ")
+    task = Task(write_yaml(tmp_path / "config.yaml", cfg), tmp_path)
+    assert task.run("output") == 1
+    assert task.error("output").startswith("KD.HEADS: 'NoSuchHead' is not a distillation head; registered are ")
 
 
 def test_corrupt_image_in_a_worker_of_a_process(teacher, own_data, tmp_path):
@@ -274,8 +266,9 @@ def test_corrupt_image_in_a_worker_of_a_process(teacher, own_data, tmp_path):
     for image in (root / "images").iterdir():
         image.write_bytes(b"")
     cfg = with_data(distilled_cfg(teacher, ["HintHead"], {"DATALOADER.NUM_WORKERS": 1}), root, tmp_path / "output")
-    process = run_train_net("--config-file", write_yaml(tmp_path / "config.yaml", cfg))
-    ends_run(process, ".png: not an image that can be read: ")
+    task = Task(write_yaml(tmp_path / "config.yaml", cfg), tmp_path)
+    assert task.run("output") == 1
+    assert ".png: not an image that can be read: " in task.error("output")
 
 
 PLUGIN = """
@@ -301,5 +294,7 @@ def test_loss_that_is_not_a_number_in_a_process(teacher, coco_folder, tmp_path):
     arguments = ["--teacher", teacher["KD.TEACHER.CONFIG_FILE"], "--teacher-weights", teacher["KD.TEACHER.WEIGHTS"]]
     arguments += ["--plugin", tmp_path / "nan.py", "--kd-heads", "NanHead"]
     process = run_train_net("--config-file", write_yaml(tmp_path / "config.yaml", cfg), *arguments)
-    ends_run(process, "error: iteration 0: loss_kd_nan is nan")
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1] == "error: iteration 0: loss_kd_nan is nan"
+    assert "Traceback" not in process.stderr + process.stdout
     assert not (tmp_path / "output" / "model_final.pth").exists()

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing
-from children import Task, end, two_ranks
+from children import Task, end, run_processes, two_ranks
 from classification.models import classifier_cfg
 from detectron2.config import get_cfg
 from detectron2.engine import create_ddp_model
@@ -109,7 +108,7 @@ def train_others(rank, teacher, folder, kind):
 @pytest.fixture(scope="module")
 def trained(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(train_all, args=(teacher, str(folder)), nprocs=2)
+    run_processes(train_all, teacher, str(folder))
     found = [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
     others = {
         x: [torch.load(folder / f"{x.__name__}_{rank}.pth", weights_only=True) for rank in range(2)] for x in OTHERS
@@ -179,7 +178,7 @@ def told(folder):
 
 
 @pytest.mark.usefixtures("in_process")
-def test_torchrun_gives_what_one_process_gives(tmp_path):
+def test_two_ranks_give_what_one_process_gives(tmp_path):
     """Each image has the same augmentation, whoever reads it, and no batch norm makes images meet."""
     size = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8}
     size |= {"SOLVER.MAX_ITER": 3, "SOLVER.BASE_LR": 0.01, "SEED": 1}
@@ -188,25 +187,23 @@ def test_torchrun_gives_what_one_process_gives(tmp_path):
     options |= {"KD.HEADS": ["HintHead", "SoftTargetHead"], "MODEL.RESNETS.NORM": "GN", "SOLVER.WARMUP_ITERS": 0}
     cfg = classifier_cfg("detectron2", options=size | options)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("digits_train",), ("digits_test",)
-    config = write_yaml(tmp_path / "config.yaml", cfg)
-
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run_train_net("--config-file", config, "OUTPUT_DIR", tmp_path / "two", launcher=launcher)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "two" / "log.txt.rank1").is_file()
-    train_net("--config-file", config, "OUTPUT_DIR", tmp_path / "one")
+    task = Task(write_yaml(tmp_path / "config.yaml", cfg), tmp_path)
+    assert end(*[task.start("two", prepare=(rank,)) for rank in two_ranks()]) == [0, 0]
+    assert task.run("one") == 0
 
     one, two = told(tmp_path / "one"), told(tmp_path / "two")
     losses = [key for key in one if "loss" in key]
     assert sorted(losses) == ["loss_cls", "loss_kd_hint", "loss_kd_soft_target_cls", "total_loss"]
     assert [two[key] for key in losses] == pytest.approx([one[key] for key in losses], rel=1e-4)
-    found = evaluate(config, tmp_path / "evaluation", tmp_path / "two" / "model_final.pth")
+    found = evaluate(task.config, tmp_path / "evaluation", tmp_path / "two" / "model_final.pth")
     assert {key: two[key] for key in found} == found
 
 
+@pytest.mark.usefixtures("in_process")
 def test_torchrun_trains_the_quickstart_as_one_process_does(tmp_path, monkeypatch):
     """Within a few per cent: each rank draws boxes of its own, and its batch norms see half of the images."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.chdir(ROOT)
     write_shapes(tmp_path / "shapes", train=32, test=2)
     teacher = get_cfg()
     add_kd_config(teacher)
@@ -219,9 +216,9 @@ def test_torchrun_trains_the_quickstart_as_one_process_does(tmp_path, monkeypatc
         *(x for pair in options.items() for x in pair),
     ]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    for name, started_by in (("one", ()), ("two", launcher)):
-        done = run_train_net(*arguments, "OUTPUT_DIR", tmp_path / name, launcher=started_by, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
+    done = run_train_net(*arguments, "OUTPUT_DIR", tmp_path / "two", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    train_net(*arguments, "OUTPUT_DIR", tmp_path / "one")
     one, two = told(tmp_path / "one"), told(tmp_path / "two")
     losses = {key: value for key, value in one.items() if "loss" in key}
     assert {"loss_kd_soft_target_roi", "loss_kd_soft_target_rpn", "loss_rpn_cls", "loss_cls"} < losses.keys()

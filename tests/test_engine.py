@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from children import same
+from children import run_processes, same
 from detectron2.config import get_cfg
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer
@@ -397,9 +397,9 @@ def _break(rank):
 
 def test_a_mistake_in_a_spawned_rank_is_told_in_one_line():
     with pytest.raises(SystemExit, match=r"^error: KD.HEADS: rank 0 cannot$"):
-        run_tool(lambda: torch.multiprocessing.spawn(_refuse, nprocs=1))
+        run_tool(lambda: run_processes(_refuse, number=1))
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="a defect"):
-        run_tool(lambda: torch.multiprocessing.spawn(_break, nprocs=1))
+        run_tool(lambda: run_processes(_break, number=1))
 
 
 def test_a_diverged_plain_run_tells_the_iteration(coco_folder, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from children import run_processes
 from classification.models import classifier_cfg, classifier_inputs
 from detectron2.engine import create_ddp_model
 from detectron2.modeling import Backbone, build_model
@@ -456,7 +457,7 @@ def train_rank(rank, cfg, folder):
 @pytest.mark.parametrize("sequential", [False, True])
 def test_two_ranks_stay_in_sync(mutual, tmp_path, sequential):
     cfg = mutual(options=IE | {"KD.INHERIT_EXPLORE.SCHEDULE.START": 1, "KD.MUTUAL.SEQUENTIAL": sequential})
-    torch.multiprocessing.spawn(train_rank, args=(cfg, str(tmp_path)), nprocs=2)
+    run_processes(train_rank, cfg, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2))
     losses = first.pop("losses"), second.pop("losses")
     assert losses[0]["loss_kd_mutual_peer_1"] != losses[1]["loss_kd_mutual_peer_1"]
