@@ -132,6 +132,14 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    def train(self) -> dict | None:
+        try:
+            return super().train()
+        finally:
+            # Here, because a data loader's iterator that garbage collection finds waits five seconds for each worker.
+            loader = self._trainer.data_loader
+            self._trainer.reset_data_loader(lambda: loader)
+
     def run_step(self) -> None:
         # An iteration draws the same random numbers whether or not the run was interrupted before it.
         seed_everything(self.seed, self.iter, comm.get_rank())

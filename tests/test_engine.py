@@ -1,5 +1,7 @@
 """Runs: resumed where they ended, evaluated without a teacher, and any Detectron2 config distilled as it is."""
 
+import multiprocessing
+
 import pytest
 import torch
 from children import run_processes, same
@@ -83,6 +85,7 @@ def test_an_interrupted_run_gives_the_weights_of_an_uninterrupted_one(run, worke
     options = {"SOLVER.MAX_ITER": 5, "SOLVER.CHECKPOINT_PERIOD": 2, "KD.HINT.SCHEDULE.WARMUP": 3}
     whole = start(run("whole", heads, **options, **{"DATALOADER.NUM_WORKERS": workers}))
     whole.train()
+    assert not multiprocessing.active_children()
 
     def run_step():
         if cut.iter == 3:
@@ -93,6 +96,7 @@ def test_an_interrupted_run_gives_the_weights_of_an_uninterrupted_one(run, worke
     cut.run_step = run_step
     with pytest.raises(KeyboardInterrupt):
         cut.train()
+    assert not multiprocessing.active_children()  # Of an interrupted run nobody waits for the workers, either.
     resumed = start(run("cut", heads, **options, **{"DATALOADER.NUM_WORKERS": other_workers}))
     resumed.resume_or_load(resume=True)
     assert resumed.start_iter == 2
