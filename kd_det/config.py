@@ -1,5 +1,6 @@
 """Every config key that kd_det adds to Detectron2's, and how configs are read."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -450,8 +451,10 @@ def save_config(cfg: CfgNode) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error of yacs, which may have several lines."""
-    return " ".join(str(error.args[0] if error.args else type(error).__name__).split())
+    """The message of an error of yacs, which may have several lines, in one; without the node that a value is not."""
+    text = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
+    found = re.search(r"CfgNode'> vs\. .*vs\. (.*)\) for config key: (\S+)$", text)
+    return f"{found[2]}: got {found[1]} where a mapping of keys belongs" if found else text
 
 
 def student_config(cfg: CfgNode) -> CfgNode:

@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
@@ -19,7 +22,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kd_det import add_kd_config
-from kd_det.engine import add_distillation_arguments, run_tool
+from kd_det.engine import Trainer, add_distillation_arguments, run_tool
 from kd_det.launching import launch_workers
 from kd_det.registry import config_key
 
@@ -219,6 +222,22 @@ def train_net(*arguments: str) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     run_tool(lambda: launch_workers(module.main, parse(*arguments)))
+
+
+@contextmanager
+def interrupted_at(iteration: int, kind: type[Trainer] = Trainer) -> Iterator[None]:
+    """Inside, a run ends before an iteration of a trainer of just this kind, as an error ends it; and so it must."""
+    step = kind.run_step
+
+    def run_step(trainer):
+        if trainer.iter == iteration and type(trainer) is kind:
+            raise KeyboardInterrupt
+        step(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "run_step", run_step)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def run_train_net(*arguments: str, launcher: tuple[str, ...] = (), cwd: Path | None = None):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from children import same
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from helpers import WIDE, build, distilled_cfg, save_teacher, tiny_cfg
@@ -37,10 +38,6 @@ def filled(state, value):
     return {key: torch.full_like(tensor, value) for key, tensor in state.items()}
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 # ---- What is written ----
 def test_model_is_the_stock_student_key_for_key(model, plain, tmp_path):
     checkpointer(model, tmp_path).save("model_0000001", iteration=1)
@@ -48,7 +45,7 @@ def test_model_is_the_stock_student_key_for_key(model, plain, tmp_path):
     assert data.keys() == {"model", "kd_heads", "iteration"}
     assert data["kd_heads"].keys() == model.heads.state_dict().keys()
     plain.load_state_dict(data["model"], strict=True)
-    assert equal(plain.state_dict(), model.student.state_dict())
+    assert same(plain.state_dict(), model.student.state_dict())
     assert list(data["model"]) == list(plain.state_dict())
 
 
@@ -176,7 +173,7 @@ def test_starts_from_a_plain_detector(model, plain, tmp_path, wrapped):
     state = plain.state_dict()
     torch.save({"model": state} if wrapped else state, tmp_path / "plain.pth")
     checkpointer(model).load(str(tmp_path / "plain.pth"), checkpointables=[])
-    assert equal(model.student.state_dict(), state)
+    assert same(model.student.state_dict(), state)
 
 
 def caffe2_resnet(depth_blocks=(3, 4, 6, 3), stem=8, res2=16):
@@ -234,7 +231,7 @@ def test_starts_from_a_zoo_pickle(model, plain, tmp_path, protocol):
     with open(tmp_path / "model_final.pkl", "wb") as file:
         pickle.dump({"model": arrays, "__author__": "Detectron2 Model Zoo"}, file, protocol=protocol)
     checkpointer(model).load(str(tmp_path / "model_final.pkl"), checkpointables=[])
-    assert equal(model.student.state_dict(), plain.state_dict())
+    assert same(model.student.state_dict(), plain.state_dict())
 
 
 def test_starts_from_torchvisions_resnet(tmp_path):
@@ -349,7 +346,7 @@ def test_strict_loading_needs_no_pixel_statistics_and_no_anchors(plain, tmp_path
     torch.save({"model": state}, tmp_path / "old.pth")
     model = build_model(tiny_cfg())
     load_strictly(model, str(tmp_path / "old.pth"), key="K")
-    assert equal(model.state_dict(), plain.state_dict())
+    assert same(model.state_dict(), plain.state_dict())
 
 
 def test_another_architecture(tmp_path):

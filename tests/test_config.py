@@ -119,11 +119,11 @@ def test_detectron2s_own_files_may_have_tags(cfg, tmp_path, below):
         ("KD: {HINT: {WEIGTH: 1.0}}", "Non-existent config key: KD.HINT.WEIGTH"),
         ("KD: {HINT: {WEIGHT: heavy}}", "Type mismatch"),
         ("KD: [1", "not a safe YAML file"),
-        ("MODEL: 3", "config.yaml"),
+        ("MODEL: 3", "config.yaml: MODEL: got 3 where a mapping of keys belongs"),
         ("_BASE_: nowhere.yaml", "nowhere.yaml"),
         ("_BASE_: config.yaml", "lead back to themselves"),
-        ("- a\n- b", "config.yaml"),
-        ("", "config.yaml"),
+        ("- a\n- b", "something else stands where a mapping of keys belongs"),
+        ("", "something else stands where a mapping of keys belongs"),
     ],
 )
 def test_files_that_cannot_be(cfg, tmp_path, text, told):
@@ -138,9 +138,9 @@ def test_files_that_cannot_be(cfg, tmp_path, text, told):
     [
         (["KD.HINT.WEIGTH", "2"], "K: Non-existent key: KD.HINT.WEIGTH"),
         (["KD.HINT.WEIGHT", "heavy"], "K: Type mismatch"),
-        (["KD.HINT.WEIGHT"], "K: "),
-        (["KD", "2"], "K: "),
-        (["KD.HEADS.X", "2"], "K: "),
+        (["KD.HINT.WEIGHT"], "K: Override list has odd length"),
+        (["KD", "2"], "K: KD: got 2 where a mapping of keys belongs"),
+        (["KD.HEADS.X", "2"], "K: Non-existent key: KD.HEADS.X"),
     ],
 )
 def test_options_that_cannot_be(cfg, options, told):

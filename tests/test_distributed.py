@@ -25,12 +25,14 @@ from helpers import (
     write_yaml,
 )
 
+from kd_det import engine
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import add_kd_config, merge_file, student_config
+from kd_det.data import register_datasets
 from kd_det.data.shapes_folder import write_shapes
 from kd_det.engine import Trainer, setup
 from kd_det.meta_arch import TeacherStudent
-from kd_det.stages import Pretraining
+from kd_det.stages import Pretraining, PretrainingTrainer
 
 HEADS = ["ReviewKDHead", "HintHead", "AttentionTransferHead", "SoftTargetHead"]
 # HintHead is idle in step 0, ReviewKDHead in step 2.
@@ -82,7 +84,6 @@ def train(rank, teacher, folder):
     results = {
         "parameters": {key: p.detach() for key, p in model.module.named_parameters()},
         "losses": history,
-        "find_unused_parameters": model.find_unused_parameters,
         "tensors_in_buckets": model._get_ddp_logging_data()["num_parameter_tensors"],
     }
     torch.save(results, f"{folder}/{rank}.pth")
@@ -153,8 +154,16 @@ def test_heads_were_idle(ranks):
         assert ["loss_kd_review" in x for x in losses] == [True, True, False]
 
 
-def test_unused_parameters_are_not_looked_for(ranks):
-    assert [rank["find_unused_parameters"] for rank in ranks] == [False, False]
+@pytest.mark.parametrize(("kind", "looked_for"), [(Trainer, False), (PretrainingTrainer, True)])
+def test_unused_parameters_are_looked_for_in_a_stage_alone(
+    teacher, coco_folder, tmp_path, monkeypatch, kind, looked_for
+):
+    found, wrap = [], engine.create_ddp_model
+    monkeypatch.setattr(engine, "create_ddp_model", lambda *args, **options: found.append(options) or wrap(*args))
+    cfg = with_data(distilled_cfg(teacher, ["FactorTransferHead"], {"KD.PRETRAIN.MAX_ITER": 1}), coco_folder, tmp_path)
+    register_datasets(cfg)
+    kind(cfg)
+    assert found[0]["find_unused_parameters"] is looked_for
 
 
 def test_buckets_hold_the_student_and_the_heads(ranks):

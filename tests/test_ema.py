@@ -8,7 +8,7 @@ import pytest
 import torch
 from children import Task, end, final_state, same, two_ranks
 from classification.models import classifier_cfg
-from helpers import save_teacher, tiny_cfg, write_yaml
+from helpers import interrupted_at, save_teacher, tiny_cfg, write_yaml
 from torch import nn
 
 from kd_det import InputError
@@ -120,21 +120,12 @@ def test_training_is_the_same_without_an_average(make, tmp_path):
     assert same(kept["model"], without["model"])
 
 
-def test_a_resumed_run_gives_the_average_of_an_uninterrupted_one(make, tmp_path, monkeypatch):
+def test_a_resumed_run_gives_the_average_of_an_uninterrupted_one(make, tmp_path):
     """The stage before the run has no average."""
-
-    def run_step(trainer):
-        if trainer.iter == 3:
-            raise KeyboardInterrupt
-        step(trainer)
-
-    step = Trainer.run_step
     options = {"KD.HINT.STAGES": 2, "KD.PRETRAIN.MAX_ITER": 2, "SOLVER.CHECKPOINT_PERIOD": 2}
     cfg = make(**options)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "run_step", run_step)
-        with pytest.raises(KeyboardInterrupt):
-            train(cfg, resume=False)
+    with interrupted_at(3):
+        train(cfg, resume=False)
     train(cfg, resume=True)
     train(make(OUTPUT_DIR=str(tmp_path / "whole"), **options), resume=False)
     assert same(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from children import same
 from classification.models import classifier_cfg
+from helpers import interrupted_at
 
 from kd_det import InputError
 from kd_det.data import register_datasets
@@ -82,7 +83,7 @@ def test_the_best_of_another_run_is_none(cfg, evaluations, tmp_path):
     assert best(tmp_path) == (2, 2.0)
 
 
-def test_a_metric_that_nobody_measures(cfg, tmp_path):
+def test_a_metric_that_nobody_measures(cfg):
     cfg.TEST.BEST_METRIC = "bbox/AP"
     told = r"^TEST.BEST_METRIC: got 'bbox/AP'; the evaluation gives classification/top1, classification/top5,"
     with pytest.raises(InputError, match=told):
@@ -97,23 +98,14 @@ def test_a_metric_without_evaluation(cfg):
         train(cfg, resume=False)
 
 
-def test_precise_batch_norm_of_a_resumed_run(cfg, tmp_path, monkeypatch):
+def test_precise_batch_norm_of_a_resumed_run(cfg, tmp_path):
     cfg.DATASETS.TEST, cfg.TEST.BEST_METRIC = (), ""
     cfg.TEST.PRECISE_BN.ENABLED, cfg.TEST.PRECISE_BN.NUM_ITER = True, 2
     cfg.OUTPUT_DIR = str(tmp_path / "whole")
     train(cfg, resume=False)
     cfg.OUTPUT_DIR = str(tmp_path / "cut")
-
-    def run_step(trainer):
-        if trainer.iter == 2:
-            raise KeyboardInterrupt
-        step(trainer)
-
-    step = Trainer.run_step
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "run_step", run_step)
-        with pytest.raises(KeyboardInterrupt):
-            train(cfg, resume=False)
+    with interrupted_at(2):
+        train(cfg, resume=False)
     train(cfg, resume=True)
     whole, cut = (torch.load(tmp_path / x / "model_final.pth", weights_only=True)["model"] for x in ("whole", "cut"))
     assert same(whole, cut)

@@ -7,12 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from children import run_processes
+from children import run_processes, same
 from classification.models import classifier_cfg, classifier_inputs
 from detectron2.engine import create_ddp_model
 from detectron2.modeling import Backbone, build_model
 from detectron2.utils.events import EventStorage
-from helpers import WIDE, attached, build, save_teacher, step, tiny_cfg, tiny_inputs, train_net, with_data, write_yaml
+from helpers import (
+    WIDE,
+    attached,
+    build,
+    interrupted_at,
+    save_teacher,
+    step,
+    tiny_cfg,
+    tiny_inputs,
+    train_net,
+    with_data,
+    write_yaml,
+)
 
 from kd_det import ImageClassifier, InputError, MutualStudents, engine
 from kd_det.accumulation import AccumulatingTrainer
@@ -345,10 +357,6 @@ def checkpoint(cfg):
     return torch.load(Path(cfg.OUTPUT_DIR, FINAL), weights_only=True)
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 @pytest.mark.usefixtures("in_process")
 def test_each_student_ends_as_a_plain_run(run, tmp_path):
     cfg = run(peer=WIDE)
@@ -384,20 +392,12 @@ def test_each_student_ends_as_a_plain_run(run, tmp_path):
         {"KD.MUTUAL.SEQUENTIAL": True, "SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"},
     ],
 )
-def test_interrupted_and_resumed_gives_the_weights_of_an_uninterrupted_run(run, monkeypatch, others):
+def test_interrupted_and_resumed_gives_the_weights_of_an_uninterrupted_run(run, others):
     options = IE | {"SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2} | others
     train(whole := run("whole", options), resume=False)
-    cut, run_step = run("cut", options), Trainer.run_step
-
-    def stop(self):
-        if self.iter == 3:
-            raise KeyboardInterrupt
-        run_step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "run_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(cut, resume=False)
+    cut = run("cut", options)
+    with interrupted_at(3):
+        train(cut, resume=False)
     assert not Path(cut.OUTPUT_DIR, "peer_1", FINAL).exists()
     train(cut, resume=True)
     for part in ("model", "peer_2", "kd_heads"):

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from children import same
 from classification.models import classifier_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from helpers import WIDE, distilled_cfg, save_teacher, tiny_cfg, with_data
+from helpers import WIDE, distilled_cfg, interrupted_at, save_teacher, tiny_cfg, with_data
 
 import kd_det.teacher
 from kd_det import InputError
@@ -43,22 +44,6 @@ def go(cfg, *, resume=False):
 def weights(folder, name=FINAL):
     checkpoint = torch.load(Path(folder, name), weights_only=True)
     return {**checkpoint["model"], **{f"heads.{key}": x for key, x in checkpoint["kd_heads"].items()}}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def interrupt(monkeypatch, iteration, kind):
-    """The next trainer of a kind is killed before an iteration."""
-    step = kind.run_step
-
-    def run_step(self):
-        if self.iter == iteration and type(self) is kind:
-            raise KeyboardInterrupt
-        step(self)
-
-    monkeypatch.setattr(kind, "run_step", run_step)
 
 
 # ---- The stage of the heads ----
@@ -124,19 +109,17 @@ def test_a_stage_may_train_the_students_backbone(run, head):
 
 
 @pytest.mark.parametrize("place", ["stage", "run"])
-def test_interrupted_and_resumed_gives_the_weights_of_an_uninterrupted_run(run, monkeypatch, place):
+def test_interrupted_and_resumed_gives_the_weights_of_an_uninterrupted_run(run, place):
     options = {"SOLVER.MAX_ITER": 4}
     whole = go(run("whole", **options))
     cut = run("cut", **options)
-    with monkeypatch.context() as patch:
-        interrupt(patch, 3, PretrainingTrainer if place == "stage" else Trainer)
-        with pytest.raises(KeyboardInterrupt):
-            go(cut)
+    with interrupted_at(3, PretrainingTrainer if place == "stage" else Trainer):
+        go(cut)
     assert Path(cut.OUTPUT_DIR, "pretrain", FINAL).exists() == (place == "run")
     assert same(go(cut, resume=True), whole)
 
 
-def test_a_finished_stage_is_not_repeated(run, monkeypatch):
+def test_a_finished_stage_is_not_repeated(run):
     cfg = run()
     go(cfg)
     path = Path(cfg.OUTPUT_DIR, "pretrain", FINAL)
@@ -146,15 +129,13 @@ def test_a_finished_stage_is_not_repeated(run, monkeypatch):
     assert path.stat().st_mtime_ns == time
 
 
-def test_a_run_that_begins_anew_is_not_resumed_from_what_lies_there(run, monkeypatch):
+def test_a_run_that_begins_anew_is_not_resumed_from_what_lies_there(run):
     """Neither the stage nor the main run of the one before, although both were finished."""
     go(run())
     options = {"SEED": 8}
     whole = go(run("whole", **options))
-    with monkeypatch.context() as patch:
-        interrupt(patch, 1, PretrainingTrainer)
-        with pytest.raises(KeyboardInterrupt):
-            go(run(**options))
+    with interrupted_at(1, PretrainingTrainer):
+        go(run(**options))
     assert same(go(run(**options), resume=True), whole)
 
 
@@ -202,24 +183,20 @@ def test_a_stage_with_another_teacher_is_refused(run, tmp_path):
         go(second)
 
 
-def test_a_run_is_not_resumed_with_another_teacher_than_its_stage(run, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt(patch, 3, Trainer)
-        with pytest.raises(KeyboardInterrupt):
-            go(run(**{"SOLVER.MAX_ITER": 4}))
+def test_a_run_is_not_resumed_with_another_teacher_than_its_stage(run, tmp_path):
+    with interrupted_at(3):
+        go(run(**{"SOLVER.MAX_ITER": 4}))
     other = save_teacher(tmp_path / "other", tiny_cfg(options=WIDE), seed=5)
     with pytest.raises(InputError, match=r"^KD.PRETRAIN: the stage was trained with another teacher, .*other"):
         go(run(**other, **{"SOLVER.MAX_ITER": 4}), resume=True)
 
 
-def test_a_resumed_run_does_not_need_the_file_of_another_runs_stage(run, monkeypatch, caplog):
+def test_a_resumed_run_does_not_need_the_file_of_another_runs_stage(run, caplog):
     go(run("first"))
     stage = Path(run("first").OUTPUT_DIR, "pretrain", FINAL)
     second = run("second", **{"KD.PRETRAIN.MAX_ITER": 0, "KD.PRETRAIN.WEIGHTS": str(stage), "SOLVER.MAX_ITER": 4})
-    with monkeypatch.context() as patch:
-        interrupt(patch, 3, Trainer)
-        with pytest.raises(KeyboardInterrupt):
-            go(second)
+    with interrupted_at(3):
+        go(second)
     stage.unlink()
     go(second, resume=True)
     assert f"{stage} is gone; whether the teacher is still that of the stage is not checked." in caplog.text
@@ -308,7 +285,7 @@ def test_interrupted_generations_go_on(digits, tmp_path, monkeypatch):
         assert same(cut, whole)
 
 
-def test_generations_that_begin_anew_are_not_resumed_from_what_lies_there(digits, tmp_path, monkeypatch):
+def test_generations_that_begin_anew_are_not_resumed_from_what_lies_there(digits, tmp_path):
     def with_seed(name):
         cfg = digits(name)
         cfg.SEED, cfg.KD.GENERATIONS = 9, 2
@@ -316,10 +293,8 @@ def test_generations_that_begin_anew_are_not_resumed_from_what_lies_there(digits
 
     train(digits("cut"), resume=False)
     train(with_seed("whole"), resume=False)
-    with monkeypatch.context() as patch:
-        interrupt(patch, 1, Trainer)
-        with pytest.raises(KeyboardInterrupt):
-            train(with_seed("cut"), resume=False)
+    with interrupted_at(1):
+        train(with_seed("cut"), resume=False)
     train(with_seed("cut"), resume=True)
     for i in (1, 2):
         cut, whole = (

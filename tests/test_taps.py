@@ -212,7 +212,7 @@ def test_the_teachers_head_of_a_dense_detector(inputs):
     assert len(ran) == 1
 
 
-def test_images_without_objects(inputs):
+def test_images_without_objects():
     signals = record(make("mask_rcnn"), tiny_inputs(empty=(0, 1)))
     assert (signals["roi_classes"] == 3).all()
     assert signals["mask_logits"].shape == (0, 3, 8, 8)
@@ -342,7 +342,7 @@ class Square(Pyramid):
     size_divisibility = 32
 
 
-def test_images_that_are_padded_differently(inputs):
+def test_images_that_are_padded_differently():
     student, other = OnlyBackbone(Pyramid()), OnlyBackbone(Square())
     head = nn.Module()
     head.signals = ("p2",)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from classification.models import classifier_cfg
 from detectron2.config import CfgNode
-from helpers import distilled_cfg, with_data
+from helpers import distilled_cfg, interrupted_at, with_data
 
 from kd_det import InputError
 from kd_det.data import register_datasets
@@ -45,18 +45,6 @@ def iterations(folder) -> list[int]:
     return [line["iteration"] for line in read(folder)]
 
 
-def stop_at(monkeypatch, iteration):
-    """Makes the next runs end in an iteration, as an error ends them."""
-    step = Trainer.run_step
-
-    def run_step(trainer):
-        if trainer.iter == iteration:
-            raise KeyboardInterrupt
-        step(trainer)
-
-    monkeypatch.setattr(Trainer, "run_step", run_step)
-
-
 # ---- metrics.json ----
 def test_all_that_a_run_measures(teacher, coco_folder, tmp_path):
     heads = ["ReviewKDHead", "SoftTargetHead"]
@@ -81,7 +69,7 @@ def test_every_evaluation_is_there_as_soon_as_it_is_made(tmp_path, monkeypatch):
 
     def evaluate(cls, cfg, model, evaluators=None):
         if found:
-            assert read(tmp_path)[-1].get("classification/top1", found[-1]) == found[-1]
+            assert found[-1] in [line.get("classification/top1") for line in read(tmp_path)]
         found.append(float(len(found)))
         return {"classification": {"top1": found[-1]}}
 
@@ -92,14 +80,12 @@ def test_every_evaluation_is_there_as_soon_as_it_is_made(tmp_path, monkeypatch):
     assert iterations(tmp_path) == list(lines)
 
 
-def test_a_resumed_run_neither_repeats_nor_loses_a_line(tmp_path, monkeypatch):
+def test_a_resumed_run_neither_repeats_nor_loses_a_line(tmp_path):
     """It goes on behind iteration 8, when lines 11 and, half-written, another one are there already."""
     train(digits(tmp_path / "whole"), resume=False)
     cut, folder = digits(tmp_path / "cut", **{"SOLVER.CHECKPOINT_PERIOD": 9}), tmp_path / "cut"
-    with monkeypatch.context() as patch:
-        stop_at(patch, 11)
-        with pytest.raises(KeyboardInterrupt):
-            train(cut, resume=False)
+    with interrupted_at(11):
+        train(cut, resume=False)
     written = iterations(folder)
     assert written[:2] == [3, 7]
     assert written[-1] > 8
@@ -198,12 +184,10 @@ def test_scalars_pictures_and_config_are_sent(teacher, coco_folder, tmp_path, wa
     assert sum(path.stat().st_size for path in tmp_path.glob("events.out.*")) > 100_000  # TensorBoard has them, too.
 
 
-def test_a_resumed_run_goes_on_there_and_a_new_one_does_not(tmp_path, monkeypatch, wandb):
+def test_a_resumed_run_goes_on_there_and_a_new_one_does_not(tmp_path, wandb):
     cfg = digits(tmp_path, **{"WANDB.PROJECT": "digits", "TEST.EVAL_PERIOD": 0})
-    with monkeypatch.context() as patch:
-        stop_at(patch, 8)
-        with pytest.raises(KeyboardInterrupt):
-            train(cfg, resume=False)
+    with interrupted_at(8):
+        train(cfg, resume=False)
     train(cfg, resume=True)
     train(cfg, resume=False)
     ids = [run.arguments["id"] for run in wandb.runs]

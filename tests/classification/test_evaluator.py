@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.multiprocessing
+from children import run_processes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from kd_det.classification.evaluator import ClassificationEvaluator
@@ -100,7 +100,7 @@ def evaluate(rank, folder, parts):
 def test_sum_over_processes(tmp_path):
     """Shares of different size: the result is that of all images, not the mean of the shares' results."""
     parts = [PREDICTIONS[:6], PREDICTIONS[6:]]
-    torch.multiprocessing.start_processes(evaluate, args=(str(tmp_path), parts), nprocs=2, start_method="fork")
+    run_processes(evaluate, str(tmp_path), parts)
     alone = ClassificationEvaluator("digits_test")
     alone.process(*batch(PREDICTIONS))
     found = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
-from helpers import ROOT, train_net
+from helpers import ROOT, interrupted_at, train_net
 
 from kd_det import InputError
-from kd_det.engine import Trainer, epochs_to_iterations
+from kd_det.engine import epochs_to_iterations
 
 from .models import classifier_cfg
 
@@ -46,8 +46,10 @@ def test_a_classifier_is_distilled_resumed_and_evaluated(teacher, tmp_path):
     train_net("--resume", *command, "SOLVER.MAX_ITER", "5")
     assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 4
 
-    weights = output / "model_final.pth"
-    train_net("--eval-only", "--config-file", student, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", tmp_path / "evaluation")
+    weights, evaluation = output / "model_final.pth", tmp_path / "evaluation"
+    train_net("--eval-only", "--config-file", student, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", evaluation)
+    values = [f"{metrics(output)[f'classification/{name}']:.4f}" for name in ("top1", "top5", "error")]
+    assert f"copypaste: {','.join(values)}" in (evaluation / "log.txt").read_text()
 
 
 def test_any_classifiers_config_becomes_a_distillation_run(teacher, tmp_path):
@@ -64,20 +66,11 @@ def test_a_run_in_epochs(tmp_path):
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 3
 
 
-def test_an_interrupted_classifier_gives_the_weights_of_an_uninterrupted_one(teacher, tmp_path, monkeypatch):
+def test_an_interrupted_classifier_gives_the_weights_of_an_uninterrupted_one(teacher, tmp_path):
     command = ["--config-file", CONFIGS / "digits_distilled.yaml", *SHORT, *teacher]
     train_net(*command, "OUTPUT_DIR", tmp_path / "whole")
-    step = Trainer.run_step
-
-    def run_step(self):
-        if self.iter == 2:
-            raise FloatingPointError("stopped here")
-        step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "run_step", run_step)
-        with pytest.raises(SystemExit, match="stopped here"):
-            train_net(*command, "OUTPUT_DIR", tmp_path / "cut")
+    with interrupted_at(2):
+        train_net(*command, "OUTPUT_DIR", tmp_path / "cut")
     train_net("--resume", *command, "OUTPUT_DIR", tmp_path / "cut")
     whole, cut = (torch.load(tmp_path / x / "model_final.pth", weights_only=True)["model"] for x in ("whole", "cut"))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)

@@ -110,7 +110,7 @@ def test_digits_without_scikit_learn(cfg, monkeypatch):
         check_files(cfg)
 
 
-def test_a_part_of_cifar10_as_folders(archives, monkeypatch, capsys):
+def test_a_part_of_cifar10_as_folders(archives, monkeypatch):
     """Two images of each class, the same for the same seed, with the pixels of the archive."""
     script = load_script("datasets/prepare_cifar10.py")
 

@@ -67,7 +67,7 @@ def test_filters(run, source, tmp_path, capsys):
     assert "3 images with 6 nuclei to train, 1 images with 2 nuclei to test" in capsys.readouterr().out
 
 
-def test_errors(run, source, tmp_path):
+def test_errors(run, source):
     with pytest.raises(SystemExit, match=r"error: --test-share: 1.0 found; a number between 0 and 1"):
         run("--test-share", "1")
     with pytest.raises(SystemExit, match=r"error: .*/in: 0 images fit, too few"):
@@ -81,6 +81,6 @@ def test_errors(run, source, tmp_path):
         run()
 
 
-def test_wrong_folder(run, tmp_path):
+def test_wrong_folder(run):
     with pytest.raises(SystemExit, match=r"error: .*/in: no .*/images/.*png found"):
         run()

@@ -271,8 +271,10 @@ def test_a_signal_that_a_side_lacks(name, options):
 @each_head
 def test_strides_that_differ(name, options):
     head = make(name, options)
-    pairs = zip(head.signals, teacher_signals(head), strict=False)
-    for signal, teachers in [pair for pair in pairs if STUDENT[pair[0]].stride]:
+    pairs = [x for x in zip(head.signals, teacher_signals(head), strict=False) if STUDENT[x[0]].stride]
+    if not pairs:
+        pytest.skip("compares no maps")
+    for signal, teachers in pairs:
         other = {**TEACHER, teachers: ShapeSpec(channels=32, stride=2)}
         told = f"^KD.*: '{signal}' has stride {STUDENT[signal].stride} in the student but 2 in the teacher; "
         with pytest.raises(InputError, match=told):
