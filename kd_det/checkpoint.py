@@ -2,6 +2,7 @@
 
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -229,9 +230,11 @@ def counted_keys(model: nn.Module) -> set[str]:
 
 
 def reason(error: Exception) -> str:
-    """The line of an error's message that tells most."""
+    """The line of an error's message that tells most, cut where it is long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if "unsupported" in line.lower()), lines[0])
+    # Of a state that does not fit, the first line only says so; the others have its keys.
+    first = lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return textwrap.shorten(next((line for line in lines if "unsupported" in line.lower()), first), 300)
 
 
 def shorten(names: list[str], shown: int = 5) -> str:

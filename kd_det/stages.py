@@ -44,6 +44,12 @@ def train(cfg: CfgNode, *, resume: bool, begin: Callable[[], None] | None = None
         FloatingPointError: If a loss is not finite.
     """
     begin = begin or functools.cache(lambda: open_folder(cfg, resume=resume))
+    asked = cfg.KD.PRETRAIN.WEIGHTS or cfg.KD.PRETRAIN.MAX_ITER
+    if asked and TeacherStudent.__name__ != cfg.MODEL.META_ARCHITECTURE:
+        raise InputError(
+            f"KD.PRETRAIN: got {asked}, but MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; only "
+            f"{TeacherStudent.__name__} has a stage before the main run."
+        )
     if cfg.KD.GENERATIONS:
         train_generations(cfg, resume=resume, begin=begin)
         return
@@ -164,9 +170,11 @@ class TeacherIdentity:
 
     def load_state_dict(self, state: dict[str, str]) -> None:
         if state["sha256"] != self.teacher.fingerprint():
+            own, other = self.teacher.source, state["source"]
+            but = "whose weights are others now" if own == other else f"not with {own}"
             raise InputError(
-                f"KD.PRETRAIN: the stage was trained with another teacher, {state['source']}, not with "
-                f"{self.teacher.source}; train it again, or take the teacher of before."
+                f"KD.PRETRAIN: the stage was trained with another teacher, {other}, {but}; train it again, or take "
+                "the teacher of before."
             )
 
 

@@ -122,8 +122,24 @@ def two_ranks() -> tuple[Rank, Rank]:
 
 
 def run_processes(function: Callable, *arguments, number: int = 2) -> None:
-    """Run ``function(index, *arguments)`` in processes; an error in one is raised, as launchers do."""
-    torch.multiprocessing.start_processes(function, arguments, nprocs=number, start_method="forkserver")
+    """Run ``function(index, *arguments)`` in processes; an error in one is raised, as launchers do.
+
+    Those that outlast a time limit are killed: ranks that are out of step wait for each other.
+    """
+    limit = time.monotonic() + TIME_LIMIT
+    context = torch.multiprocessing.start_processes(
+        _run_on_one_thread, (function, arguments), nprocs=number, join=False, start_method="forkserver"
+    )
+    while not context.join(timeout=1):
+        if time.monotonic() > limit:
+            for process in context.processes:
+                process.kill()
+            raise AssertionError("hangs")
+
+
+def _run_on_one_thread(index: int, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    function(index, *arguments)
 
 
 # ---- Trainings ----

@@ -89,6 +89,11 @@ def own_data(coco_folder, tmp_path):
         ({"KD.PRETRAIN.MAX_ITER": -1}, ["HintHead"], "KD.PRETRAIN.MAX_ITER: must be 0 or more, got -1."),
         ({"KD.REVIEW.MID_CHANNELS": 0}, ["ReviewKDHead"], "KD.REVIEW.MID_CHANNELS: must be 1 or more, got 0."),
         (
+            {"KD.REVIEW.TEACHER_PREACT": True},
+            ["ReviewKDHead"],
+            "KD.REVIEW.TEACHER_PREACT: there is no ReLU at the end of the teacher's p2, p3, p4, p5; set",
+        ),
+        (
             {"KD.SOFT_TARGET.BACKGROUND_WEIGHT": -1.0},
             ["SoftTargetHead"],
             "KD.SOFT_TARGET.BACKGROUND_WEIGHT: must be finite and 0 or more, got -1.0.",

@@ -159,7 +159,8 @@ def test_a_stage_of_other_heads_is_refused(run):
     stage = str(Path(first.OUTPUT_DIR, "pretrain", FINAL))
     options = {"KD.PRETRAIN.MAX_ITER": 0, "KD.PRETRAIN.WEIGHTS": stage}
     second = run("second", heads=["FactorTransferHead", "InheritExploreHead"], **options)
-    with pytest.raises(InputError, match=f"^KD.PRETRAIN.WEIGHTS: {stage} was written by a run with another config"):
+    told = rf"^KD.PRETRAIN.WEIGHTS: {stage} was written by a run with another config \(.*: Missing .*InheritExploreHead"
+    with pytest.raises(InputError, match=told):
         go(second)
 
 
@@ -224,6 +225,23 @@ def test_a_stage_of_another_student_is_refused_where_it_trained_it(run):
 def test_a_stage_that_is_missing_or_that_nobody_needs(run, heads, iterations, told):
     with pytest.raises(InputError, match=f"^KD.PRETRAIN.?{told}"):
         go(run(heads=heads, **{"KD.PRETRAIN.MAX_ITER": iterations}))
+
+
+@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "MutualStudents"])
+@pytest.mark.parametrize(("key", "value"), [("MAX_ITER", 4), ("WEIGHTS", "stage.pth")])
+def test_a_stage_of_a_run_without_teacher(run, architecture, key, value):
+    cfg = run(**{"KD.PRETRAIN.MAX_ITER": 0, "MODEL.META_ARCHITECTURE": architecture, f"KD.PRETRAIN.{key}": value})
+    with pytest.raises(InputError, match=f"^KD.PRETRAIN: got {value}, but MODEL.META_ARCHITECTURE is {architecture};"):
+        go(cfg)
+
+
+def test_a_stage_of_a_teacher_that_was_trained_again_since(run, tmp_path):
+    cfg = run("first", **save_teacher(tmp_path / "own", tiny_cfg(options=WIDE)))
+    go(cfg)
+    stage = str(Path(cfg.OUTPUT_DIR, "pretrain", FINAL))
+    other = save_teacher(tmp_path / "own", tiny_cfg(options=WIDE), seed=5)
+    with pytest.raises(InputError, match=r"^KD.PRETRAIN: .* another teacher, .*teacher.pth, whose weights are others"):
+        go(run("second", **other, **{"KD.PRETRAIN.MAX_ITER": 0, "KD.PRETRAIN.WEIGHTS": stage}))
 
 
 # ---- Generations ----

@@ -29,15 +29,18 @@ def check_stage_options(
         InputError: If a feature is no stage with a ReLU at its end, or they do not go from fine to coarse.
     """
     names = node.IN_FEATURES
-    allowed = [name for name in student_spec if f"{name}_preact" in student_spec and student_spec[name].stride]
+    specs = {"student": student_spec, "teacher": teacher_spec}
+    both = student_spec.keys() & teacher_spec.keys()
+    allowed = [name for name, shape in student_spec.items() if shape.stride and f"{name}_preact" in both]
     if not names:
-        raise InputError(f"{key}.IN_FEATURES: no stage is named; the student has {', '.join(allowed)}.")
+        raise InputError(f"{key}.IN_FEATURES: no stage is named; allowed are {', '.join(allowed)}.")
     for name in names:
-        if name in student_spec and not any(f"{name}_preact" in spec for spec in (student_spec, teacher_spec)):
-            raise InputError(
-                f"{key}.IN_FEATURES: there is no ReLU at the end of {name!r}, so its sign has no meaning; "
-                f"allowed are {', '.join(allowed) or 'none of this student'}."
-            )
+        for side, spec in specs.items():
+            if name in spec and f"{name}_preact" not in spec:
+                raise InputError(
+                    f"{key}.IN_FEATURES: there is no ReLU at the end of the {side}'s {name!r}, so its sign has no "
+                    f"meaning; allowed are {', '.join(allowed) or 'none of these two networks'}."
+                )
     signals = [f"{name}_preact" for name in names]
     check_feature_maps(f"{key}.IN_FEATURES", signals, student_spec, teacher_spec)
     strides = [student_spec[signal].stride for signal in signals]

@@ -102,6 +102,12 @@ class ReviewKDHead(nn.Module):
         node, key = cfg.KD.REVIEW, "KD.REVIEW.IN_FEATURES"
         maps = [name for name in node.IN_FEATURES if name != "pooled"]
         teacher_maps = [f"{name}_preact" if node.TEACHER_PREACT else name for name in maps]
+        without = [name for name in maps if name in teacher_spec and f"{name}_preact" not in teacher_spec]
+        if node.TEACHER_PREACT and without:
+            raise InputError(
+                f"KD.REVIEW.TEACHER_PREACT: there is no ReLU at the end of the teacher's {', '.join(without)}; set it "
+                f"to False, or choose other {key}."
+            )
         check_feature_maps(key, maps, student_spec, teacher_spec, teacher_maps)
         pooled = ["pooled"] if "pooled" in node.IN_FEATURES else []
         check_signals(key, pooled, student_spec, teacher_spec)

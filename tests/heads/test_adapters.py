@@ -525,11 +525,11 @@ PREACTIVATIONS = ("OVERHAUL", "ACTIVATION_BOUNDARY")
         ("INHERIT_EXPLORE", "DISTANCE", "l3", "'l3' is not one of l1, l2, cosine."),
         ("INHERIT_EXPLORE", "DIVIDE", "half", "'half' is not one of natural, random."),
         *[
-            (node, "IN_FEATURES", [], "no stage is named; the student has res2, res3, res4, res5.")
+            (node, "IN_FEATURES", [], "no stage is named; allowed are res2, res3, res4, res5.")
             for node in PREACTIVATIONS
         ],
         *[
-            (node, "IN_FEATURES", ["p3"], "there is no ReLU at the end of 'p3', .* allowed are res2, res3, res4, res5.")
+            (node, "IN_FEATURES", ["p3"], "no ReLU at the end of the student's 'p3', .* allowed are res2, .*, res5.")
             for node in PREACTIVATIONS
         ],
         *[(node, "IN_FEATURES", ["roi_box"], "'roi_box_preact' is not a feature map") for node in PREACTIVATIONS],
@@ -546,6 +546,15 @@ PREACTIVATIONS = ("OVERHAUL", "ACTIVATION_BOUNDARY")
 def test_options_that_cannot_be(node, key, value, told):
     with pytest.raises(InputError, match=f"^KD.{node}.{key}: .*{told}"):
         from_options(node, {key: value}, (make_spec(6), make_spec(6)))
+
+
+@pytest.mark.parametrize("node", PREACTIVATIONS)
+def test_a_teacher_without_relu(node):
+    """As a MobileNetV2, whose stages end in a sum."""
+    specs = make_spec(6), {name: shape for name, shape in make_spec(6).items() if name != "res3_preact"}
+    told = f"^KD.{node}.IN_FEATURES: there is no ReLU at the end of the teacher's 'res3', .* res2, res4, res5"
+    with pytest.raises(InputError, match=told):
+        from_options(node, {"IN_FEATURES": ["res2", "res3"]}, specs)
 
 
 def test_rectified_factors_have_a_distance_of_their_own():

@@ -14,6 +14,7 @@ from .test_every_head import (
     TEACHER,
     NoSinglePrecision,
     check_losses,
+    lack_of,
     make_cfg,
     pair,
     total,
@@ -187,5 +188,5 @@ def test_a_signal_that_a_side_lacks(name, options):
         for signal in signals:
             specs = {"student": STUDENT, "teacher": TEACHER}
             specs[side] = {key: shape for key, shape in specs[side].items() if key != signal}
-            with pytest.raises(InputError, match=f"^KD.*: '{signal}' is not a signal of the {side}, which has p2"):
+            with pytest.raises(InputError, match=f"^KD.*: {lack_of(signal, side)}"):
                 build_kd_heads(make_cfg(name, options), *specs.values())
