@@ -210,7 +210,7 @@ def test_two_ranks_give_what_one_process_gives(tmp_path):
 
 @pytest.mark.usefixtures("in_process")
 def test_torchrun_trains_the_quickstart_as_one_process_does(tmp_path, monkeypatch):
-    """Within a few per cent: each rank draws boxes of its own, and its batch norms see half of the images."""
+    """Within 15 % of each loss: each rank draws boxes of its own, and its batch norms see half of the images."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.chdir(ROOT)
     write_shapes(tmp_path / "shapes", train=32, test=2)
@@ -231,7 +231,7 @@ def test_torchrun_trains_the_quickstart_as_one_process_does(tmp_path, monkeypatc
     one, two = told(tmp_path / "one"), told(tmp_path / "two")
     losses = {key: value for key, value in one.items() if "loss" in key}
     assert {"loss_kd_soft_target_roi", "loss_kd_soft_target_rpn", "loss_rpn_cls", "loss_cls"} < losses.keys()
-    assert {key: two[key] for key in losses} == pytest.approx(losses, rel=0.1, abs=0.02)
+    assert {key: two[key] for key in losses} == pytest.approx(losses, rel=0.15)
     assert two["loss_rpn_cls"] == pytest.approx(one["loss_rpn_cls"], rel=0.01)
     assert (tmp_path / "two" / "log.txt.rank1").is_file()
 
