@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """From nothing to a distilled student, on synthetic scenes, on a CPU.
 
-    tools/quickstart.py                   one seed, about ten minutes on two cores
+    tools/quickstart.py                   one seed, about eleven minutes on two cores
     tools/quickstart.py --seeds 1 2 3     mean and spread over three students of each kind
 
 Run again after an interruption, it goes on where it was. Every step is a command that is printed before it runs.

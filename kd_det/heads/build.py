@@ -86,6 +86,11 @@ def check_feature_maps(
             raise InputError(f"{key}: {name!r} is not a feature map of the backbone, which has {', '.join(maps)}.")
 
 
+def without_relu(names: Sequence[str], spec: Mapping[str, ShapeSpec]) -> list[str]:
+    """Those of the names that a network has, but not as they are before a ReLU."""
+    return [name for name in names if name in spec and f"{name}_preact" not in spec]
+
+
 def check_signals(
     key: str,
     names: Sequence[str],

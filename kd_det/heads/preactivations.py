@@ -8,7 +8,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
-from kd_det.heads.build import check_feature_maps
+from kd_det.heads.build import check_feature_maps, without_relu
 from kd_det.losses.numerics import cast_up
 
 SCALES = ("map_invariant", "code")
@@ -29,18 +29,16 @@ def check_stage_options(
         InputError: If a feature is no stage with a ReLU at its end, or they do not go from fine to coarse.
     """
     names = node.IN_FEATURES
-    specs = {"student": student_spec, "teacher": teacher_spec}
     both = student_spec.keys() & teacher_spec.keys()
     allowed = [name for name, shape in student_spec.items() if shape.stride and f"{name}_preact" in both]
     if not names:
         raise InputError(f"{key}.IN_FEATURES: no stage is named; allowed are {', '.join(allowed)}.")
-    for name in names:
-        for side, spec in specs.items():
-            if name in spec and f"{name}_preact" not in spec:
-                raise InputError(
-                    f"{key}.IN_FEATURES: there is no ReLU at the end of the {side}'s {name!r}, so its sign has no "
-                    f"meaning; allowed are {', '.join(allowed) or 'none of these two networks'}."
-                )
+    for side, spec in (("student", student_spec), ("teacher", teacher_spec)):
+        for name in without_relu(names, spec):
+            raise InputError(
+                f"{key}.IN_FEATURES: there is no ReLU at the end of the {side}'s {name!r}, so its sign has no "
+                f"meaning; allowed are {', '.join(allowed) or 'none of these two networks'}."
+            )
     signals = [f"{name}_preact" for name in names]
     check_feature_maps(f"{key}.IN_FEATURES", signals, student_spec, teacher_spec)
     strides = [student_spec[signal].stride for signal in signals]

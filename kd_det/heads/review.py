@@ -9,7 +9,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
-from kd_det.heads.build import check_feature_maps, check_signals
+from kd_det.heads.build import check_feature_maps, check_signals, without_relu
 from kd_det.heads.norms import check_norm
 from kd_det.losses import hierarchical_context_loss
 from kd_det.losses.numerics import cast_for_layers
@@ -102,7 +102,7 @@ class ReviewKDHead(nn.Module):
         node, key = cfg.KD.REVIEW, "KD.REVIEW.IN_FEATURES"
         maps = [name for name in node.IN_FEATURES if name != "pooled"]
         teacher_maps = [f"{name}_preact" if node.TEACHER_PREACT else name for name in maps]
-        without = [name for name in maps if name in teacher_spec and f"{name}_preact" not in teacher_spec]
+        without = without_relu(maps, teacher_spec)
         if node.TEACHER_PREACT and without:
             raise InputError(
                 f"KD.REVIEW.TEACHER_PREACT: there is no ReLU at the end of the teacher's {', '.join(without)}; set it "
