@@ -19,7 +19,7 @@ DETECTRON2 = [
     "termcolor>=1.1",
     "yacs>=0.1.8",
 ]
-# Fuses the boxes of several detectors: kd_det/ensemble.py.
+# Fuses the boxes of several detectors: kd_det/analysis/ensemble.py.
 ENSEMBLE = ["ensemble-boxes>=1.0.9"]
 # scikit-learn brings the images of the data sets digits_train and digits_test.
 TOOLS = ["pytest>=7", "pytest-xdist>=3", "ruff", "scikit-learn"]

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from kd_det.data.writers import coco_annotation, write_coco
+from kd_det.data.annotation_files import coco_annotation, write_coco
 from kd_det.errors import InputError
 
 DARK = 100

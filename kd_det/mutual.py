@@ -14,7 +14,7 @@ from kd_det.config import is_flipped
 from kd_det.errors import InputError
 from kd_det.gradients import GradientShares, build_gradient_shares
 from kd_det.heads import InheritExploreHead
-from kd_det.heads.factors import first_boxes
+from kd_det.heads.coders import first_boxes
 from kd_det.losses import mutual_loss
 from kd_det.meta_arch import build_student, check_finite, check_task_weight
 from kd_det.peers import SOURCES, build_heads, check_classes, load_peer_configs

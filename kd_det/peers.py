@@ -12,7 +12,7 @@ from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import add_kd_config, check_parts, find_config, merge_file, merge_list, save_config, student_config
 from kd_det.errors import InputError
 from kd_det.heads import InheritExploreHead
-from kd_det.heads.factors import Feature
+from kd_det.heads.coders import Feature
 from kd_det.taps import BackboneTap
 
 # What is compared: the signal, and how many of its channels are no class.

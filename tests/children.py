@@ -17,13 +17,12 @@ import torch.multiprocessing
 from helpers import train_net
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from kd_det import stages
 from kd_det.checkpoint import KDCheckpointer
-from kd_det.engine import Trainer
+from kd_det.engine import Trainer, stages
 
 TIME_LIMIT = 60
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["kd_det.stages", "torch.utils.tensorboard", "sklearn.datasets"])
+FORKS.set_forkserver_preload(["kd_det.engine.stages", "torch.utils.tensorboard", "sklearn.datasets"])
 
 
 # ---- What happens ----

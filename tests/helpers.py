@@ -23,7 +23,7 @@ from torch import nn
 
 from kd_det import add_kd_config
 from kd_det.engine import Trainer, add_distillation_arguments, run_tool
-from kd_det.launching import launch_workers
+from kd_det.engine.launching import launch_workers
 from kd_det.registry import config_key
 
 ROOT = Path(__file__).resolve().parents[1]

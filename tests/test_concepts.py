@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kd_det import InputError
-from kd_det.concepts import (
+from kd_det.analysis.visual_concepts import (
     START,
     UNIT,
     concept_ratio,

@@ -23,8 +23,8 @@ from detectron2.utils.events import EventStorage
 
 from kd_det import InputError, add_kd_config
 from kd_det.config import merge_file, student_config
+from kd_det.engine.stages import Pretraining, check_stage, stage_config
 from kd_det.registry import config_key
-from kd_det.stages import Pretraining, check_stage, stage_config
 from kd_det.teacher import load_teacher_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,14 +25,13 @@ from helpers import (
     write_yaml,
 )
 
-from kd_det import engine
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import add_kd_config, merge_file, student_config
 from kd_det.data import register_datasets
 from kd_det.data.shapes_folder import write_shapes
-from kd_det.engine import Trainer, setup
+from kd_det.engine import Trainer, setup, trainer
+from kd_det.engine.stages import Pretraining, PretrainingTrainer
 from kd_det.meta_arch import TeacherStudent
-from kd_det.stages import Pretraining, PretrainingTrainer
 
 HEADS = ["ReviewKDHead", "HintHead", "AttentionTransferHead", "SoftTargetHead"]
 # HintHead is idle in step 0, ReviewKDHead in step 2.
@@ -158,8 +157,8 @@ def test_heads_were_idle(ranks):
 def test_unused_parameters_are_looked_for_in_a_stage_alone(
     teacher, coco_folder, tmp_path, monkeypatch, kind, looked_for
 ):
-    found, wrap = [], engine.create_ddp_model
-    monkeypatch.setattr(engine, "create_ddp_model", lambda *args, **options: found.append(options) or wrap(*args))
+    found, wrap = [], trainer.create_ddp_model
+    monkeypatch.setattr(trainer, "create_ddp_model", lambda *args, **options: found.append(options) or wrap(*args))
     cfg = with_data(distilled_cfg(teacher, ["FactorTransferHead"], {"KD.PRETRAIN.MAX_ITER": 1}), coco_folder, tmp_path)
     register_datasets(cfg)
     kind(cfg)

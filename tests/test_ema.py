@@ -14,10 +14,10 @@ from torch import nn
 from kd_det import InputError
 from kd_det.config import student_config
 from kd_det.data import register_datasets
-from kd_det.ema import build_ema
 from kd_det.engine import Trainer
+from kd_det.engine.ema import build_ema
+from kd_det.engine.stages import train
 from kd_det.export import export_student, load_student
-from kd_det.stages import train
 
 pytestmark = pytest.mark.usefixtures("in_process")
 SIZE = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8}

@@ -13,17 +13,11 @@ from detectron2.utils.env import seed_all_rng
 from helpers import build, distilled_cfg, interrupted_at, parse, step, tiny_cfg, train_net, with_data, write_yaml
 
 from kd_det import InputError, add_kd_config
-from kd_det.config import merge_file, student_config
+from kd_det.config import find_config, merge_file, student_config
 from kd_det.data import register_datasets
 from kd_det.data.loader import seed_everything
-from kd_det.engine import (
-    Trainer,
-    apply_distillation_arguments,
-    find_config,
-    import_plugin,
-    run_tool,
-    setup,
-)
+from kd_det.engine import Trainer, import_plugin, run_tool, setup
+from kd_det.engine.setup import apply_distillation_arguments
 
 HEADS = ["ReviewKDHead", "HintHead"]
 pytestmark = pytest.mark.usefixtures("in_process")

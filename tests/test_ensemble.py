@@ -10,7 +10,7 @@ from helpers import build, distilled_cfg, tiny_cfg, tiny_inputs
 from torch import nn
 
 from kd_det import InputError
-from kd_det.ensemble import Ensemble
+from kd_det.analysis.ensemble import Ensemble
 
 SIZE = (50, 100)
 

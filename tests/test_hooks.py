@@ -11,7 +11,7 @@ from helpers import interrupted_at
 from kd_det import InputError
 from kd_det.data import register_datasets
 from kd_det.engine import Trainer
-from kd_det.stages import train
+from kd_det.engine.stages import train
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

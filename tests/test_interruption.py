@@ -7,7 +7,7 @@ from children import Event, Task, end, final_state, same, two_ranks
 from classification.models import classifier_cfg
 from helpers import distilled_cfg, run_train_net, save_teacher, with_data, write_yaml
 
-from kd_det.interruption import INTERRUPTED
+from kd_det.engine.interruption import INTERRUPTED
 from kd_det.meta_arch import TeacherStudent
 
 STAGE, RUN = "PretrainingTrainer", "Trainer"
@@ -126,7 +126,7 @@ def test_when_one_rank_is_told_all_end_after_the_same_iteration(task, tmp_path, 
 TELL_PARENT = """
 import os, signal
 from kd_det.engine import Trainer
-from kd_det.stages import PretrainingTrainer
+from kd_det.engine.stages import PretrainingTrainer
 from detectron2.utils import comm
 
 step = Trainer.run_step

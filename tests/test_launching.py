@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from helpers import parse, write_yaml
 
 from kd_det import InputError, launching
-from kd_det.launching import launch_workers, rank_of_task
+from kd_det.engine.launching import launch_workers, rank_of_task
 
 # What srun sets for task 5 of eight tasks on two machines.
 SRUN = {"SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_PROCID": "5"}

@@ -12,7 +12,7 @@ from helpers import attached, distilled_cfg, with_data
 
 from kd_det.data import register_datasets
 from kd_det.engine import Trainer
-from kd_det.stages import train
+from kd_det.engine.stages import train
 
 pytestmark = pytest.mark.usefixtures("in_process")
 HEADS = ["ReviewKDHead", "AttentionTransferHead", "FactorTransferHead", "OverhaulHead", "SoftTargetHead"]

@@ -26,14 +26,15 @@ from helpers import (
     write_yaml,
 )
 
-from kd_det import ImageClassifier, InputError, MutualStudents, engine
-from kd_det.accumulation import AccumulatingTrainer
+from kd_det import ImageClassifier, InputError, MutualStudents
 from kd_det.config import student_config
 from kd_det.data import register_datasets
 from kd_det.engine import Trainer
+from kd_det.engine import trainer as trainers
+from kd_det.engine.stages import FINAL, train
+from kd_det.engine.step_trainer import AccumulatingTrainer
 from kd_det.export import find_run, load_student, read_student_config
 from kd_det.losses import exploration_loss, inheritance_loss, mutual_loss
-from kd_det.stages import FINAL, train
 
 IE = {"KD.MUTUAL.METHOD": "ie_dml"}
 
@@ -416,8 +417,8 @@ def test_a_peer_begins_from_the_weights_that_its_config_names(run, tmp_path):
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_turns_need_weights_that_a_loss_does_not_reach(mutual, tmp_path, monkeypatch, sequential):
-    found, wrap = [], engine.create_ddp_model
-    monkeypatch.setattr(engine, "create_ddp_model", lambda *args, **options: found.append(options) or wrap(*args))
+    found, wrap = [], trainers.create_ddp_model
+    monkeypatch.setattr(trainers, "create_ddp_model", lambda *args, **options: found.append(options) or wrap(*args))
     size = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8, "KD.MUTUAL.SEQUENTIAL": sequential}
     cfg = mutual(({"MODEL.CLASSIFIER.NUM_CLASSES": 10},), size | {"OUTPUT_DIR": str(tmp_path)}, "classifier")
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("digits_train",), ()

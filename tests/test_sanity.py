@@ -15,7 +15,7 @@ from kd_det import InputError, sanity
 from kd_det.data import class_names, register_datasets
 from kd_det.data.shapes import CLASSES
 from kd_det.data.shapes_folder import write_shapes
-from kd_det.sanity import SUBSET, check_teacher, least_accuracy
+from kd_det.engine.teacher_check import SUBSET, check_teacher, least_accuracy
 
 pytestmark = pytest.mark.usefixtures("in_process")
 SIX = {"MODEL.ROI_HEADS.NUM_CLASSES": len(CLASSES)}
@@ -57,7 +57,7 @@ class Oracle(nn.Module):
 @pytest.fixture
 def check(monkeypatch, caplog):
     """Checks a teacher that knows everything; returns what it has seen and the messages."""
-    caplog.set_level("INFO", "kd_det.sanity")
+    caplog.set_level("INFO", "kd_det.engine.teacher_check")
     built = sanity.build_teacher
 
     def run(cfg, shift=0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kd_det import InputError
-from kd_det.similarity import linear_cka, rbf_cka
+from kd_det.analysis.cka import linear_cka, rbf_cka
 
 X = torch.tensor([[0.2, 0.89, 0.91], [0.24, -0.61, -1.0], [-0.63, 0.22, 0.9], [0.9, 0.22, -0.63]], dtype=torch.float64)
 Y = torch.tensor([[0.64, 0.86], [-0.35, -0.98], [0.02, 0.99], [0.32, -0.88]], dtype=torch.float64)

@@ -15,8 +15,8 @@ import kd_det.teacher
 from kd_det import InputError
 from kd_det.data import register_datasets
 from kd_det.engine import Trainer
+from kd_det.engine.stages import FINAL, Pretraining, PretrainingTrainer, seed, train
 from kd_det.registry import config_key
-from kd_det.stages import FINAL, Pretraining, PretrainingTrainer, seed, train
 
 pytestmark = pytest.mark.usefixtures("in_process")
 STAGE = {"KD.PRETRAIN.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2}

@@ -9,13 +9,12 @@ from classification.models import classifier_cfg
 from detectron2.utils import comm
 from helpers import WIDE, attached, build, distilled_cfg, save_teacher, tiny_cfg, with_data, write_yaml
 
-from kd_det import summary
 from kd_det.data import register_datasets
-from kd_det.engine import Trainer
-from kd_det.flops import count_gflops
+from kd_det.engine import Trainer, summary
+from kd_det.engine.flops import count_gflops
+from kd_det.engine.stages import train
+from kd_det.engine.summary import describe_schedule, image_side, log_summary
 from kd_det.schedules import WeightSchedule
-from kd_det.stages import train
-from kd_det.summary import describe_schedule, image_side, log_summary
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -29,7 +28,7 @@ def uncounted(monkeypatch):
 @pytest.fixture
 def told(caplog):
     """Makes the rows of the tables of a summary: first cell to the cells behind it; an empty one takes none."""
-    caplog.set_level("INFO", "kd_det.summary")
+    caplog.set_level("INFO", "kd_det.engine.summary")
 
     def read(index=-1):
         found = [message for message in caplog.messages if message.startswith("What is trained:")]
@@ -110,7 +109,7 @@ def test_a_network_that_cannot_be_traced_is_trained_all_the_same(distilled, told
 
 def test_other_processes_are_silent(distilled, caplog, monkeypatch):
     trainer = trainer_of(distilled)
-    caplog.set_level("INFO", "kd_det.summary")
+    caplog.set_level("INFO", "kd_det.engine.summary")
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
     log_summary(trainer)
     assert "What is trained" not in caplog.text

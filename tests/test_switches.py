@@ -12,9 +12,9 @@ from detectron2.utils.events import EventStorage
 from helpers import build, distilled_cfg, save_teacher, step, tiny_cfg, tiny_inputs, with_data
 
 from kd_det import InputError, Teacher
-from kd_det.accumulation import build_step_trainer
 from kd_det.data import register_datasets
 from kd_det.engine import Trainer
+from kd_det.engine.step_trainer import build_step_trainer
 from kd_det.taps import build_tap, preprocess_alike
 
 HEADS = ["ReviewKDHead", "FactorTransferHead", "SoftmaxRegressionHead", "OverhaulHead", "SoftTargetHead"]

@@ -14,10 +14,10 @@ from helpers import attached, build, distilled_cfg, save_teacher, tiny_cfg, with
 from matplotlib.figure import Figure
 from torch import nn
 
-from kd_det import visualization
 from kd_det.data import register_datasets
-from kd_det.stages import stage_config, train
-from kd_det.visualization import attention_maps, build_visualization
+from kd_det.engine import visualization
+from kd_det.engine.stages import stage_config, train
+from kd_det.engine.visualization import attention_maps, build_visualization
 
 pytestmark = pytest.mark.usefixtures("in_process")
 RED, BLUE = (255, 0, 0), (0, 0, 255)

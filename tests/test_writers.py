@@ -15,8 +15,8 @@ from helpers import distilled_cfg, interrupted_at, with_data
 from kd_det import InputError
 from kd_det.data import register_datasets
 from kd_det.engine import Trainer
-from kd_det.stages import generation_config, stage_config, train
-from kd_det.writers import as_uint8, drop_lines
+from kd_det.engine.event_writers import as_uint8, drop_lines
+from kd_det.engine.stages import generation_config, stage_config, train
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

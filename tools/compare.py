@@ -10,7 +10,7 @@ Of the output folder of KD.GENERATIONS each generation is compared, and their en
 
 import argparse
 
-from kd_det.comparison import compare, split_run
+from kd_det.analysis import compare, split_run
 from kd_det.engine import import_plugin, run_tool
 
 

@@ -15,9 +15,9 @@ forward and backward passes.
 
 import argparse
 
-from kd_det.comparison import split_run
-from kd_det.comparison.concepts import compare_concepts
-from kd_det.comparison.table import make_rows
+from kd_det.analysis import split_run
+from kd_det.analysis.compare_concepts import compare_concepts
+from kd_det.analysis.table import make_rows
 from kd_det.engine import import_plugin, run_tool
 from kd_det.errors import InputError
 

@@ -9,9 +9,9 @@ become one row: mean and standard deviation. The halves are those of KD.INHERIT_
 
 import argparse
 
-from kd_det.comparison import split_run
-from kd_det.comparison.similarity import compare_halves
-from kd_det.comparison.table import make_rows
+from kd_det.analysis import split_run
+from kd_det.analysis.compare_halves import compare_halves
+from kd_det.analysis.table import make_rows
 from kd_det.engine import import_plugin, run_tool
 
 

@@ -24,10 +24,10 @@ from detectron2.engine import default_argument_parser
 from kd_det.checkpoint import KDCheckpointer, load_strictly
 from kd_det.config import student_config
 from kd_det.engine import Trainer, add_distillation_arguments, run_tool, setup
+from kd_det.engine.interruption import interruptible
+from kd_det.engine.launching import launch_workers
+from kd_det.engine.stages import train
 from kd_det.errors import InputError
-from kd_det.interruption import interruptible
-from kd_det.launching import launch_workers
-from kd_det.stages import train
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,10 +1,10 @@
 """What a distillation step costs, what makes it faster, and where its time goes."""
 
-from kd_det.benchmarking.loader import measure_loader
+from kd_det.benchmarking.cost_table import combinations_table, switches_table
+from kd_det.benchmarking.loader_speed import measure_loader
 from kd_det.benchmarking.measurement import measure
 from kd_det.benchmarking.profiling import profile
 from kd_det.benchmarking.rows import Row, Setup, combinations, mixed_precision, switches
-from kd_det.benchmarking.table import combinations_table, switches_table
 
 __all__ = [
     "Row",

@@ -11,11 +11,11 @@ from detectron2.solver import build_optimizer
 from detectron2.structures import BoxMode
 from torch import nn
 
-from kd_det.accumulation import AMP_DTYPES
 from kd_det.benchmarking.rows import Row, Setup
 from kd_det.config import add_kd_config
+from kd_det.data.annotation_files import coco_annotation
 from kd_det.data.shapes import make_scene
-from kd_det.data.writers import coco_annotation
+from kd_det.engine.step_trainer import AMP_DTYPES
 from kd_det.heads.build import build_kd_heads, teacher_signals
 from kd_det.meta_arch import TeacherStudent
 from kd_det.taps import build_tap

@@ -2,6 +2,6 @@
 
 from kd_det.classification import cifar as _  # noqa: F401  registration
 from kd_det.classification.image_classifier import ImageClassifier
-from kd_det.classification.loader import build_classification_test_loader, build_classification_train_loader
+from kd_det.classification.image_loader import build_classification_test_loader, build_classification_train_loader
 
 __all__ = ["ImageClassifier", "build_classification_test_loader", "build_classification_train_loader"]

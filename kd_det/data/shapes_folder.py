@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from kd_det.data.annotation_files import coco_annotation, write_coco, write_voc
 from kd_det.data.shapes import CLASSES, VERSION, make_scene
-from kd_det.data.writers import coco_annotation, write_coco, write_voc
 from kd_det.errors import InputError
 
 MIN_SIZE = 64

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kd_det.classification import ImageClassifier
 from kd_det.config import add_kd_config, registered_parts
 from kd_det.errors import InputError
-from kd_det.export.runs import load_student
+from kd_det.export.run_folder import load_student
 from kd_det.export.torchscript import trace
 from kd_det.formats import backbone_of_classifier
 

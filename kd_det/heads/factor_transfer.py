@@ -8,7 +8,7 @@ from detectron2.config import configurable
 from detectron2.layers import get_norm
 from torch import Tensor, nn
 
-from kd_det.heads.factors import (
+from kd_det.heads.coders import (
     AutoEncoder,
     Feature,
     check_factor_options,

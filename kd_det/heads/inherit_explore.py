@@ -13,7 +13,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
-from kd_det.heads.factors import (
+from kd_det.heads.coders import (
     AutoEncoder,
     Feature,
     check_factor_options,

@@ -2,6 +2,7 @@
 
 from kd_det.taps.backbone import BackboneTap
 from kd_det.taps.build import build_tap
+from kd_det.taps.classes import count_classes, describe_model
 from kd_det.taps.classifier import ImageClassifierTap
 from kd_det.taps.dense import RetinaNetTap
 from kd_det.taps.preprocessing import preprocess_alike, shared_images
@@ -13,6 +14,8 @@ __all__ = [
     "ImageClassifierTap",
     "RetinaNetTap",
     "build_tap",
+    "count_classes",
+    "describe_model",
     "preprocess_alike",
     "shared_images",
 ]

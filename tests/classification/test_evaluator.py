@@ -6,8 +6,8 @@ from children import run_processes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from kd_det.classification.evaluator import ClassificationEvaluator
+from kd_det.engine.evaluation import build_evaluator
 from kd_det.errors import InputError
-from kd_det.evaluation import build_evaluator
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 # The order of the classes by score, the label, and whether that is among the first 1 and the first 5.

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.evaluation import inference_on_dataset
 
 from kd_det.classification.evaluator import ClassificationEvaluator
-from kd_det.classification.loader import build_classification_test_loader, build_classification_train_loader
+from kd_det.classification.image_loader import build_classification_test_loader, build_classification_train_loader
 from kd_det.data import register_datasets
 from kd_det.errors import InputError
 

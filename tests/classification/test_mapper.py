@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_det.classification.mapper import ClassificationMapper
+from kd_det.classification.image_mapper import ClassificationMapper
 from kd_det.errors import InputError
 
 

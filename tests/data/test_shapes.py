@@ -8,9 +8,9 @@ import pytest
 from detectron2.data.datasets import load_voc_instances
 from pycocotools import mask as mask_util
 
+from kd_det.data.annotation_files import coco_annotation
 from kd_det.data.shapes import CLASSES, MIN_VISIBLE_PIXELS, make_scene
 from kd_det.data.shapes_folder import write_shapes
-from kd_det.data.writers import coco_annotation
 from kd_det.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]

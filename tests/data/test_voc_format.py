@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from detectron2.data.datasets import load_voc_instances
 
+from kd_det.data.annotation_files import write_voc
 from kd_det.data.voc_format import VocFormat
-from kd_det.data.writers import write_voc
 from kd_det.errors import InputError
 
 CLASSES = ("cat", "dog")

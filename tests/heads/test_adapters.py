@@ -15,7 +15,7 @@ from torch import nn
 from kd_det import Batch, InputError, add_kd_config, build_kd_heads
 from kd_det.heads import ActivationBoundaryHead, FactorTransferHead, HintHead, InheritExploreHead, OverhaulHead
 from kd_det.heads import overhaul as overhaul_module
-from kd_det.heads.factors import Feature, first_boxes
+from kd_det.heads.coders import Feature, first_boxes
 from kd_det.heads.inherit_explore import coder
 
 from .signals import make_signals, make_spec

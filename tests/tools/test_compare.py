@@ -12,15 +12,15 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import tiny_cfg, with_data, write_yaml
 
-from kd_det import pictures
-from kd_det.classification.mapper import ClassificationMapper
-from kd_det.comparison.runs import load_runs
-from kd_det.comparison.table import decimals, make_table, summarise, without_nan
+from kd_det.analysis.runs import load_runs
+from kd_det.analysis.table import decimals, make_table, summarise, without_nan
+from kd_det.classification.image_mapper import ClassificationMapper
 from kd_det.data import choose_images
 from kd_det.data.shapes import CLASSES
 from kd_det.data.shapes_folder import write_shapes
+from kd_det.engine import pictures
+from kd_det.engine.pictures import CELL, SMALL_CELL, Words
 from kd_det.export import find_run, load_student, read_student_config
-from kd_det.pictures import CELL, SMALL_CELL, Words
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

@@ -9,8 +9,8 @@ from classification.models import classifier_cfg
 from detectron2.structures import BoxMode
 from helpers import build, tiny_cfg, with_data
 
-from kd_det.comparison import concepts
-from kd_det.comparison.concepts import METRICS, compare_concepts, find_foreground
+from kd_det.analysis import concepts
+from kd_det.analysis.compare_concepts import METRICS, compare_concepts, find_foreground
 from kd_det.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("in_process")

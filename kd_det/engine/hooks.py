@@ -12,9 +12,9 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from torch.optim.swa_utils import AveragedModel
 
-from kd_det.ema import EMAEvaluation
+from kd_det.engine.ema import EMAEvaluation
+from kd_det.engine.interruption import Interruption
 from kd_det.errors import InputError
-from kd_det.interruption import Interruption
 
 logger = logging.getLogger(__name__)
 

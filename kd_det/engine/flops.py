@@ -6,8 +6,6 @@ import torch
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch import nn
 
-from kd_det.ensemble import Ensemble
-
 
 @torch.no_grad()
 def count_gflops(model: nn.Module, image: dict[str, Any]) -> float:
@@ -17,8 +15,6 @@ def count_gflops(model: nn.Module, image: dict[str, Any]) -> float:
         model: In evaluation mode.
         image: A dict as the mapper makes it.
     """
-    if isinstance(model, Ensemble):
-        return sum(count_gflops(member, image) for member in model.models)
     count = FlopCountAnalysis(model, [{"image": image["image"]}])
     count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     return count.total() / 1e9

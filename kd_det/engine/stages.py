@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from kd_det.checkpoint import KDCheckpointer, find_file, fits
 from kd_det.config import save_config, student_config
-from kd_det.engine import Trainer
+from kd_det.engine.summary import log_summary
+from kd_det.engine.teacher_check import check_teacher
+from kd_det.engine.trainer import Trainer
 from kd_det.errors import InputError
 from kd_det.heads.build import has_stage
 from kd_det.meta_arch import TeacherStudent, check_finite
-from kd_det.sanity import check_teacher
 from kd_det.signals import Batch
-from kd_det.summary import log_summary
 from kd_det.teacher import Teacher, load_teacher_config
 
 logger = logging.getLogger(__name__)

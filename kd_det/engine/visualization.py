@@ -14,17 +14,16 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from kd_det.classification import ImageClassifier
-from kd_det.classification.mapper import ClassificationMapper
+from kd_det.classification.image_mapper import ClassificationMapper
 from kd_det.config import student_config
 from kd_det.data import DetectionMapper, choose_images, class_names
 from kd_det.data.loader import own_random_numbers
-from kd_det.ensemble import describe
+from kd_det.engine.pictures import as_pixels, draw_attention, draw_classifications, draw_detections
 from kd_det.losses import attention_map
 from kd_det.meta_arch import TeacherStudent
 from kd_det.mutual import MutualStudents, evaluation_mode
-from kd_det.pictures import as_pixels, draw_attention, draw_classifications, draw_detections
 from kd_det.signals import flipped
-from kd_det.taps import BackboneTap
+from kd_det.taps import BackboneTap, describe_model
 
 IMAGES = 2
 THRESHOLD = 0.5  # least score of the instances that are drawn
@@ -87,7 +86,7 @@ class Visualization(HookBase):
                 outputs = tap.model.to(device)(flipped(inputs) if is_flipped else inputs)
             for name, stride in self.strides.items():
                 maps[name][title] = attention_maps(signals[name], stride, [image.shape[:2] for image in images])
-            if kind in outputs[0] and describe(tap.model) == describe(student):
+            if kind in outputs[0] and describe_model(tap.model) == describe_model(student):
                 predictions[title] = [x[kind].to("cpu") for x in outputs]
         pictures = {f"attention/{name}": draw_attention(images, found) for name, found in maps.items()}
         if predictions:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from detectron2.data import DatasetCatalog
 
-from kd_det.comparison import classification, detection
-from kd_det.comparison.runs import load_runs, measure_times
-from kd_det.comparison.table import make_table, summarise, without_nan
+from kd_det.analysis import compare_classifiers, compare_detectors
+from kd_det.analysis.runs import load_runs, measure_times
+from kd_det.analysis.table import make_table, summarise, without_nan
 from kd_det.data import choose_images
 from kd_det.engine import is_classifier
+from kd_det.engine.flops import count_gflops
 from kd_det.errors import InputError
 from kd_det.files import write_whole
-from kd_det.flops import count_gflops
 
 
 def compare(
@@ -43,7 +43,7 @@ def compare(
         raise InputError(f"--images: must be at least 1, got {images}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset, loaded = load_runs(runs, dataset, device)
-    kind = classification if is_classifier(loaded[0].cfg) else detection
+    kind = compare_classifiers if is_classifier(loaded[0].cfg) else compare_detectors
     records = DatasetCatalog.get(dataset)
     chosen = choose_images(records, images)
     Path(output).mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def compare(
     times = measure_times(loaded, samples)
     for run, metrics, inputs, ms in zip(loaded, measured, samples, times, strict=True):
         metrics["parameters (M)"] = sum(p.numel() for p in run.model.parameters()) / 1e6
-        metrics["GFLOPs"] = statistics.fmean(count_gflops(run.model, image) for image in inputs)
+        metrics["GFLOPs"] = statistics.fmean(sum(count_gflops(x, image) for x in run.networks) for image in inputs)
         metrics["ms per image"] = ms
     results = {
         "dataset": dataset,

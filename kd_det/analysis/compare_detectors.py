@@ -11,9 +11,9 @@ from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, PascalVOCDetectionEvaluator
 from detectron2.structures import Instances
 
-from kd_det.comparison.runs import Run
+from kd_det.analysis.runs import Run
 from kd_det.data import DetectionMapper
-from kd_det.pictures import draw_detections, save
+from kd_det.engine.pictures import draw_detections, save
 
 Mapper = DetectionMapper
 

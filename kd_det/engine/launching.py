@@ -10,8 +10,8 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 
+from kd_det.engine.interruption import in_own_session, passing_on
 from kd_det.errors import InputError
-from kd_det.interruption import in_own_session, passing_on
 
 
 def launch_workers(main: Callable[[Namespace], None], args: Namespace) -> None:

@@ -14,8 +14,9 @@ from torch import nn
 
 from kd_det.checkpoint import counted_keys
 from kd_det.config import student_config
-from kd_det.engine import Trainer, is_classifier
-from kd_det.flops import count_gflops
+from kd_det.engine.flops import count_gflops
+from kd_det.engine.loaders import is_classifier
+from kd_det.engine.trainer import Trainer
 from kd_det.heads.build import teacher_signals
 from kd_det.meta_arch import TeacherStudent
 from kd_det.mutual import MutualStudents, evaluation_mode

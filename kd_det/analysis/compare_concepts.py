@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
+from kd_det.analysis.compare_halves import check_feature, labelled_boxes
+from kd_det.analysis.runs import Run, load_runs
+from kd_det.analysis.table import summarise
+from kd_det.analysis.visual_concepts import concept_ratio, find_concepts, learning_effort, measure_entropies, stability
 from kd_det.checkpoint import load_strictly
-from kd_det.comparison.runs import Run, load_runs
-from kd_det.comparison.similarity import check_feature, labelled_boxes
-from kd_det.comparison.table import summarise
-from kd_det.concepts import concept_ratio, find_concepts, learning_effort, measure_entropies, stability
 from kd_det.data import choose_images
 from kd_det.engine import build_test_mapper
 from kd_det.errors import InputError
@@ -48,8 +48,8 @@ def compare_concepts(
             (of the labelled boxes).
         dataset: Name of the test set; the first run's DATASETS.TEST if None.
         images: How many of its images are looked at, evenly spaced; of a detector's those with objects.
-        threshold: Of :func:`kd_det.concepts.find_concepts`.
-        search: Options of :func:`kd_det.concepts.measure_entropies`.
+        threshold: Of :func:`kd_det.analysis.visual_concepts.find_concepts`.
+        search: Options of :func:`kd_det.analysis.visual_concepts.measure_entropies`.
 
     Returns:
         Name, then metric, then mean and std over runs. Metrics: "N_fg" and "N_bg", concepts of an image on objects and

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from kd_det.analysis.runs import Run
 from kd_det.classification.evaluator import ClassificationEvaluator
-from kd_det.classification.mapper import ClassificationMapper
-from kd_det.comparison.runs import Run
+from kd_det.classification.image_mapper import ClassificationMapper
 from kd_det.data import class_names
-from kd_det.pictures import draw_classifications, save
+from kd_det.engine.pictures import draw_classifications, save
 
 Mapper = ClassificationMapper
 

@@ -10,7 +10,7 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, default_collate
 
-from kd_det.classification.mapper import ClassificationMapper
+from kd_det.classification.image_mapper import ClassificationMapper
 from kd_det.data.loader import SeededDataset, build_training_loader, sampler_factory
 from kd_det.data.workers import end_with_the_run
 from kd_det.errors import InputError

@@ -13,12 +13,12 @@ from detectron2.structures import BoxMode
 from torch import Tensor
 from tqdm import tqdm
 
-from kd_det.comparison.runs import Run, load_runs
-from kd_det.comparison.table import summarise
+from kd_det.analysis.cka import linear_cka
+from kd_det.analysis.runs import Run, load_runs
+from kd_det.analysis.table import summarise
 from kd_det.engine import Trainer
 from kd_det.errors import InputError
 from kd_det.export import find_run
-from kd_det.similarity import linear_cka
 from kd_det.taps import build_tap
 
 # Below so many examples the plain estimate of CKA is too high.

@@ -12,11 +12,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 
 from kd_det.data import choose_images, class_names
-from kd_det.engine import Trainer
-from kd_det.ensemble import CLASS_SIGNALS
+from kd_det.engine.evaluation import build_evaluator
+from kd_det.engine.loaders import build_test_loader
 from kd_det.errors import InputError
-from kd_det.evaluation import build_evaluator
 from kd_det.meta_arch import TeacherStudent
+from kd_det.taps import count_classes
 from kd_det.teacher import build_teacher, load_teacher_config
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,7 @@ def check_teacher(cfg: CfgNode) -> None:
         raise InputError(f"KD.TEACHER.SANITY_CHECK: got {count}, but DATASETS.TEST names no data set.")
     dataset, own = cfg.DATASETS.TEST[0], load_teacher_config(cfg)[0]
     teacher = build_teacher(cfg)
-    spec = teacher.tap.spec()
-    known = next((spec[name].channels - others for name, (_, others) in CLASS_SIGNALS.items() if name in spec), None)
+    known = count_classes(teacher.tap.spec())
     names = class_names(dataset)
     if names and known is not None and len(names) != known:
         raise InputError(
@@ -56,7 +55,7 @@ def check_teacher(cfg: CfgNode) -> None:
         own.OUTPUT_DIR = folder
         logger.info("Checking the teacher on %d images of %s.", images, dataset)
         evaluator = build_evaluator(own, SUBSET, tasks=("bbox",))
-        results = inference_on_dataset(teacher.model, Trainer.build_test_loader(own, SUBSET), evaluator)
+        results = inference_on_dataset(teacher.model, build_test_loader(own, SUBSET), evaluator)
     if "classification" in results:
         report("top-1 accuracy", results["classification"]["top1"], least_accuracy(known, images), dataset)
     elif results:

@@ -6,10 +6,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
-from kd_det.taps import build_tap
-
-# Signals that tell how many classes a model knows: what the model is, and how many channels are none of its classes.
-CLASS_SIGNALS = {"logits": ("image classifier", 0), "roi_logits": ("detector", 1), "dense_logits": ("detector", 0)}
+from kd_det.taps import describe_model
 
 
 class Ensemble(nn.Module):
@@ -40,7 +37,7 @@ class Ensemble(nn.Module):
         super().__init__()
         if not models:
             raise InputError("Ensemble: it needs at least one model, got none.")
-        kinds = [describe(model) for model in models]
+        kinds = [describe_model(model) for model in models]
         if len(set(kinds)) > 1:
             raise InputError(f"Ensemble: the models must all be alike, but they are {', '.join(kinds)}.")
         self.models = nn.ModuleList(models)
@@ -77,15 +74,6 @@ class Ensemble(nn.Module):
         joined.scores = torch.as_tensor(scores[kept], dtype=torch.float32, device=like.device)
         joined.pred_classes = torch.as_tensor(classes[kept], dtype=torch.int64, device=like.device)
         return joined
-
-
-def describe(model: nn.Module) -> str:
-    """What a model is and how many classes it knows, in words."""
-    spec = build_tap(getattr(model, "student", model)).spec()
-    for name, (kind, others) in CLASS_SIGNALS.items():
-        if name in spec:
-            return f"{kind} of {spec[name].channels - others} classes"
-    return "detector of unknown classes"
 
 
 def load_boxes_fusion():

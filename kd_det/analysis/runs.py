@@ -20,9 +20,9 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from kd_det.analysis.ensemble import Ensemble
 from kd_det.data import check_files, check_num_classes, register_datasets
 from kd_det.engine import Trainer, is_classifier
-from kd_det.ensemble import Ensemble
 from kd_det.errors import InputError
 from kd_det.export import find_run, load_student, read_student_config
 
@@ -45,6 +45,11 @@ class Run:
     source: str
     cfg: CfgNode
     model: nn.Module
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The model, or those that an ensemble joins."""
+        return list(self.model.models) if isinstance(self.model, Ensemble) else [self.model]
 
     @torch.no_grad()
     def predict(self, image: dict[str, Any]) -> Instances | Tensor:

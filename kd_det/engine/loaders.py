@@ -1,0 +1,43 @@
+"""Choose what reads the images: of detectors or of image classifiers."""
+
+from collections.abc import Callable
+
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
+
+from kd_det.classification import (
+    ImageClassifier,
+    build_classification_test_loader,
+    build_classification_train_loader,
+)
+from kd_det.classification.image_mapper import ClassificationMapper
+from kd_det.config import student_config
+from kd_det.data import DetectionMapper
+from kd_det.data.loader import build_detection_training_loader
+from kd_det.data.workers import end_with_the_run
+
+
+def is_classifier(cfg: CfgNode) -> bool:
+    """Whether a config's student is an image classifier."""
+    return ImageClassifier.__name__ == student_config(cfg).MODEL.META_ARCHITECTURE
+
+
+def build_test_mapper(cfg: CfgNode) -> Callable[[dict], dict]:
+    """What reads the image of a data set's record as the evaluation of the student does."""
+    return (ClassificationMapper if is_classifier(cfg) else DetectionMapper)(cfg, is_train=False)
+
+
+def build_train_loader(cfg: CfgNode):
+    """Build the loader of a run's training images."""
+    if is_classifier(cfg):
+        return build_classification_train_loader(cfg)
+    return build_detection_training_loader(cfg)
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str):
+    """Build the loader of a test set's images, whose workers ignore the signals that end a run."""
+    if is_classifier(cfg):
+        return build_classification_test_loader(cfg, dataset_name)
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=DetectionMapper(cfg, is_train=False))
+    loader.worker_init_fn = end_with_the_run
+    return loader

@@ -1,0 +1,195 @@
+"""Make the config of a run from the command line, and check it before anything is built."""
+
+import argparse
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import detectron2.utils.comm as comm
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_setup
+from detectron2.utils.logger import setup_logger
+
+from kd_det.classification import ImageClassifier
+from kd_det.config import DISTILLED, add_kd_config, check_parts, find_config, look_up, merge_file, merge_list
+from kd_det.data import check_files, check_num_classes, count_training_images, register_datasets
+from kd_det.engine.cli import import_plugin
+from kd_det.errors import InputError
+from kd_det.files import write_whole
+from kd_det.registry import KD_HEAD_REGISTRY, config_key
+
+logger = logging.getLogger(__name__)
+# The least value of keys that take numbers.
+LEAST = {
+    "KD.PRETRAIN.MAX_ITER": 0,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.CHECKPOINT_KEEP": 0,
+    "DATALOADER.NUM_WORKERS": 0,
+    "KD.GENERATIONS": 0,
+}
+# Those of Detectron2.
+WARMUP_METHODS = ("linear", "constant")
+LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Make the config of a run from the command line, check its data sets, and start logging.
+
+    Args:
+        args: Of Detectron2's ``default_argument_parser`` with :func:`add_distillation_arguments`.
+
+    Raises:
+        InputError: If a file, a key or a data set is wrong.
+    """
+    late = [option for option in args.opts if option.startswith("--")]
+    if late:
+        raise InputError(f"command line: {late[0]} must come before the overrides, {' '.join(args.opts[:2])} ...")
+    for path in args.plugin:
+        import_plugin(path)
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    if args.config_file:
+        args.config_file = find_config(args.config_file)
+        merge_file(cfg, args.config_file)
+    apply_distillation_arguments(cfg, args)
+    merge_list(cfg, args.opts, "command line")
+    check_run(cfg, f"{args.config_file or 'the config'} with the overrides")
+    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+        logger.warning("MODEL.DEVICE: this machine has no GPU, going on with cpu instead of %s.", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
+    register_datasets(cfg)
+    check_files(cfg, train=not args.eval_only)
+    check_num_classes(cfg, train=not args.eval_only)
+    if cfg.SOLVER.IN_EPOCHS and not args.eval_only:
+        epochs_to_iterations(cfg, count_training_images(cfg))
+    cfg.freeze()
+    with kept(Path(cfg.OUTPUT_DIR, "config.yaml")):
+        default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
+    return cfg
+
+
+def check_run(cfg: CfgNode, source: str) -> None:
+    """Check keys with which Detectron2 would stop late, without naming them, or do something else.
+
+    Args:
+        source: What the config was read from, for messages.
+
+    Raises:
+        InputError: If a value is not allowed.
+    """
+    check_parts(cfg, source)
+    for key, least in LEAST.items():
+        value = look_up(cfg, key)
+        if value < least:
+            raise InputError(f"{key}: must be {least} or more, got {value}.")
+    for key, rate in (("SOLVER.BASE_LR", cfg.SOLVER.BASE_LR), ("KD.PRETRAIN.BASE_LR", cfg.KD.PRETRAIN.BASE_LR)):
+        if not 0 < rate < math.inf:
+            raise InputError(f"{key}: must be finite and above 0, got {rate}.")
+    for key, steps in (("SOLVER.STEPS", cfg.SOLVER.STEPS), ("KD.PRETRAIN.STEPS", cfg.KD.PRETRAIN.STEPS)):
+        if list(steps) != sorted(steps):
+            raise InputError(f"{key}: must be in increasing order, got {list(steps)}.")
+    for key, allowed in (("LR_SCHEDULER_NAME", LR_SCHEDULERS), ("WARMUP_METHOD", WARMUP_METHODS)):
+        if cfg.SOLVER[key] not in allowed:
+            raise InputError(f"SOLVER.{key}: {cfg.SOLVER[key]!r} is not one of {', '.join(allowed)}.")
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise InputError(f"MODEL.DEVICE: {cfg.MODEL.DEVICE!r} is no device, such as cuda, cuda:1 or cpu.") from error
+
+
+@contextmanager
+def kept(path: Path) -> Iterator[None]:
+    """Around what overwrites a file that shall stay as it is, if it is there."""
+    before = path.read_bytes() if path.is_file() else None
+    yield
+    if before is not None and comm.is_main_process():
+        write_whole(str(path), lambda file: file.write(before))
+
+
+def apply_distillation_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Turn a config into that of a distillation run, as ``--teacher``, ``--teacher-weights`` and ``--kd-heads`` say."""
+    if args.teacher:
+        cfg.KD.TEACHER.CONFIG_FILE = args.teacher
+        cfg.KD.TEACHER.WEIGHTS = ""
+    if args.teacher_weights:
+        cfg.KD.TEACHER.WEIGHTS = args.teacher_weights
+    if args.kd_heads is not None:
+        cfg.KD.HEADS = [name for name in args.kd_heads.split(",") if name]
+    if cfg.MODEL.META_ARCHITECTURE in DISTILLED or not (args.teacher or args.teacher_weights or args.kd_heads):
+        return
+    if not (cfg.KD.TEACHER.CONFIG_FILE and cfg.KD.HEADS):
+        raise InputError(
+            "--teacher and --kd-heads: a config that names neither teacher nor heads needs both arguments."
+        )
+    cfg.KD.STUDENT_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE, "TeacherStudent"
+    default = get_cfg()
+    add_kd_config(default)
+    for name in cfg.KD.HEADS:
+        key = config_key(name)
+        if key in cfg.KD and key in default.KD:
+            adapt_head(cfg, cfg.KD[key], default.KD[key])
+
+
+def adapt_head(cfg: CfgNode, node: CfgNode, default: CfgNode) -> None:
+    """Let a head's defaults name what the student has: they are those of an R-CNN with FPN.
+
+    Args:
+        cfg: The run's config.
+        node: The head's, which is changed; what is not the default stays.
+        default: The head's defaults.
+    """
+    stages = cfg.MODEL.FPN.IN_FEATURES or cfg.MODEL.RESNETS.OUT_FEATURES
+    if ImageClassifier.__name__ == cfg.KD.STUDENT_ARCHITECTURE:
+        levels, known = ["res2", "res3", "res4"], {"res2", "res3", "res4", *stages}
+        others = {"SOURCES": ["cls"], "SOURCE": "cls", "IN_FEATURE": max(known)}
+    elif cfg.KD.STUDENT_ARCHITECTURE == "RetinaNet":
+        levels, others = cfg.MODEL.RETINANET.IN_FEATURES, {"SOURCES": ["dense"]}
+        known = {*levels, *stages}
+    else:
+        levels, others = cfg.MODEL.RPN.IN_FEATURES, {}
+        known = {*levels, *stages, "roi_features"}
+    for key, value in others.items():
+        if key in node and node[key] == default[key]:
+            node[key] = value
+    if "IN_FEATURES" in node and node.IN_FEATURES == default.IN_FEATURES and not set(default.IN_FEATURES) <= known:
+        # Of the stages those that there are; other maps give way to all that the model predicts from.
+        found = [name for name in default.IN_FEATURES if name.startswith("res") and name in known]
+        node.IN_FEATURES = found or list(levels)
+
+
+def epochs_to_iterations(cfg: CfgNode, images: int) -> None:
+    """Turn a schedule in epochs into one in iterations; see ``SOLVER.IN_EPOCHS``.
+
+    Args:
+        cfg: The config, which is changed.
+        images: Number of training images.
+
+    Raises:
+        InputError: If the run would have no iteration.
+    """
+
+    def iterations(epochs: float) -> int:
+        # What shall happen after a part of an iteration happens after each one.
+        return max(round(epochs * images / solver.IMS_PER_BATCH), 1) if epochs > 0 else int(epochs)
+
+    solver = cfg.SOLVER
+    if round(solver.MAX_ITER * images / solver.IMS_PER_BATCH) < 1:
+        raise InputError(f"SOLVER.MAX_ITER: {solver.MAX_ITER} epochs of {images} images are less than one iteration.")
+    for node, keys in (
+        (solver, ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD")),
+        (cfg.TEST, ("EVAL_PERIOD",)),
+        (cfg.KD.PRETRAIN, ("MAX_ITER",)),
+        *((cfg.KD[config_key(name)].SCHEDULE, ("START", "WARMUP", "STOP")) for name, _ in KD_HEAD_REGISTRY),
+    ):
+        for key in keys:
+            node[key] = iterations(node[key])
+    solver.STEPS = tuple(map(iterations, solver.STEPS))
+    cfg.KD.PRETRAIN.STEPS = list(map(iterations, cfg.KD.PRETRAIN.STEPS))
+    # What is saved beside the checkpoints counts in iterations.
+    solver.IN_EPOCHS = False

@@ -1,0 +1,161 @@
+"""Train plain students, distilled ones, and several that teach each other."""
+
+import logging
+import uuid
+import weakref
+from contextlib import nullcontext
+
+import detectron2.utils.comm as comm
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils.events import EventWriter
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kd_det.checkpoint import KDCheckpointer, fits
+from kd_det.data.loader import seed_everything
+from kd_det.engine.ema import build_ema
+from kd_det.engine.evaluation import build_evaluator, share_buffers
+from kd_det.engine.event_writers import build_writers, drop_lines, metrics_path
+from kd_det.engine.hooks import with_own_hooks
+from kd_det.engine.loaders import build_test_loader, build_train_loader
+from kd_det.engine.step_trainer import build_step_trainer
+from kd_det.engine.visualization import build_visualization
+from kd_det.errors import InputError
+from kd_det.meta_arch import TeacherStudent
+from kd_det.mutual import MutualStudents
+from kd_det.peers import PeerWriter, load_peer_weights
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's trainer, for plain and for distilled students.
+
+    ``"model"`` in its checkpoints is the plain student; the heads' weights lie beside it as ``kd_heads``, and the
+    average of the student's, where one is kept, as ``ema``.
+
+    Args:
+        cfg: The whole config, of a plain detector, a ``TeacherStudent`` or ``MutualStudents``.
+    """
+
+    find_unused_parameters = False
+
+    def __init__(self, cfg: CfgNode):
+        # As DefaultTrainer.__init__, but for the checkpointer, which is the student's, and DDP, which may be on CPUs.
+        TrainerBase.__init__(self)
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        # Tells the files of this run, resumed or not, from those of another one in the same folder.
+        self.run = uuid.uuid4().hex
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        if cfg.SOLVER.CHANNELS_LAST:
+            model.to(memory_format=torch.channels_last)
+        distilled = isinstance(model, TeacherStudent | MutualStudents)
+        self.student, parts = (model.student, model.checkpointables) if distilled else (model, {})
+        self.ema = build_ema(cfg, self.student)
+        if self.ema is not None:
+            parts |= {"ema": self.ema}
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        loader.batch_sampler.seed = self.seed
+        devices = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        turns = model.turns if isinstance(model, MutualStudents) else 1
+        unused = self.find_unused_parameters or turns > 1
+        wrapped = create_ddp_model(model, broadcast_buffers=False, find_unused_parameters=unused, **devices)
+        self._trainer = build_step_trainer(cfg, wrapped, loader, optimizer, turns=turns)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        # Without DDP around it.
+        self.plain_model = model
+        self.checkpointer = KDCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **parts)
+        self.checkpointer.keep = cfg.SOLVER.CHECKPOINT_KEEP
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def train(self) -> dict | None:
+        try:
+            return super().train()
+        finally:
+            # Here, because a data loader's iterator that garbage collection finds waits five seconds for each worker.
+            loader = self._trainer.data_loader
+            self._trainer.reset_data_loader(lambda: loader)
+
+    def run_step(self) -> None:
+        # An iteration draws the same random numbers whether or not the run was interrupted before it.
+        seed_everything(self.seed, self.iter, comm.get_rank())
+        super().run_step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.student)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        with fits("--resume", self.cfg.OUTPUT_DIR) if resume else nullcontext():
+            super().resume_or_load(resume)
+        if len(set(comm.all_gather(self.start_iter))) > 1:
+            raise InputError(f"--resume: the processes find different checkpoints in {self.cfg.OUTPUT_DIR}; share it.")
+        if isinstance(self.plain_model, MutualStudents) and self.start_iter == 0:
+            load_peer_weights(self.plain_model.students, self.plain_model.configs)
+        batches = self._trainer.data_loader.batch_sampler
+        batches.seed, batches.start = self.seed, self.start_iter
+        if resume and comm.is_main_process():
+            finished = self.start_iter > 0 and self.checkpointer.get_checkpoint_file().endswith("model_final.pth")
+            # The evaluation at the end of a run counts as one more iteration.
+            drop_lines(metrics_path(self.cfg), self.start_iter + finished)
+
+    def build_writers(self) -> list[EventWriter]:
+        return build_writers(self.cfg, weakref.proxy(self))
+
+    def build_hooks(self) -> list:
+        found = super().build_hooks()
+        if comm.is_main_process():
+            found[-1:-1] = build_visualization(self.cfg, self.plain_model)  # The last one writes what is there.
+        hooks = with_own_hooks(found, self.cfg, self.ema)
+        if isinstance(self.plain_model, MutualStudents) and comm.is_main_process():
+            hooks.insert(0, PeerWriter(self.plain_model.students, self.plain_model.configs))
+        return hooks
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
+        """See Detectron2. Each of ``MutualStudents`` is evaluated; from the second on under ``peer_2``, and so on."""
+        plain = model.module if isinstance(model, DistributedDataParallel) else model
+        share_buffers(plain)
+        if not isinstance(plain, MutualStudents):
+            return super().test(cfg, model, evaluators)
+        results = {}
+        for i, (student, own) in enumerate(zip(plain.students, plain.configs, strict=True), 1):
+            logger.info("Student %d of %d:", i, len(plain.students))
+            found = super().test(own, student, evaluators)
+            results |= found if i == 1 else {f"peer_{i}": found}
+        return results
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {
+            "run": self.run,
+            "seed": self.seed,
+            "processes": comm.get_world_size(),
+        }
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.run, self.seed = state_dict["run"], state_dict["seed"]
+        if state_dict["processes"] != comm.get_world_size():
+            logger.warning(
+                "Resumed by %d process(es) instead of %d: the order of the images and the random numbers are others.",
+                comm.get_world_size(),
+                state_dict["processes"],
+            )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        return build_test_loader(cfg, dataset_name)
