@@ -1,8 +1,6 @@
 """Checkpoints: loaded without running code from the file, strictly where asked; a damaged one is passed over."""
 
 import os
-import re
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +12,15 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from kd_det.checkpoint_files import check_damage, load_safely, readable, reason
+from kd_det.checkpoint_folder import (
+    TAG,
+    find_earlier,
+    find_superseded,
+    read_headers,
+    read_tag,
+    record_run,
+)
 from kd_det.errors import InputError, UnreadableError
 from kd_det.files import write_whole
 from kd_det.formats import backbone_of_classifier, load_zoo_pickle, rename_torchvision_resnet
@@ -27,26 +34,30 @@ class KDCheckpointer(DetectionCheckpointer):
     come.
 
     Attributes:
-        keep: How many checkpoints of iterations stay, the newest ones; 0: all.
+        keep: How many checkpoints of iterations stay, this run's newest ones; 0: all.
+        run: Id of the run that is saved; None where there is no run.
         loaded: The file that was loaded last, and how many of the model's keys were in it, of how many; None before.
 
     Raises:
         InputError: When loading, if the file does not exist, cannot be read, holds anything but arrays and plain
             containers, shares no key with the model, or lacks a checkpointable that is to be loaded. When saving, if
             the file cannot be written; the checkpoints before it are still there.
+        FloatingPointError: When saving, if a weight is not finite.
     """
 
     keep = 0
+    run: str | None = None
     loaded: tuple[str, int, int] | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write a checkpoint, whole or not at all; it becomes the one that a run is resumed from."""
         if not self.save_dir or not self.save_to_disk:
             return
+        self._check_weights()
         self.write(name, **kwargs)
         self.tag_last_checkpoint(f"{name}.pth")
         if self.keep:
-            for path in self._periodic()[self.keep :]:
+            for path in find_superseded(self.save_dir, self.run, kwargs.get("iteration"), keep=self.keep):
                 os.remove(path)
 
     def write(self, name: str, **kwargs: Any) -> None:
@@ -58,50 +69,84 @@ class KDCheckpointer(DetectionCheckpointer):
         write_whole(path, lambda file: torch.save(data | kwargs, file))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        path = os.path.join(self.save_dir, "last_checkpoint")
+        if self.run:
+            record_run(self.save_dir, self.run)
+        path = os.path.join(self.save_dir, TAG)
         write_whole(path, lambda file: file.write(last_filename_basename.encode()))
 
+    def get_checkpoint_file(self) -> str:
+        return os.path.join(self.save_dir, read_tag(self.save_dir))
+
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """See Detectron2. Where the last checkpoint is damaged or gone, the newest before it is loaded.
+        """See Detectron2. Where the last checkpoint is damaged or gone, this run's newest one before it is loaded.
 
         Raises:
-            InputError: If all are damaged or gone, or the model has keys that the one which is loaded lacks.
+            UnreadableError: If all are damaged or gone.
+            InputError: If the model has keys that the one which is loaded lacks.
         """
         if not (resume and self.has_checkpoint()):
             return self.load(path, checkpointables=[])
         last = self.get_checkpoint_file()
-        reasons = []
-        for file in [last, *self._before(last)]:
-            if not os.path.isfile(file):
-                reasons.append(f"{file} does not exist")
-                continue
+        try:
+            if not os.path.isfile(last):
+                raise UnreadableError(f"{last} does not exist")
+            return self._resume(last)
+        except UnreadableError as error:
+            reasons = [str(error)]
+        earlier, others = find_earlier(last)
+        reasons += others
+        for file in earlier:
             try:
-                loaded = self.load(file)
+                loaded = self._resume(file)
             except UnreadableError as error:
                 reasons.append(str(error))
                 continue
-            if reasons:
-                self.logger.warning("%s. Going on with the checkpoint before, %s.", "; ".join(reasons), file)
-            _, matched, total = self.loaded
-            if matched < total:
-                raise InputError(
-                    f"--resume: {file} was written by a run with another config: {matched} of the model's {total} keys "
-                    "match."
-                )
+            self.logger.warning("%s. Going on with the checkpoint before, %s.", "; ".join(reasons), file)
             return loaded
-        told = "; ".join(reasons)
-        raise InputError(f"--resume: {told}. No checkpoint is left; without --resume the run begins anew.")
+        raise UnreadableError(
+            f"--resume: {'; '.join(reasons)}. No checkpoint of this run is left; without --resume the run begins anew."
+        )
 
-    def _periodic(self) -> list[str]:
-        """Paths of the checkpoints of iterations, the one written last first."""
-        names = [name for name in os.listdir(self.save_dir) if iteration_of(name) >= 0]
-        paths = [os.path.join(self.save_dir, name) for name in names]
-        return sorted(paths, key=lambda path: (os.stat(path).st_mtime_ns, path), reverse=True)
+    def _resume(self, file: str) -> dict[str, Any]:
+        loaded = self.load(file)
+        _, matched, total = self.loaded
+        if matched < total:
+            raise InputError(
+                f"--resume: {file} was written by a run with another config: {matched} of the model's {total} keys "
+                "match."
+            )
+        return loaded
 
-    def _before(self, last: str) -> list[str]:
-        """The checkpoints of iterations before that of another one."""
-        limit = iteration_of(last)
-        return [path for path in self._periodic() if limit < 0 or iteration_of(path) < limit]
+    def retreat(self, limit: int, *, begun: bool) -> None:
+        """Let the run be resumed from its newest checkpoint up to an iteration, if the last one is newer.
+
+        Args:
+            limit: The iteration.
+            begun: Whether the run began in this process; without such a checkpoint it will then begin anew. A resumed
+                run keeps its last checkpoint in that case.
+        """
+        if not self.save_to_disk or not self.has_checkpoint():
+            return
+        last = self.get_checkpoint_file()
+        own = {path: x.iteration for path, x in read_headers(self.save_dir)[0].items() if x.run == self.run}
+        if own.get(last, limit) <= limit:
+            return
+        earlier = [path for path, iteration in own.items() if iteration <= limit]
+        if earlier:
+            newest = os.path.basename(max(earlier, key=own.get))
+            self.tag_last_checkpoint(newest)
+            self.logger.warning("The training had diverged at %s: --resume goes on from %s.", last, newest)
+        elif begun:
+            os.remove(os.path.join(self.save_dir, TAG))
+            self.logger.warning("The training had diverged at %s, its first checkpoint: --resume begins anew.", last)
+
+    def _check_weights(self) -> None:
+        parts = {"model": self.model} | {k: v for k, v in self.checkpointables.items() if isinstance(v, nn.Module)}
+        weights = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+        finite = torch.stack([p.isfinite().all() for p in weights.values()]).tolist()
+        bad = [name for name, good in zip(weights, finite, strict=True) if not good]
+        if bad:
+            raise FloatingPointError(f"{len(bad)} of the weights' tensors are not finite: {shorten(bad)}")
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         self._required = list(self.checkpointables) if checkpointables is None else checkpointables
@@ -110,12 +155,9 @@ class KDCheckpointer(DetectionCheckpointer):
         return super().load(find_file(path, "MODEL.WEIGHTS") if path else path, checkpointables)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
+        check_damage(filename)
+        with readable(filename):
             loaded = load_zoo_pickle(filename) if filename.endswith(".pkl") else super()._load_file(filename)
-        except Exception as error:  # whatever a broken or hostile file provokes
-            raise UnreadableError(
-                f"{filename}: not a checkpoint that can be loaded safely: {type(error).__name__}: {reason(error)}"
-            ) from error
         model = loaded["model"]
         if isinstance(model, dict) and "state_dict" in model:  # as PyTorch's own training scripts save it
             loaded["model"] = model = model["state_dict"]
@@ -132,7 +174,7 @@ class KDCheckpointer(DetectionCheckpointer):
         return loaded
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        return torch.load(f, map_location="cpu", weights_only=True)  # the default is another before torch 2.6
+        return load_safely(f)
 
     def _load_model(self, checkpoint: dict[str, Any]):
         offered = list(checkpoint["model"])
@@ -197,15 +239,9 @@ def fits(key: str, path: str) -> Iterator[None]:
         yield
     except (InputError, torch.cuda.OutOfMemoryError):
         raise
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         told = f"{type(error).__name__}: {reason(error)}"
         raise InputError(f"{key}: {path} was written by a run with another config ({told}).") from error
-
-
-def iteration_of(path: str) -> int:
-    """The iteration after which a checkpoint was written, as its name says; -1 where it says none."""
-    found = re.fullmatch(r"model_(\d+)\.pth", os.path.basename(path))
-    return int(found[1]) if found else -1
 
 
 def find_file(path: str, key: str) -> str:
@@ -227,14 +263,6 @@ def find_file(path: str, key: str) -> str:
 def counted_keys(model: nn.Module) -> set[str]:
     """Keys that a checkpoint can match. Of BatchNorm's counters torch never tells that they are missing."""
     return {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
-
-
-def reason(error: Exception) -> str:
-    """The line of an error's message that tells most, cut where it is long."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # Of a state that does not fit, the first line only says so; the others have its keys.
-    first = lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
-    return textwrap.shorten(next((line for line in lines if "unsupported" in line.lower()), first), 300)
 
 
 def shorten(names: list[str], shown: int = 5) -> str:

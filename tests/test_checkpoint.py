@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from helpers import WIDE, build, distilled_cfg, save_teacher, tiny_cfg
 
 from kd_det import InputError
 from kd_det.checkpoint import KDCheckpointer, load_strictly
+from kd_det.checkpoint_files import read_checkpoint
 
 HEADS = ["ReviewKDHead", "HintHead"]
 
@@ -165,6 +167,178 @@ def test_a_checkpoint_of_something_else_is_not_passed_over(model, plain, tmp_pat
     torch.save({"model": plain.state_dict()}, tmp_path / "model_0000007.pth")
     with pytest.raises(InputError, match=r"model_0000007.pth: cannot be resumed: it has model, .*but no kd_heads\.$"):
         own.resume_or_load("", resume=True)
+
+
+# ---- Which run they belong to ----
+def save_as(run, model, folder, *iterations):
+    """Checkpoints as a trainer writes them, whose weights are their iteration, negative for run "b"."""
+    trainer = SimpleNamespace(state_dict=lambda: {"run": run}, load_state_dict=lambda state: None)
+    own = KDCheckpointer(model.student, str(folder), kd_heads=model.heads, trainer=trainer)
+    own.run = run
+    for iteration in iterations:
+        value = -iteration if run == "b" else iteration
+        model.student.load_state_dict(filled(model.student.state_dict(), value))
+        own.save(f"model_{iteration:07d}", iteration=iteration)
+    return own
+
+
+def flip(path, share=0.5):
+    """Flip one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "gone"])
+def test_another_runs_checkpoints_are_never_resumed_from(model, tmp_path, damage):
+    """Although one of them is nearer to the damaged one than this run's own."""
+    save_as("a", model, tmp_path, 1, 3, 5, 7, 9)
+    own = save_as("b", model, tmp_path, 1, 7)
+    last = tmp_path / "model_0000007.pth"
+    if damage == "flipped":
+        flip(last)
+    else:
+        last.write_bytes(last.read_bytes()[:5000]) if damage == "truncated" else last.unlink()
+    assert own.resume_or_load("", resume=True)["iteration"] == 1
+    assert all((x == -1).all() for x in model.student.state_dict().values())
+
+
+def test_when_only_another_runs_checkpoints_are_left_the_run_does_not_begin_anew(model, tmp_path):
+    save_as("a", model, tmp_path, 1, 3)
+    own = save_as("b", model, tmp_path, 5)
+    (tmp_path / "model_0000005.pth").write_bytes(b"")
+    with pytest.raises(InputError, match=r"model_0000005.pth: not a .*\. No checkpoint of this run is left; without"):
+        own.resume_or_load("", resume=True)
+
+
+def test_the_newest_is_that_of_the_latest_iteration(model, tmp_path):
+    """Not the one whose file is the newest, as after a copy of the folder in another order."""
+    own = save_as("a", model, tmp_path, 1, 3, 5, 7)
+    for i in range(4):
+        os.utime(tmp_path / f"model_{7 - 2 * i:07d}.pth", (i, i))
+    flip(tmp_path / "model_0000007.pth")
+    assert own.resume_or_load("", resume=True)["iteration"] == 5
+    own.keep = 2
+    own.save("model_0000009", iteration=9)
+    assert sorted(path.stem for path in tmp_path.glob("*.pth")) == ["model_0000007", "model_0000009"]
+
+
+def test_the_final_checkpoint_of_a_shorter_run_is_gone_on_from_too(model, tmp_path):
+    own = save_as("a", model, tmp_path)
+    own.save("model_final", iteration=4)
+    own.save("model_0000007", iteration=7)
+    flip(tmp_path / "model_0000007.pth")
+    assert own.resume_or_load("", resume=True)["iteration"] == 4
+
+
+def test_without_a_record_of_the_run_the_files_tell_it(model, tmp_path):
+    """As in folders of earlier versions; not where they disagree."""
+    own = save_as("a", model, tmp_path, 1, 3, 5)
+    (tmp_path / "run_id").unlink()
+    (tmp_path / "model_0000005.pth").write_bytes(b"")
+    assert own.resume_or_load("", resume=True)["iteration"] == 3
+    save_as("b", model, tmp_path, 2)
+    (tmp_path / "run_id").unlink()
+    own.tag_last_checkpoint("model_0000005.pth")
+    (tmp_path / "run_id").unlink()
+    with pytest.raises(InputError, match=r"^--resume: .*5.pth cannot be read, and .* has checkpoints of 2 runs; write"):
+        own.resume_or_load("", resume=True)
+
+
+def test_another_runs_checkpoints_stay(model, tmp_path):
+    save_as("a", model, tmp_path, 2, 4, 9)
+    own = save_as("b", model, tmp_path, 1, 3)
+    own.keep = 1
+    own.save("model_0000005", iteration=5)
+    assert sorted(path.stem[-1] for path in tmp_path.glob("*.pth")) == ["2", "4", "5", "9"]
+
+
+def test_what_a_run_left_when_it_went_back_goes_first(model, tmp_path):
+    """It may be damaged, or come from other options; the last checkpoint itself stays in any case."""
+    own = save_as("a", model, tmp_path, 1, 3, 5, 7)
+    own.keep = 2
+    own.save("model_0000004", iteration=4)
+    assert sorted(path.stem[-1] for path in tmp_path.glob("*.pth")) == ["3", "4"]
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"], ids=["a folder", "no text"])
+def test_a_tag_that_is_no_text_file(model, tmp_path, content):
+    own = save_four(model, tmp_path)
+    tag = tmp_path / "last_checkpoint"
+    tag.unlink()
+    tag.mkdir() if content is None else tag.write_bytes(content)
+    with pytest.raises(InputError, match=rf"^{tag}: must be a text file with the name of a checkpoint, but cannot be"):
+        own.resume_or_load("", resume=True)
+
+
+# ---- Damage to the numbers ----
+def load_resumed(model, path):
+    own = KDCheckpointer(model, str(path.parent))
+    own.tag_last_checkpoint(path.name)
+    own.resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda model, path: KDCheckpointer(model).load(str(path)),
+        lambda model, path: load_strictly(model, str(path), key="KD.TEACHER.WEIGHTS"),
+        load_resumed,
+        lambda model, path: read_checkpoint(path),
+    ],
+    ids=["weights", "teacher", "resumed", "read"],
+)
+@pytest.mark.parametrize("damage", ["flipped", "zeroed"])
+def test_damage_inside_of_a_tensor_is_seen(plain, tmp_path, load, damage):
+    """torch itself loads such a file without a word."""
+    path = tmp_path / "model_0000001.pth"
+    torch.save({"model": plain.state_dict(), "iteration": 1}, path)
+    if damage == "flipped":
+        flip(path)
+    else:
+        content = path.read_bytes()
+        middle = len(content) // 2
+        path.write_bytes(content[: middle - 512] + bytes(1024) + content[middle + 512 :])
+    assert not same(torch.load(path, weights_only=True)["model"], plain.state_dict())
+    with pytest.raises(InputError, match=r"model_0000001.pth: not a .*the checksum of .* is wrong"):
+        load(plain, path)
+
+
+@pytest.mark.parametrize("kind", ["pkl", "legacy"])
+def test_a_file_without_checksums_is_loaded_and_said_to_be_one(plain, tmp_path, caplog, kind):
+    path = tmp_path / ("a.pkl" if kind == "pkl" else "a.pth")
+    if kind == "pkl":
+        arrays = {key: value.numpy() for key, value in plain.state_dict().items()}
+        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "x"}))
+    else:
+        torch.save(plain.state_dict(), path, _use_new_zipfile_serialization=False)
+    own = build(tiny_cfg())
+    with caplog.at_level("INFO"):
+        load_strictly(own, str(path), key="K")
+    assert same(own.state_dict(), plain.state_dict())
+    assert f"{path} has no checksums" in caplog.text
+
+
+# ---- Weights that are not finite ----
+@pytest.mark.parametrize("part", ["student", "heads"])
+def test_weights_that_are_not_finite_are_not_saved(model, tmp_path, part):
+    own = save_four(model, tmp_path)
+    name, weight = next(getattr(model, part).named_parameters())
+    torch.nn.init.constant_(weight.data.flatten()[-1:], torch.inf)
+    with pytest.raises(FloatingPointError, match=rf"^1 of the weights' tensors are not finite: \w+.{name}$"):
+        own.save("model_0000009", iteration=9)
+    assert own.get_checkpoint_file() == str(tmp_path / "model_0000007.pth")
+    assert not (tmp_path / "model_0000009.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "begun", "last"), [(7, True, "7"), (6, True, "5"), (1, False, "1"), (0, False, "7"), (0, True, None)]
+)
+def test_back_to_a_checkpoint_from_before(model, tmp_path, limit, begun, last):
+    own = save_as("a", model, tmp_path, 1, 3, 5, 7)
+    own.retreat(limit, begun=begun)
+    assert own.has_checkpoint() == (last is not None)
+    assert last is None or own.get_checkpoint_file() == str(tmp_path / f"model_000000{last}.pth")
 
 
 # ---- What a student starts from ----

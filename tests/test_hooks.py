@@ -83,6 +83,28 @@ def test_the_best_of_another_run_is_none(cfg, evaluations, tmp_path):
     assert best(tmp_path) == (2, 2.0)
 
 
+@pytest.mark.parametrize("damage", ["flipped", "text", "empty", "a number", "other keys", "no metrics"])
+def test_a_damaged_best_checkpoint_does_not_stop_a_run(cfg, evaluations, tmp_path, caplog, damage):
+    evaluations.extend([3.0, None])
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, resume=False)
+    path = tmp_path / "model_best.pth"
+    if damage == "flipped":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage in ("text", "empty"):
+        path.write_bytes(b"text" if damage == "text" else b"")
+    else:
+        run = torch.load(tmp_path / "model_0000000.pth", weights_only=True)["trainer"]["run"]
+        others = {"other keys": {"model": {}}, "no metrics": {"trainer": {"run": run}, "best": 5}}
+        torch.save(others.get(damage, 5), path)
+    evaluations[:] = [2.0, 1.0, 1.0]
+    train(cfg, resume=True)
+    assert "How good the best checkpoint is cannot be read" in caplog.text
+    assert best(tmp_path) == (2, 2.0)
+
+
 def test_a_metric_that_nobody_measures(cfg):
     cfg.TEST.BEST_METRIC = "bbox/AP"
     told = r"^TEST.BEST_METRIC: got 'bbox/AP'; the evaluation gives classification/top1, classification/top5,"

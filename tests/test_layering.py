@@ -10,12 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = {"errors", "registry", "signals", "config", "schedules", "files", "formats"}
 DISTILS = {"taps", "heads", "losses", "teacher", "gradients", "meta_arch", "peers", "mutual"}
-BELOW_ENGINE = GROUND | DISTILS | {"checkpoint", "data", "classification", "backbones"}
+CHECKPOINTS = {"checkpoint", "checkpoint_files", "checkpoint_folder"}
+BELOW_ENGINE = GROUND | DISTILS | CHECKPOINTS | {"data", "classification", "backbones"}
 # What a part of kd_det may import of kd_det beside itself; of `data.x` and `heads.x` the first word counts.
 ALLOWED = {
     "losses": set(),
     **dict.fromkeys(GROUND, GROUND),
-    "checkpoint": GROUND,
+    **dict.fromkeys(CHECKPOINTS, GROUND | CHECKPOINTS),
     "data": GROUND,
     "backbones": GROUND,
     "classification": GROUND | {"data"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "peers": GROUND | {"taps", "heads", "checkpoint"},
     "mutual": GROUND | {"taps", "heads", "losses", "gradients", "meta_arch", "peers"},
     "engine": BELOW_ENGINE,
-    "export": GROUND | {"checkpoint", "classification"},
+    "export": GROUND | CHECKPOINTS | {"classification"},
     "analysis": BELOW_ENGINE | {"engine", "export"},
     "benchmarking": BELOW_ENGINE | {"engine"},
 }

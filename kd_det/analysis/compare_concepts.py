@@ -1,9 +1,9 @@
 """How many visual concepts each of several trained models has, on objects and beside them, and how it learned them."""
 
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from detectron2.data import DatasetCatalog
@@ -16,12 +16,15 @@ from kd_det.analysis.runs import Run, load_runs
 from kd_det.analysis.table import summarise
 from kd_det.analysis.visual_concepts import concept_ratio, find_concepts, learning_effort, measure_entropies, stability
 from kd_det.checkpoint import load_strictly
+from kd_det.checkpoint_files import read_header
+from kd_det.checkpoint_folder import read_headers
 from kd_det.data import choose_images
 from kd_det.engine import build_test_mapper
 from kd_det.errors import InputError
 from kd_det.export import find_run
 from kd_det.taps import build_tap
 
+logger = logging.getLogger(__name__)
 # Features beside maps that concepts can be measured of.
 OTHERS = ("roi_features", "roi_box_features", "pooled")
 METRICS = ("N_fg", "N_bg", "lambda", "D_mean", "D_std", "rho")
@@ -116,13 +119,14 @@ def find_checkpoints(source: str) -> list[str]:
     """
     if not os.path.isdir(source):
         return [source.split(":", 1)[1]]
-    found: dict[str | None, dict[int, str]] = {}
+    last = find_run(source)[1]
+    own = read_header(last)
+    headers, reasons = read_headers(source)
+    for damaged in reasons.values():
+        logger.warning("%s; it is left out.", damaged)
     # The last one is often there twice, with its number and as model_final.pth.
-    for path in [*sorted(map(str, Path(source).glob("model_[0-9]*.pth"))), find_run(source)[1]]:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        run = data.get("trainer", {}).get("run")
-        found.setdefault(run, {})[data["iteration"]] = path
-    return [path for _, path in sorted(found[run].items())]
+    found = {header.iteration: path for path, header in headers.items() if header.run == own.run}
+    return [path for _, path in sorted((found | {own.iteration: last}).items())]
 
 
 def extract(model: nn.Module, feature: str, record: dict, sample: dict) -> Callable[[Tensor], Tensor]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from kd_det.analysis.cka import linear_cka
 from kd_det.analysis.runs import Run, load_runs
 from kd_det.analysis.table import summarise
+from kd_det.checkpoint_files import read_checkpoint
 from kd_det.engine import Trainer
 from kd_det.errors import InputError
 from kd_det.export import find_run
@@ -104,6 +105,6 @@ def divide(run: Run, examples: Tensor, feature: str) -> tuple[Tensor, Tensor]:
     """The inheriting and the exploring half of (examples, C), by the division that the run drew, if it drew one."""
     order = None
     if Path(run.source).is_dir():
-        checkpoint = torch.load(find_run(run.source)[1], map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(find_run(run.source)[1])
         order = checkpoint.get("kd_heads", {}).get(f"InheritExploreHead.order_{feature}")
     return (examples if order is None else examples[:, order]).chunk(2, dim=1)

@@ -5,16 +5,16 @@ import math
 import os
 from collections.abc import Iterable
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from torch.optim.swa_utils import AveragedModel
 
+from kd_det.checkpoint_files import read_checkpoint
 from kd_det.engine.ema import EMAEvaluation
 from kd_det.engine.interruption import Interruption
-from kd_det.errors import InputError
+from kd_det.errors import InputError, UnreadableError
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,17 @@ class BestCheckpointer(HookBase):
         path = os.path.join(self.trainer.checkpointer.save_dir, "model_best.pth")
         if not (self.trainer.start_iter and os.path.isfile(path)):
             return
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if data["trainer"]["run"] == self.trainer.run:
-            self.best = data["best"].get(self.metric, self.best)
+        try:
+            data = read_checkpoint(path)
+            if data["trainer"]["run"] == self.trainer.run:
+                self.best = float(data["best"].get(self.metric, self.best))
+        except (UnreadableError, AttributeError, LookupError, TypeError, ValueError) as error:
+            logger.warning(
+                "How good the best checkpoint is cannot be read (%s: %s); the next evaluation replaces %s.",
+                type(error).__name__,
+                error,
+                path,
+            )
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from kd_det.checkpoint import load_strictly
+from kd_det.checkpoint_folder import FINAL, read_tag
 from kd_det.config import add_kd_config, check_parts, find_config, merge_file, student_config
 from kd_det.errors import InputError
 
@@ -22,12 +23,11 @@ def find_run(folder: str) -> tuple[str, str]:
         InputError: If one of them is missing.
     """
     config = Path(folder, "config.yaml")
-    tag = Path(folder, "last_checkpoint")
-    weights = Path(folder, tag.read_text(encoding="utf-8").strip() if tag.is_file() else "model_final.pth")
+    weights = Path(folder, read_tag(folder) or FINAL)
     for path in (config, weights):
         if not path.is_file():
             raise InputError(f"{folder}: not the output folder of a finished run: {path} does not exist.")
-    if weights.name != "model_final.pth":
+    if weights.name != FINAL:
         logger.warning("%s: the run is not finished; its newest checkpoint is %s.", folder, weights.name)
     return str(config), str(weights)
 
