@@ -19,11 +19,10 @@ from kd_det.registry import KD_HEAD_REGISTRY, config_key
 DISTILLED = ("TeacherStudent", "MutualStudents")
 
 
-def head_node(weight: float = 1.0, **keys) -> CfgNode:
-    """Node of a distillation head: its own keys beside the two that every head has."""
-    node = CfgNode(keys)
-    # The head's losses are multiplied by this.
-    node.WEIGHT = weight
+def head_node(**keys) -> CfgNode:
+    """Make the config node of a distillation head: its own keys and the two that every head has."""
+    # Factor of the head's losses.
+    node = CfgNode({"WEIGHT": 1.0} | keys)
     # Iterations. The weight is 0 before START and from STOP on (-1: never); it grows linearly over WARMUP iterations.
     # DECAY "linear" or "cosine" brings it to 0 at STOP (-1: the end of the run); "constant" keeps it.
     node.SCHEDULE = CfgNode({"START": 0, "WARMUP": 0, "STOP": -1, "DECAY": "constant"})
@@ -33,7 +32,10 @@ def head_node(weight: float = 1.0, **keys) -> CfgNode:
 def add_kd_config(cfg: CfgNode) -> None:
     """Add kd_det's keys, with their defaults, to a Detectron2 config.
 
-    Every registered head gets a node, those registered outside this package from their class attribute ``config``.
+    Every registered head gets a node, with the keys of its class attribute ``config``.
+
+    Raises:
+        InputError: If two heads, or a head and another part of kd_det, would have one node.
     """
     # ---- What to distil ----
     cfg.KD = CfgNode()
@@ -109,173 +111,12 @@ def add_kd_config(cfg: CfgNode) -> None:
     # other by the one before; SEED grows by 1 with each, the first one's too. 0: one run.
     cfg.KD.GENERATIONS = 0
 
-    # ---- Heads ----
-    # ReviewKD (Chen et al., CVPR 2021).
-    cfg.KD.REVIEW = head_node(
-        weight=1.0,
-        # From the finest level to the coarsest; of classifiers the last may be "pooled".
-        IN_FEATURES=["p2", "p3", "p4", "p5", "p6"],
-        # Channels inside the fusion modules.
-        MID_CHANNELS=256,
-        # Normalisation of the fusion modules: BN (published), SyncBN, GN or LN. SyncBN needs GPUs.
-        NORM="BN",
-        # Compare with the teacher's features before the ReLU at the end of each stage (published for classifiers).
-        TEACHER_PREACT=False,
-    )
-    # Attention transfer (Zagoruyko & Komodakis, ICLR 2017).
-    cfg.KD.ATTENTION_TRANSFER = head_node(
-        weight=15.0,
-        # "activation", or "gradient": input gradients, of classifiers only; IN_FEATURES, POWER, REDUCTION have no part.
-        KIND="activation",
-        IN_FEATURES=["p2", "p3", "p4", "p5"],
-        # Exponent of the activations in the attention map.
-        POWER=2,
-        # "sum_hw": summed over cells, the same strength at every map size. "mean": the published code, whose strength
-        # falls with the number of cells (its weight is 1000 on CIFAR). "norm": the paper's unsquared distance.
-        REDUCTION="sum_hw",
-    )
-    # Hints (FitNets, Romero et al., ICLR 2015). With two stages WEIGHT is of the first one, and SCHEDULE has no part.
-    cfg.KD.HINT = head_node(
-        weight=1.0,
-        IN_FEATURES=["p2", "p3", "p4", "p5"],
-        # From student to teacher: "linear", a 1x1 convolution, or "rectified", with batch norm and ReLU behind it, for
-        # features behind a ReLU; published weights on CIFAR are for that one.
-        REGRESSOR="linear",
-        # In place of that batch norm: SyncBN, GN or LN.
-        NORM="BN",
-        # 1: together with the task. 2: in a stage before the run, the student's features on the hint alone (paper).
-        STAGES=1,
-    )
-    # Factor transfer (Kim et al., NeurIPS 2018). A stage before the run trains the paraphraser.
-    cfg.KD.FACTOR_TRANSFER = head_node(
-        weight=11.0,
-        # Feature maps of the backbone, and roi_features: those of the sampled boxes.
-        IN_FEATURES=["roi_features"],
-        # Of so many of an image's sampled boxes roi_features are compared, objects first; 0: of all. Encoders of all
-        # would cost as much as a small student.
-        BOXES=48,
-        # Channels of the factor over those of the teacher's feature.
-        FACTOR_RATE=0.5,
-        # Normalisation in paraphraser and translator: "" (published code), BN, SyncBN, GN or LN.
-        NORM="",
-        # "map_invariant": the same strength at every map size. "code": the published mean, whose strength falls with
-        # the square root of the factor's elements (its weight is 500 on CIFAR).
-        SCALE="map_invariant",
-        # How the paraphraser reconstructs: "l1" (published code) or "l2" (paper).
-        RECONSTRUCTION="l1",
-    )
-    # Inherit and explore (IE-KD, Huang et al., CVPR 2021). A stage before the run trains the teacher's encoder.
-    cfg.KD.INHERIT_EXPLORE = head_node(
-        weight=1.1,
-        # "ft" (factors), "at" (attention maps, which need no stage) or "od" (rectified factors).
-        KIND="ft",
-        # Of "ft" and "at": "l1" and "l2", the mean of absolute differences or the root of the mean of squared ones, or
-        # "cosine" (published code's alternative; SCALE has no part). The paper found l1 best; WEIGHT is for that.
-        DISTANCE="l1",
-        # Feature maps of the backbone, and roi_features: those of the sampled boxes.
-        IN_FEATURES=["roi_features"],
-        # As above.
-        BOXES=48,
-        # Which of the student's channels inherit: "natural" (the first half) or "random" (a half drawn by SEED).
-        DIVIDE="natural",
-        # Factors of the two halves' losses; 0 leaves a half out. The sign of exploration is in its loss.
-        INHERIT_WEIGHT=1.0,
-        EXPLORE_WEIGHT=1.0,
-        # Channels of the factors over those of the teacher's feature.
-        FACTOR_RATE=0.5,
-        # Normalisation in the encoders and decoders: BN (published), SyncBN, GN or LN.
-        NORM="BN",
-        # "map_invariant": the same strength at every map size; the default weight is that of "ft" on CIFAR, where "at"
-        # would have 6.25. "code": the published mean, whose best weight on CIFAR is 50.
-        SCALE="map_invariant",
-        # How the auto-encoder reconstructs: "l2" (paper) or "l1" (published code).
-        RECONSTRUCTION="l2",
-    )
-    # Overhaul of feature distillation (OFD, Heo et al., ICCV 2019), on what enters the ReLU at the end of each stage.
-    cfg.KD.OVERHAUL = head_node(
-        weight=0.001,
-        # From the finest stage to the coarsest.
-        IN_FEATURES=["res2", "res3", "res4", "res5"],
-        # Normalisation in the connectors: BN (published), SyncBN, GN or LN.
-        NORM="BN",
-        # Where margins come from: "estimate", the teacher's first MARGIN_BATCHES batches; "batch_norm", its last batch
-        # norm of each stage (published; wrong where statistics were folded into it, as in converted ImageNet weights).
-        MARGIN="estimate",
-        MARGIN_BATCHES=200,
-        # "map_invariant": the strength it has on CIFAR, at every map size. "code": the published sum over cells.
-        SCALE="map_invariant",
-    )
-    # Activation boundaries (AB, Heo et al., AAAI 2019): a stage before the run trains the student on them alone. WEIGHT
-    # is of that stage, and SCHEDULE has no part.
-    cfg.KD.ACTIVATION_BOUNDARY = head_node(
-        weight=0.003,
-        # From the finest stage of the network to the coarsest.
-        IN_FEATURES=["res2", "res3", "res4", "res5"],
-        # Normalisation in the connectors, where the channels differ: BN (published), SyncBN, GN or LN.
-        NORM="BN",
-        # "map_invariant": the strength it has on CIFAR, at every map size. "code": the published sum over cells.
-        SCALE="map_invariant",
-    )
-    # Soft targets (Hinton et al., 2015) on class, objectness and mask predictions.
-    cfg.KD.SOFT_TARGET = head_node(
-        weight=1.0,
-        # Any of roi (classes of the sampled boxes), rpn (objectness), mask (of foreground boxes), dense (RetinaNet),
-        # cls (image classifiers).
-        SOURCES=["roi"],
-        # Of the softmax over classes; sigmoid outputs are compared at temperature 1.
-        TEMPERATURE=1.0,
-        # Whether the divergence of the softmaxes is multiplied by T^2, which keeps its gradient's size when T changes.
-        SQUARED_TEMPERATURE=True,
-        # Boxes whose classes are compared: all or foreground.
-        ROIS="all",
-        # Weight of the boxes that are labelled background.
-        BACKGROUND_WEIGHT=1.0,
-        # Also compare the box deltas of the labelled class on foreground boxes (smooth L1).
-        BOX_REGRESSION=False,
-        # What becomes of the teacher's mistakes, in roi (foreground boxes) and cls (Wen et al., 2019): "none" leaves
-        # them, "probability_shift" swaps its answer's probability with the label's, "label_smoothing" puts a smoothed
-        # label in their place.
-        ADJUST="none",
-        # Probability of the label in a smoothed one.
-        CORRECT_PROB=0.9,
-        # A temperature for each row, lower for the confusing ones (Wen et al., 2019): "none"; "flsw", those where
-        # student and teacher disagree; "cwsm", those of which the student is unsure. On boxes of the foreground.
-        DYNAMIC_TEMPERATURE="none",
-        # How far from TEMPERATURE: BETA times a row's distance from the mean; it stays within min(1, T / 2) and 2 T.
-        BETA=1.0,
-        # Exponent of flsw.
-        GAMMA=2.0,
-    )
-    # Softmax regression (SRRL, Yang et al., ICLR 2021).
-    cfg.KD.SOFTMAX_REGRESSION = head_node(
-        weight=1.0,
-        # The student's feature: roi_box_features of an R-CNN; of an image classifier its last map, such as res5.
-        IN_FEATURE="roi_box_features",
-        # Normalisation between the student's feature and the teacher's classifier: BN (published), SyncBN, GN or LN.
-        NORM="BN",
-        # How logits are compared: "mse" (published code), or "ce", cross-entropy with the teacher's probabilities.
-        KIND="mse",
-        # Of "ce" alone: both sides' logits are divided by it.
-        TEMPERATURE=1.0,
-        # Factors of the two parts: the features before the teacher's classifier, and the logits behind it.
-        FEATURE_WEIGHT=1.0,
-        LOGIT_WEIGHT=1.0,
-    )
-    # Born-again networks (Furlanello et al., ICML 2018): the teacher is the previous generation.
-    cfg.KD.BORN_AGAIN = head_node(
-        weight=1.0,
-        # "ban": cross-entropy with the teacher's probabilities; "dkpp": all but its most probable class permuted;
-        # "cwtm": cross-entropy with the labels, weighted by the teacher's confidence.
-        KIND="ban",
-        # roi (classes of the sampled boxes) or cls (image classifiers).
-        SOURCE="roi",
-        # Whether the student's own loss_cls stays; where it does not, this loss takes its place.
-        LABELS=False,
-    )
+    # ---- Heads: the keys of each are its class attribute `config` ----
     for name, head in KD_HEAD_REGISTRY:
-        if config_key(name) not in cfg.KD:
-            keys = dict(getattr(head, "config", {}))
-            cfg.KD[config_key(name)] = head_node(keys.pop("WEIGHT", 1.0), **keys)
+        key = config_key(name)
+        if key in cfg.KD:
+            raise InputError(f"KD.{key}: is taken, so {name} cannot have it for its keys; rename the head.")
+        cfg.KD[key] = head_node(**getattr(head, "config", {}))
 
     # ---- Backbones ----
     # Backbones of the timm library below an FPN: MODEL.BACKBONE.NAME build_timm_fpn_backbone.

@@ -33,7 +33,7 @@ A head whose work ends with its stage has ``signals = ()``, and its ``forward`` 
 meaning in the run, such a head multiplies the losses of ``pretrain`` by it.
 
 Its keys live in the config node ``KD.<CONFIG_KEY>`` (see :func:`config_key`), with WEIGHT and SCHEDULE in every one.
-The defaults of a head outside this package are its class attribute ``config``, a dict.
+Their defaults are the class attribute ``config``, a dict.
 """
 
 TAP_REGISTRY = Registry("TAP")
@@ -45,6 +45,10 @@ The registered object will be called with ``obj(model)`` and is expected to be a
 
 
 def config_key(head_name: str) -> str:
-    """Name of a head's config node: ``AttentionTransferHead`` has ``KD.ATTENTION_TRANSFER``."""
-    stem = re.sub(r"(KD)?Head$", "", head_name) or head_name
+    """Return the name of a head's config node.
+
+    >>> config_key("AttentionTransferHead"), config_key("ReviewKDHead"), config_key("PKDHead")
+    ('ATTENTION_TRANSFER', 'REVIEW', 'PKD')
+    """
+    stem = re.sub(r"((?<=[a-z])KD)?Head$", "", head_name) or head_name
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", stem).upper()

@@ -33,6 +33,8 @@ def write(folder, text, name="config.yaml"):
         ("Head", "HEAD"),
         ("Plain", "PLAIN"),
         ("MyV2Head", "MY_V2"),
+        ("PKDHead", "PKD"),
+        ("DKDHead", "DKD"),
     ],
 )
 def test_config_keys(head, key):
@@ -58,6 +60,16 @@ def test_a_head_of_a_user_has_its_own_defaults():
         assert UsersOwnHead.config == {"WEIGHT": 3.0, "POWER": 2}
     finally:
         KD_HEAD_REGISTRY._obj_map.pop("UsersOwnHead")
+
+
+@pytest.mark.parametrize("name", ["TeacherHead", "PretrainHead", "MutualHead", "ReviewHead"])
+def test_a_head_whose_node_is_taken(name):
+    KD_HEAD_REGISTRY._do_register(name, nn.Module)
+    try:
+        with pytest.raises(InputError, match=rf"^KD.{config_key(name)}: is taken, so \w+ cannot have it"):
+            add_kd_config(get_cfg())
+    finally:
+        KD_HEAD_REGISTRY._obj_map.pop(name)
 
 
 def test_configs_share_no_node(cfg):

@@ -1,6 +1,7 @@
 """Activation boundaries: before its run the student learns where the teacher's neurons are active."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
@@ -43,6 +44,17 @@ class ActivationBoundaryHead(nn.Module):
         scale: "map_invariant" or "code".
     """
 
+    config: ClassVar = {
+        # Weighs the loss of the pre-training stage; SCHEDULE is not used.
+        "WEIGHT": 0.003,
+        # Stages of the backbone, from the finest to the coarsest.
+        "IN_FEATURES": ["res2", "res3", "res4", "res5"],
+        # Normalisation in the connectors, where the channels differ: BN (published), SyncBN, GN or LN.
+        "NORM": "BN",
+        # "map_invariant": the strength it has on CIFAR, at every map size. "code": the published sum over cells.
+        "SCALE": "map_invariant",
+    }
+
     signals = ()
     pretrained = ("connectors",)
     pretrains_student = True
@@ -53,9 +65,9 @@ class ActivationBoundaryHead(nn.Module):
         *,
         student_spec: Mapping[str, ShapeSpec],
         teacher_spec: Mapping[str, ShapeSpec],
-        norm: str = "BN",
-        weight: float = 0.003,
-        scale: str = "map_invariant",
+        norm: str = config["NORM"],
+        weight: float = config["WEIGHT"],
+        scale: str = config["SCALE"],
     ):
         super().__init__()
         self.pretrain_signals = self.pretrain_teacher_signals = tuple(student_spec)

@@ -1,6 +1,7 @@
 """Attention transfer: the student attends to the places that the teacher attends to."""
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from detectron2.config import configurable
 from torch import Tensor, nn
@@ -33,8 +34,23 @@ class AttentionTransferHead(nn.Module):
         reduction: "sum_hw", "mean" or "norm".
     """
 
+    config: ClassVar = {
+        "WEIGHT": 15.0,
+        # "activation", or "gradient": input gradients, for classifiers only, which ignores the keys below.
+        "KIND": "activation",
+        # Feature maps of the backbone.
+        "IN_FEATURES": ["p2", "p3", "p4", "p5"],
+        # Exponent of the activations in the attention map.
+        "POWER": 2,
+        # "sum_hw": sum over cells, equally strong at every map size. "mean": the published code, whose strength falls
+        # with the number of cells (weight 1000 on CIFAR). "norm": the paper's unsquared distance.
+        "REDUCTION": "sum_hw",
+    }
+
     @configurable
-    def __init__(self, *, strides: Mapping[str, int], power: float = 2, reduction: str = "sum_hw"):
+    def __init__(
+        self, *, strides: Mapping[str, int], power: float = config["POWER"], reduction: str = config["REDUCTION"]
+    ):
         super().__init__()
         self.strides = dict(strides)
         self.signals: Sequence[str] = tuple(strides) or ("input_gradient",)

@@ -1,5 +1,7 @@
 """Born-again networks: a student of the teacher's own kind learns from its class probabilities."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
@@ -39,8 +41,19 @@ class BornAgainHead(nn.Module):
         labels: Whether the student's own ``loss_cls`` stays.
     """
 
+    config: ClassVar = {
+        "WEIGHT": 1.0,
+        # "ban": cross-entropy with the teacher's probabilities. "dkpp": the same with all but its most probable class
+        # permuted. "cwtm": cross-entropy with the labels, weighted by the teacher's confidence.
+        "KIND": "ban",
+        # roi (classes of the sampled boxes) or cls (image classifiers).
+        "SOURCE": "roi",
+        # Keep the student's own loss_cls; otherwise this loss replaces it.
+        "LABELS": False,
+    }
+
     @configurable
-    def __init__(self, *, kind: str = "ban", source: str = "roi", labels: bool = False):
+    def __init__(self, *, kind: str = config["KIND"], source: str = config["SOURCE"], labels: bool = config["LABELS"]):
         super().__init__()
         self.kind = kind
         self.source = source

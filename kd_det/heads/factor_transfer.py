@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from detectron2.config import configurable
@@ -45,6 +46,24 @@ class FactorTransferHead(nn.Module):
         reconstruction: "l1" (published code) or "l2" (paper): the paraphraser's loss in the stage.
     """
 
+    config: ClassVar = {
+        "WEIGHT": 11.0,
+        # Feature maps of the backbone, or roi_features: those of the sampled boxes.
+        "IN_FEATURES": ["roi_features"],
+        # Compare roi_features of at most this many sampled boxes per image, foreground first; 0 compares all of them,
+        # which costs as much as a small student.
+        "BOXES": 48,
+        # Channels of the factor, as a share of the teacher's channels.
+        "FACTOR_RATE": 0.5,
+        # Normalisation in paraphraser and translator: "" (published code), BN, SyncBN, GN or LN.
+        "NORM": "",
+        # "map_invariant": equally strong at every map size. "code": the published mean, whose strength falls with the
+        # square root of the factor's elements (weight 500 on CIFAR).
+        "SCALE": "map_invariant",
+        # Loss of the paraphraser's reconstruction: "l1" (published code) or "l2" (paper).
+        "RECONSTRUCTION": "l1",
+    }
+
     pretrained = ("paraphrasers",)
     pretrains_student = False
 
@@ -53,10 +72,10 @@ class FactorTransferHead(nn.Module):
         self,
         *,
         features: Mapping[str, Feature],
-        boxes: int = 0,
-        norm: str = "",
-        scale: str = "map_invariant",
-        reconstruction: str = "l1",
+        boxes: int = config["BOXES"],
+        norm: str = config["NORM"],
+        scale: str = config["SCALE"],
+        reconstruction: str = config["RECONSTRUCTION"],
     ):
         super().__init__()
         self.features = dict(features)

@@ -1,6 +1,7 @@
 """Hints: the student's features, through a regressor, resemble the teacher's."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch.nn.functional as F
 from detectron2.config import configurable
@@ -40,16 +41,31 @@ class HintHead(nn.Module):
         weight: Factor of the loss in the stage before the run.
     """
 
+    config: ClassVar = {
+        # With STAGES 2 this weighs the loss of the pre-training stage, and SCHEDULE is not used.
+        "WEIGHT": 1.0,
+        # Feature maps of the backbone.
+        "IN_FEATURES": ["p2", "p3", "p4", "p5"],
+        # Maps the student's channels to the teacher's: "linear", a 1x1 convolution, or "rectified", with batch norm and
+        # ReLU after it, for features that follow a ReLU; published weights on CIFAR assume the latter.
+        "REGRESSOR": "linear",
+        # Normalisation in the rectified regressor: BN (published), SyncBN, GN or LN.
+        "NORM": "BN",
+        # 1: train the hint together with the task. 2: train the student up to the features on the hint alone, in a
+        # stage before the run (paper).
+        "STAGES": 1,
+    }
+
     @configurable
     def __init__(
         self,
         *,
         student_spec: Mapping[str, ShapeSpec],
         teacher_spec: Mapping[str, ShapeSpec],
-        regressor: str = "linear",
-        norm: str = "BN",
-        stages: int = 1,
-        weight: float = 1.0,
+        regressor: str = config["REGRESSOR"],
+        norm: str = config["NORM"],
+        stages: int = config["STAGES"],
+        weight: float = config["WEIGHT"],
     ):
         super().__init__()
         self.stages = stages

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,34 @@ class InheritExploreHead(nn.Module):
         reconstruction: "l2" (paper) or "l1" (published code): the auto-encoder's loss in the stage.
     """
 
+    config: ClassVar = {
+        "WEIGHT": 1.1,
+        # "ft" (factors), "at" (attention maps, which need no stage) or "od" (rectified factors).
+        "KIND": "ft",
+        # Distance for "ft" and "at": "l1" (mean of absolute differences, the paper's best, which WEIGHT is for), "l2"
+        # (root of the mean of squared ones) or "cosine" (an alternative in the published code, which ignores SCALE).
+        "DISTANCE": "l1",
+        # Feature maps of the backbone, or roi_features: those of the sampled boxes.
+        "IN_FEATURES": ["roi_features"],
+        # Compare roi_features of at most this many sampled boxes per image, foreground first; 0 compares all of them,
+        # which costs as much as a small student.
+        "BOXES": 48,
+        # The student's channels that inherit: "natural" (the first half) or "random" (a half drawn from SEED).
+        "DIVIDE": "natural",
+        # Factors of the two halves' losses; 0 leaves a half out. The sign of exploration is part of its loss.
+        "INHERIT_WEIGHT": 1.0,
+        "EXPLORE_WEIGHT": 1.0,
+        # Channels of the factors, as a share of the teacher's channels.
+        "FACTOR_RATE": 0.5,
+        # Normalisation in encoders and decoders: BN (published), SyncBN, GN or LN.
+        "NORM": "BN",
+        # "map_invariant": equally strong at every map size; the default WEIGHT is that of "ft" on CIFAR, where "at"
+        # would have 6.25. "code": the published mean, whose best weight on CIFAR is 50.
+        "SCALE": "map_invariant",
+        # Loss of the auto-encoder's reconstruction: "l2" (paper) or "l1" (published code).
+        "RECONSTRUCTION": "l2",
+    }
+
     pretrains_student = False
 
     @configurable
@@ -86,16 +115,16 @@ class InheritExploreHead(nn.Module):
         self,
         *,
         features: Mapping[str, Feature],
-        boxes: int = 0,
-        kind: str = "ft",
-        distance: str = "l1",
-        divide: str = "natural",
+        boxes: int = config["BOXES"],
+        kind: str = config["KIND"],
+        distance: str = config["DISTANCE"],
+        divide: str = config["DIVIDE"],
         seed: int = 0,
-        inherit_weight: float = 1.0,
-        explore_weight: float = 1.0,
-        norm: str = "BN",
-        scale: str = "map_invariant",
-        reconstruction: str = "l2",
+        inherit_weight: float = config["INHERIT_WEIGHT"],
+        explore_weight: float = config["EXPLORE_WEIGHT"],
+        norm: str = config["NORM"],
+        scale: str = config["SCALE"],
+        reconstruction: str = config["RECONSTRUCTION"],
     ):
         super().__init__()
         self.features = dict(features)

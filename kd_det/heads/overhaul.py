@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -55,16 +56,31 @@ class OverhaulHead(nn.Module):
         scale: "map_invariant" or "code".
     """
 
+    config: ClassVar = {
+        "WEIGHT": 0.001,
+        # Stages of the backbone, from the finest to the coarsest.
+        "IN_FEATURES": ["res2", "res3", "res4", "res5"],
+        # Normalisation in the connectors: BN (published), SyncBN, GN or LN.
+        "NORM": "BN",
+        # Source of the margins: "estimate", from the teacher's first MARGIN_BATCHES batches; "batch_norm", from its
+        # last batch norm of each stage (published; wrong where statistics were folded into it, as in converted ImageNet
+        # weights).
+        "MARGIN": "estimate",
+        "MARGIN_BATCHES": 200,
+        # "map_invariant": the strength it has on CIFAR, at every map size. "code": the published sum over cells.
+        "SCALE": "map_invariant",
+    }
+
     @configurable
     def __init__(
         self,
         *,
         student_spec: Mapping[str, ShapeSpec],
         teacher_spec: Mapping[str, ShapeSpec],
-        norm: str = "BN",
-        margin: str = "estimate",
-        margin_batches: int = 200,
-        scale: str = "map_invariant",
+        norm: str = config["NORM"],
+        margin: str = config["MARGIN"],
+        margin_batches: int = config["MARGIN_BATCHES"],
+        scale: str = config["SCALE"],
     ):
         super().__init__()
         self.signals = tuple(student_spec)

@@ -1,6 +1,7 @@
 """ReviewKD: each student level, fused with the deeper ones, resembles the teacher's level."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch.nn.functional as F
 from detectron2.config import configurable
@@ -75,14 +76,26 @@ class ReviewKDHead(nn.Module):
         norm: "BN" (published code), "SyncBN", "GN" or "LN".
     """
 
+    config: ClassVar = {
+        "WEIGHT": 1.0,
+        # Feature maps, from the finest level to the coarsest; of a classifier the last one may be "pooled".
+        "IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
+        # Channels inside the fusion modules.
+        "MID_CHANNELS": 256,
+        # Normalisation in the fusion modules: BN (published), SyncBN (needs GPUs), GN or LN.
+        "NORM": "BN",
+        # Compare with the teacher's features before the ReLU at the end of each stage (published for classifiers).
+        "TEACHER_PREACT": False,
+    }
+
     @configurable
     def __init__(
         self,
         *,
         student_spec: Mapping[str, ShapeSpec],
         teacher_spec: Mapping[str, ShapeSpec],
-        mid_channels: int = 256,
-        norm: str = "BN",
+        mid_channels: int = config["MID_CHANNELS"],
+        norm: str = config["NORM"],
     ):
         super().__init__()
         self.signals = tuple(student_spec)

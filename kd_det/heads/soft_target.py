@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -57,21 +58,51 @@ class SoftTargetHead(nn.Module):
         gamma: Exponent of "flsw".
     """
 
+    config: ClassVar = {
+        "WEIGHT": 1.0,
+        # Any of roi (classes of the sampled boxes), rpn (objectness), mask (of foreground boxes), dense (RetinaNet),
+        # cls (image classifiers).
+        "SOURCES": ["roi"],
+        # Temperature of the softmax over classes; sigmoid outputs are compared at temperature 1.
+        "TEMPERATURE": 1.0,
+        # Multiply the divergence of the softmaxes by T^2, which keeps the size of its gradient when T changes.
+        "SQUARED_TEMPERATURE": True,
+        # Boxes whose classes are compared: all or foreground.
+        "ROIS": "all",
+        # Weight of the boxes that are labelled background.
+        "BACKGROUND_WEIGHT": 1.0,
+        # Also compare the box deltas of the labelled class on foreground boxes (smooth L1).
+        "BOX_REGRESSION": False,
+        # Correction of the teacher's mistakes, for roi (foreground boxes) and cls (Wen et al., 2019): "none";
+        # "probability_shift" swaps its answer's probability with the label's; "label_smoothing" replaces its
+        # probabilities by a smoothed label.
+        "ADJUST": "none",
+        # Probability of the label in a smoothed label.
+        "CORRECT_PROB": 0.9,
+        # A temperature for each row, lower for confusing ones (Wen et al., 2019), on foreground boxes: "none"; "flsw",
+        # rows on which student and teacher disagree; "cwsm", rows of which the student is unsure.
+        "DYNAMIC_TEMPERATURE": "none",
+        # Distance from TEMPERATURE: BETA times the row's distance from the mean, within min(1, T / 2) and 2 T.
+        "BETA": 1.0,
+        # Exponent of flsw.
+        "GAMMA": 2.0,
+    }
+
     @configurable
     def __init__(
         self,
         *,
-        sources: Sequence[str] = ("roi",),
-        temperature: float = 1.0,
-        squared_temperature: bool = True,
-        rois: str = "all",
-        background_weight: float = 1.0,
-        box_regression: bool = False,
-        adjust: str = "none",
-        correct_prob: float = 0.9,
-        dynamic_temperature: str = "none",
-        beta: float = 1.0,
-        gamma: float = 2.0,
+        sources: Sequence[str] = config["SOURCES"],
+        temperature: float = config["TEMPERATURE"],
+        squared_temperature: bool = config["SQUARED_TEMPERATURE"],
+        rois: str = config["ROIS"],
+        background_weight: float = config["BACKGROUND_WEIGHT"],
+        box_regression: bool = config["BOX_REGRESSION"],
+        adjust: str = config["ADJUST"],
+        correct_prob: float = config["CORRECT_PROB"],
+        dynamic_temperature: str = config["DYNAMIC_TEMPERATURE"],
+        beta: float = config["BETA"],
+        gamma: float = config["GAMMA"],
     ):
         super().__init__()
         self.sources = tuple(sources)

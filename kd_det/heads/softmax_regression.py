@@ -1,6 +1,7 @@
 """Softmax regression: the teacher's classifier makes of the student's features what it makes of its own."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,21 @@ class SoftmaxRegressionHead(nn.Module):
         logit_weight: Factor of the logits' loss.
     """
 
+    config: ClassVar = {
+        "WEIGHT": 1.0,
+        # The student's feature: roi_box_features of an R-CNN; of an image classifier its last map, such as res5.
+        "IN_FEATURE": "roi_box_features",
+        # Normalisation between the student's feature and the teacher's classifier: BN (published), SyncBN, GN or LN.
+        "NORM": "BN",
+        # Comparison of logits: "mse" (published code), or "ce", cross-entropy with the teacher's probabilities.
+        "KIND": "mse",
+        # Divides both sides' logits, for "ce" alone.
+        "TEMPERATURE": 1.0,
+        # Factors of the two parts: the features before the teacher's classifier, and the logits after it.
+        "FEATURE_WEIGHT": 1.0,
+        "LOGIT_WEIGHT": 1.0,
+    }
+
     @configurable
     def __init__(
         self,
@@ -57,11 +73,11 @@ class SoftmaxRegressionHead(nn.Module):
         in_channels: int,
         out_channels: int,
         teacher_signals: Sequence[str],
-        norm: str = "BN",
-        kind: str = "mse",
-        temperature: float = 1.0,
-        feature_weight: float = 1.0,
-        logit_weight: float = 1.0,
+        norm: str = config["NORM"],
+        kind: str = config["KIND"],
+        temperature: float = config["TEMPERATURE"],
+        feature_weight: float = config["FEATURE_WEIGHT"],
+        logit_weight: float = config["LOGIT_WEIGHT"],
     ):
         super().__init__()
         self.signals = (in_feature,)
