@@ -10,7 +10,8 @@ from classification.models import classifier_cfg
 from detectron2.utils import comm
 from helpers import parse, write_yaml
 
-from kd_det import InputError, launching
+from kd_det import InputError
+from kd_det.engine import launching
 from kd_det.engine.launching import launch_workers, rank_of_task
 
 # What srun sets for task 5 of eight tasks on two machines.

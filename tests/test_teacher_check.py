@@ -11,10 +11,11 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from helpers import distilled_cfg, save_teacher, tiny_cfg, train_net, with_data, write_yaml
 from torch import nn
 
-from kd_det import InputError, sanity
+from kd_det import InputError
 from kd_det.data import class_names, register_datasets
 from kd_det.data.shapes import CLASSES
 from kd_det.data.shapes_folder import write_shapes
+from kd_det.engine import teacher_check
 from kd_det.engine.teacher_check import SUBSET, check_teacher, least_accuracy
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -58,7 +59,7 @@ class Oracle(nn.Module):
 def check(monkeypatch, caplog):
     """Checks a teacher that knows everything; returns what it has seen and the messages."""
     caplog.set_level("INFO", "kd_det.engine.teacher_check")
-    built = sanity.build_teacher
+    built = teacher_check.build_teacher
 
     def run(cfg, shift=0):
         register_datasets(cfg)
@@ -69,7 +70,7 @@ def check(monkeypatch, caplog):
             teacher.model = oracle
             return teacher
 
-        monkeypatch.setattr(sanity, "build_teacher", build_teacher)
+        monkeypatch.setattr(teacher_check, "build_teacher", build_teacher)
         check_teacher(cfg)
         return oracle.seen, caplog.messages
 
