@@ -4,15 +4,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import parse_qs
 
-import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.utils.file_io import PathManager
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from kd_det.checkpoint_files import check_damage, load_safely, readable, reason
 from kd_det.checkpoint_folder import (
     TAG,
     find_earlier,
@@ -21,17 +19,18 @@ from kd_det.checkpoint_folder import (
     read_tag,
     record_run,
 )
-from kd_det.errors import InputError, UnreadableError
+from kd_det.errors import InputError, UnreadableError, reason
+from kd_det.fetching import find_file
 from kd_det.files import write_whole
-from kd_det.formats import backbone_of_classifier, load_zoo_pickle, rename_torchvision_resnet
+from kd_det.formats import fit_names, read_weights
 
 
 class KDCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer with safe loading and atomic writing.
 
     Given the student as `model` and the heads as the checkpointable ``kd_heads``, ``"model"`` in every file is
-    the plain student. Loads what Detectron2 loads (``.pkl`` of its zoos, ``.pth``), and torchvision's ResNets as they
-    come.
+    the plain student. Loads what Detectron2 loads (``.pkl`` of its zoos, ``.pth``), and ResNets of torchvision and timm
+    as they come.
 
     Attributes:
         keep: How many checkpoints of iterations stay, this run's newest ones; 0: all.
@@ -155,31 +154,39 @@ class KDCheckpointer(DetectionCheckpointer):
         return super().load(find_file(path, "MODEL.WEIGHTS") if path else path, checkpointables)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        check_damage(filename)
-        with readable(filename):
-            loaded = load_zoo_pickle(filename) if filename.endswith(".pkl") else super()._load_file(filename)
-        model = loaded["model"]
-        if isinstance(model, dict) and "state_dict" in model:  # as PyTorch's own training scripts save it
-            loaded["model"] = model = model["state_dict"]
-        if not isinstance(model, dict) or not all(isinstance(value, Tensor | np.ndarray) for value in model.values()):
-            raise InputError(f"{filename}: not a checkpoint: neither it nor its 'model' maps names to tensors.")
-        consume_prefix_in_state_dict_if_present(model, "module.")
-        if "layer1.0.conv1.weight" in model:
-            loaded = {"model": rename_torchvision_resnet(model), "matching_heuristics": True}
-        elif "linear.weight" in model and "linear.weight" not in self.model.state_dict():
-            loaded |= {"model": backbone_of_classifier(model), "matching_heuristics": True}
+        queries = parse_qs(self._parsed_url_during_load.query)
+        heuristics = {"matching_heuristics": True} if queries.pop("matching_heuristics", None) == ["True"] else {}
+        if queries:
+            raise InputError(
+                f"{self._path}: ?{', '.join(queries)} is unknown; only ?matching_heuristics=True is allowed."
+            )
+        loaded = fit_names(read_weights(filename) | heuristics, self.model.state_dict(), filename)
         lacking = [key for key in self._required if key not in loaded]
         if lacking:
-            raise InputError(f"{filename}: cannot be resumed: it has {', '.join(loaded)}, but no {', '.join(lacking)}.")
+            there = ", ".join(map(str, loaded))
+            raise InputError(f"{filename}: cannot be resumed: it has {there}, but no {', '.join(lacking)}.")
         return loaded
-
-    def _torch_load(self, f: str) -> dict[str, Any]:
-        return load_safely(f)
 
     def _load_model(self, checkpoint: dict[str, Any]):
         offered = list(checkpoint["model"])
-        incompatible = super()._load_model(checkpoint)
         own = counted_keys(self.model)
+        try:
+            if checkpoint.pop("matching_heuristics", False):
+                checkpoint["model"] = align_and_update_state_dicts(
+                    self.model.state_dict(), checkpoint["model"], checkpoint.get("__author__") == "Caffe2"
+                )
+            self._check_types(checkpoint["model"])
+            incompatible = super()._load_model(checkpoint)
+        except (AssertionError, IndexError, KeyError, RuntimeError, ValueError) as error:
+            if isinstance(error, InputError | torch.cuda.OutOfMemoryError):
+                raise
+            name = type(self.model).__name__
+            raise InputError(
+                f"{self._path}: its weights do not fit {name}: {type(error).__name__}: {reason(error)}"
+            ) from error
+        # Counters of batch norms make no difference: frozen ones have none, and torch fills in those that are missing.
+        incompatible.missing_keys[:] = filter(is_counted, incompatible.missing_keys)
+        incompatible.unexpected_keys[:] = filter(is_counted, incompatible.unexpected_keys)
         matched = len(own - set(incompatible.missing_keys))
         self.logger.info("%d of the model's %d keys were in the checkpoint.", matched, len(own))
         self.loaded = self._path, matched, len(own)
@@ -189,6 +196,17 @@ class KDCheckpointer(DetectionCheckpointer):
                 f"it has {shorten(offered)}."
             )
         return incompatible
+
+    def _check_types(self, state: dict[str, Tensor]) -> None:
+        """Check that real numbers are loaded where the model has such, and log where their precision is another."""
+        own = self.model.state_dict()
+        pairs = {key: (value.dtype, own[key].dtype) for key, value in state.items() if key in own}
+        others = {key: types for key, types in pairs.items() if types[1].is_floating_point and types[0] != types[1]}
+        wrong = [f"{key} is {a} instead of {b}" for key, (a, b) in others.items() if not a.is_floating_point]
+        if wrong:
+            raise InputError(f"{self._path}: {len(wrong)} weights are of another type: {shorten(wrong)}.")
+        for theirs, ours in sorted(set(others.values()), key=str):
+            self.logger.info("Weights in %s are converted to %s.", theirs, ours)
 
 
 class _StrictCheckpointer(KDCheckpointer):
@@ -244,25 +262,14 @@ def fits(key: str, path: str) -> Iterator[None]:
         raise InputError(f"{key}: {path} was written by a run with another config ({told}).") from error
 
 
-def find_file(path: str, key: str) -> str:
-    """Local path of a file or URL, downloaded if need be; a query after ``?`` is kept.
-
-    Raises:
-        InputError: If it does not exist or cannot be fetched.
-    """
-    name, mark, query = path.partition("?")
-    try:
-        local = PathManager.get_local_path(name)
-    except Exception as error:  # each handler of the path manager has its own
-        raise InputError(f"{key}: {path} cannot be fetched: {reason(error)}") from error
-    if not os.path.isfile(local):
-        raise InputError(f"{key}: there is no file {path}.")
-    return local + mark + query
+def is_counted(key: str) -> bool:
+    """Whether a key counts when checkpoint and model are compared; the counters of batch norms do not."""
+    return not key.endswith("num_batches_tracked")
 
 
 def counted_keys(model: nn.Module) -> set[str]:
-    """Keys that a checkpoint can match. Of BatchNorm's counters torch never tells that they are missing."""
-    return {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
+    """Keys that a checkpoint can match."""
+    return set(filter(is_counted, model.state_dict()))
 
 
 def shorten(names: list[str], shown: int = 5) -> str:

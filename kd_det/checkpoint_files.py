@@ -2,7 +2,7 @@
 
 import logging
 import os
-import textwrap
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kd_det.errors import UnreadableError
+from kd_det.errors import UnreadableError, reason
 
 logger = logging.getLogger(__name__)
+# Keys under which files hold their weights; one may lie inside another.
+CONTAINERS = ("model", "state_dict", "model_state_dict")
+# A zip file that unpacks to more than so many times its own size is refused.
+LARGEST_RATIO = 10
 
 
 class Header(NamedTuple):
@@ -46,6 +50,9 @@ def check_damage(path: str | Path) -> None:
             logger.info("%s has no checksums: damage to its numbers would not be noticed.", path)
             return
         with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+            if size > LARGEST_RATIO * os.path.getsize(path):
+                raise zipfile.BadZipFile(f"it would unpack to {size} bytes, more than {LARGEST_RATIO} times its size")
             damaged = archive.testzip()
         if damaged:
             raise zipfile.BadZipFile(f"the file is damaged: the checksum of {damaged} is wrong")
@@ -83,14 +90,22 @@ def readable(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UnreadableError(
-            f"{os.fspath(path)}: not a checkpoint that can be loaded safely: {type(error).__name__}: {reason(error)}"
-        ) from error
+        path = os.fspath(path)
+        raise UnreadableError(f"{path}: not a checkpoint that can be loaded safely: {explain(path, error)}") from error
 
 
-def reason(error: Exception) -> str:
-    """Pick the line of an error's message that says most, cut where it is long."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # Of a state that does not fit, the first line only says so; the others have its keys.
-    first = lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
-    return textwrap.shorten(next((line for line in lines if "unsupported" in line.lower()), first), 300)
+def explain(path: str, error: Exception) -> str:
+    """Say why a file cannot be read; where it holds objects, also how to take its weights out."""
+    unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if not unsafe:
+        return f"{type(error).__name__}: {reason(error)}"
+    command = conversion(path, "torch.save(d, 'weights.pth')", safe=False)
+    return f"it holds {unsafe[1]}, which could run code. If you trust its author, take the weights out once: {command}"
+
+
+def conversion(path: str, rest: str, *, safe: bool) -> str:
+    """Write a command that reads the weights of a file as ``d``, and does the rest with them."""
+    return (
+        f"python -c \"import torch; d = torch.load({path!r}, map_location='cpu', weights_only={safe}); "
+        f'd = next((d[k] for k in {CONTAINERS} if k in d), d); {rest}"'
+    )

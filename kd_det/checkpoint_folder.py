@@ -5,8 +5,8 @@ import os
 import re
 from pathlib import Path
 
-from kd_det.checkpoint_files import Header, check_damage, read_header, reason
-from kd_det.errors import InputError, UnreadableError
+from kd_det.checkpoint_files import Header, check_damage, read_header
+from kd_det.errors import InputError, UnreadableError, reason
 from kd_det.files import write_whole
 
 logger = logging.getLogger(__name__)

@@ -1,17 +1,18 @@
 """Every config key that kd_det adds to Detectron2's, and how configs are read."""
 
+import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import Registry
 
 from kd_det.errors import InputError
+from kd_det.fetching import fetch, is_url
 from kd_det.files import write_whole
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
 
@@ -216,8 +217,14 @@ class _SafeReader(CfgNode):
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
-        installed = Path(model_zoo.__file__).resolve().parent in Path(filename).resolve().parents
+        folder = Path(model_zoo.__file__).resolve().parent
+        # What a URL names comes from its host, whatever its path looks like.
+        installed = not is_url(filename) and folder in Path(os.path.realpath(filename)).parents
         return super().load_yaml_with_base(filename, allow_unsafe=installed)
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> IO[str]:
+        return open(fetch(filename, "_BASE_"), encoding="utf-8")
 
 
 def merge_list(cfg: CfgNode, options: list, key: str) -> None:
@@ -239,13 +246,16 @@ def find_config(path: str, key: str = "--config-file") -> str:
     """Path of a config file, or of the model zoo's config of that name.
 
     Args:
-        path: A file, or a name such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml.
+        path: A file, a URL, or a name such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml.
         key: What names the file, for messages.
 
     Raises:
-        InputError: If there is neither.
+        InputError: If there is none of them, or the URL cannot be fetched.
     """
-    if PathManager.isfile(path):
+    if is_url(path):
+        fetch(path, key)
+        return path  # Its bases are relative to it.
+    if os.path.isfile(path):
         return path
     try:
         return model_zoo.get_config_file(path)

@@ -1,5 +1,7 @@
 """The exceptions that stand for a user's mistake."""
 
+import textwrap
+
 
 class InputError(ValueError):
     """A mistake in a config, a file or an argument, told in one line.
@@ -11,3 +13,11 @@ class InputError(ValueError):
 
 class UnreadableError(InputError):
     """A checkpoint that is damaged, or is no checkpoint."""
+
+
+def reason(error: Exception) -> str:
+    """The line of an error's message that tells most, cut where it is long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # Of a state that does not fit, the first line only says so; the others have its keys.
+    first = lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return textwrap.shorten(next((line for line in lines if "unsupported" in line.lower()), first), 300)

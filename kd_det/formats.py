@@ -1,40 +1,199 @@
-"""Weights as other projects name and store them."""
+"""Weights as other projects store and name them, read without running code from a file."""
 
 import pickle
 import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+from torch.serialization import MAGIC_NUMBER
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain containers, the contents of the zoos' files, and nothing else."""
+from kd_det.checkpoint_files import CONTAINERS, check_damage, conversion, load_safely, readable
+from kd_det.errors import InputError
+from kd_det.unpickling import load_arrays
 
-    def find_class(self, module: str, name: str):
-        module = module.replace("numpy.core", "numpy._core")
-        if (module, name) in {
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "scalar"),
-            ("collections", "OrderedDict"),
-            ("_codecs", "encode"),
-        }:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+# Every ResNet of torchvision and timm has this key.
+RESNET_KEY = "layer1.0.conv1.weight"
+# The parts of their blocks that Detectron2's ResNets have, too.
+RESNET_PARTS = re.compile(r"layer\d\.\d+\.(?:conv\d|bn\d|downsample\.[01])\.")
 
 
-def load_zoo_pickle(filename: str) -> dict[str, Any]:
-    """Read a ``.pkl`` of Detectron2's or Caffe2's zoo: "model", and what the checkpointer needs to match it."""
-    with open(filename, "rb") as file:
-        data = _ArrayUnpickler(file, encoding="latin1").load()
+# ---- Reading ----
+def read_weights(path: str) -> dict[str, Any]:
+    """Read a file of weights without running code from it.
+
+    Args:
+        path: A local file: anything that ``torch.save`` wrote, ``.safetensors``, a ``.pkl`` of Detectron2's or Caffe2's
+            zoo, or a ``.pyth`` of pycls.
+
+    Returns:
+        "model", which maps names to tensors; what else the file holds; and Detectron2's hints how to match the names,
+        "__author__" and "matching_heuristics".
+
+    Raises:
+        UnreadableError: If the file is damaged, or holds anything but arrays and plain containers.
+        InputError: If it holds no weights.
+    """
+    check_damage(path)
+    with readable(path):
+        loaded = _read_zoo_pickle(path) if path.endswith(".pkl") and not _is_torch_file(path) else _read_torch(path)
+    model = loaded["model"]
+    for _ in CONTAINERS:
+        model = next((model[key] for key in CONTAINERS if isinstance(model, dict) and key in model), model)
+    return loaded | {"model": plain_state(model, path)}
+
+
+def plain_state(state: Any, path: str) -> OrderedDict[str, Tensor]:
+    """Rebuild a state dict from its names and numbers alone, and the versions of its modules.
+
+    A file can give containers and tensors attributes that hide their methods.
+
+    Args:
+        state: What the file holds.
+        path: The file, for messages.
+
+    Raises:
+        InputError: If it does not map names to dense tensors or arrays.
+    """
+    items = list(dict.items(state)) if isinstance(state, dict) else []
+    if not items or not all(isinstance(key, str) and isinstance(value, Tensor | np.ndarray) for key, value in items):
+        raise InputError(f"{path}: not a checkpoint: neither it nor its 'model' maps names to tensors.")
+    plain: OrderedDict[str, Tensor] = OrderedDict()
+    for key, value in items:
+        try:
+            plain[key] = Tensor.detach(value) if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        except TypeError as error:  # Numbers that torch does not have.
+            raise InputError(f"{path}: {key} has numbers of a type that cannot be loaded, {value.dtype}.") from error
+        if plain[key].layout != torch.strided or plain[key].device.type != "cpu" or plain[key].is_quantized:
+            raise InputError(f"{path}: {key} is a sparse, quantized or empty (meta) tensor; it must be a dense one.")
+    versions = getattr(state, "_metadata", None)
+    plain._metadata = {
+        key: {"version": node["version"]}
+        for key, node in (dict.items(versions) if isinstance(versions, dict) else ())
+        if isinstance(key, str) and isinstance(node, dict) and isinstance(node.get("version"), int)
+    }
+    return plain
+
+
+def _is_torch_file(path: str) -> bool:
+    """Whether ``torch.save`` wrote a file, in today's format or that of before torch 1.6."""
+    with open(path, "rb") as file:
+        return file.read(64).startswith((b"PK\x03\x04", pickle.dumps(MAGIC_NUMBER, protocol=2)))
+
+
+def _read_torch(path: str) -> dict[str, Any]:
+    loaded = load_safely(path)
+    if path.endswith(".pyth"):  # As pycls writes it; its names are matched as Detectron2 does.
+        return {"model": loaded["model_state"], "__author__": "pycls", "matching_heuristics": True}
+    if isinstance(loaded, dict) and "model" in loaded:
+        return dict(dict.items(loaded))
+    return {"model": loaded}
+
+
+def _read_zoo_pickle(path: str) -> dict[str, Any]:
+    data = load_arrays(path)
     if "model" in data and "__author__" in data:
-        return data
-    blobs = data.get("blobs", data)
-    model = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
+        return dict(dict.items(data))
+    blobs = dict.items(data.get("blobs", data))
+    model = {key: value for key, value in blobs if not str(key).endswith("_momentum")}
     return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
 
 
-def rename_torchvision_resnet(state: dict[str, Any]) -> dict[str, Any]:
-    """Give torchvision's ResNet weights our names: ``layer1.0.bn1.weight`` to ``res2.0.conv1.norm.weight``."""
+# ---- Naming ----
+def fit_names(loaded: dict[str, Any], own: Collection[str], path: str) -> dict[str, Any]:
+    """Prepare the names of what :func:`read_weights` gave for a model.
+
+    Args:
+        loaded: The content of the file.
+        own: The model's keys.
+        path: The file, for messages.
+
+    Returns:
+        The same with other names, where they are not the model's.
+
+    Raises:
+        InputError: If the file holds several networks, or a ResNet that Detectron2 does not have.
+    """
+    if loaded.get("matching_heuristics"):
+        return loaded
+    state = strip_wrappers(loaded["model"], set(own), path)
+    if RESNET_KEY in state and not any(key.endswith(f".{RESNET_KEY}") for key in own):
+        return loaded | {"model": rename_torchvision_resnet(state, path), "matching_heuristics": True}
+    if "linear.weight" in state and "linear.weight" not in own:
+        return loaded | {"model": backbone_of_classifier(state), "matching_heuristics": True}
+    if is_part(state, own):
+        return loaded | {"model": state, "matching_heuristics": True}
+    return loaded | {"model": state}
+
+
+def is_part(state: dict[str, Tensor], own: Collection[str]) -> bool:
+    """Whether most keys are a model's without what they begin with there, as those of its backbone alone."""
+    ends = {key[i + 1 :] for key in own for i, letter in enumerate(key) if letter == "."}
+    return state.keys().isdisjoint(own) and len(ends & state.keys()) > len(state) / 2
+
+
+def strip_wrappers(state: dict[str, Tensor], own: Collection[str], path: str) -> dict[str, Tensor]:
+    """Leave out the prefix that a wrapper such as DDP, ``torch.compile`` or Lightning put before the model's keys.
+
+    Args:
+        state: A state dict.
+        own: The model's keys.
+        path: The file, for messages.
+
+    Raises:
+        InputError: If keys of several networks lie beside each other.
+    """
+    state = _rename(state, lambda key: key.replace("_orig_mod.", "").removeprefix("module."))
+    prefixes = Counter(prefix for prefix in (_wrapper(key, own) for key in state) if prefix is not None)
+    if "" in prefixes or RESNET_KEY in state:
+        return state
+    most = [prefix for prefix, found in prefixes.items() if found >= min(len(own), len(state)) / 2]
+    most = most or [key.removesuffix(RESNET_KEY) for key in state if key.endswith(f".{RESNET_KEY}")]
+    if len(most) > 1:
+        choose = "p = '" + most[0] + "'; torch.save({k[len(p):]: d[k] for k in d if k.startswith(p)}, 'weights.pth')"
+        raise InputError(
+            f"{path}: holds {len(most)} networks, whose keys begin with {', '.join(most)}; take one of them out: "
+            f"{conversion(path, choose, safe=True)}"
+        )
+    if not most:
+        return state
+    return _rename(state, lambda key: key.removeprefix(most[0]) if key.startswith(most[0]) else None)
+
+
+def _wrapper(key: str, own: Collection[str]) -> str | None:
+    """What stands before one of the model's keys; None where no such key is the end of this one."""
+    parts = key.split(".", maxsplit=8)
+    starts = (i for i in range(len(parts)) if ".".join(parts[i:]) in own)
+    return next(("".join(f"{part}." for part in parts[:i]) for i in starts), None)
+
+
+def _rename(state: dict[str, Tensor], change: Callable[[str], str | None]) -> OrderedDict[str, Tensor]:
+    """Change the keys of a state dict and of its modules' versions; those that become None are left out."""
+    renamed = OrderedDict((new, value) for key, value in state.items() if (new := change(key)) is not None)
+    versions = {change(f"{key}."): node for key, node in getattr(state, "_metadata", {}).items()}
+    renamed._metadata = {key[:-1]: node for key, node in versions.items() if key is not None}
+    return renamed
+
+
+def rename_torchvision_resnet(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Give the weights of a ResNet of torchvision or timm Detectron2's names.
+
+    ``layer1.0.bn1.weight`` becomes ``res2.0.conv1.norm.weight``.
+
+    Raises:
+        InputError: If it has parts that Detectron2's ResNets lack, as ResNet-D has.
+    """
+    other = [
+        key for key in state if re.match(r"conv1\.\d", key) or (key.startswith("layer") and not RESNET_PARTS.match(key))
+    ]
+    if other:
+        raise InputError(
+            f"{path}: a ResNet of another kind than Detectron2's: it has {other[0]}; take it as a backbone of timm "
+            "(MODEL.BACKBONE.NAME build_timm_fpn_backbone, MODEL.TIMM.NAME)."
+        )
     renamed = {}
     for key, value in state.items():
         key = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
@@ -45,6 +204,6 @@ def rename_torchvision_resnet(state: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def backbone_of_classifier(state: dict[str, Any]) -> dict[str, Any]:
+def backbone_of_classifier(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The backbone's weights of an image classifier, named so that those of a detector's backbone match them."""
     return {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}

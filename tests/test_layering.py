@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "registry", "signals", "config", "schedules", "files", "formats"}
+GROUND = {"errors", "registry", "signals", "config", "schedules", "files", "fetching"}
+GROUND |= {"checkpoint_files", "unpickling", "formats"}
 DISTILS = {"taps", "heads", "losses", "teacher", "gradients", "meta_arch", "peers", "mutual"}
-CHECKPOINTS = {"checkpoint", "checkpoint_files", "checkpoint_folder"}
+CHECKPOINTS = {"checkpoint", "checkpoint_folder"}
 BELOW_ENGINE = GROUND | DISTILS | CHECKPOINTS | {"data", "classification", "backbones"}
 # What a part of kd_det may import of kd_det beside itself; of `data.x` and `heads.x` the first word counts.
 ALLOWED = {

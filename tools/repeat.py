@@ -22,10 +22,10 @@ from detectron2.config import get_cfg
 from tqdm import tqdm
 
 from kd_det import TeacherStudent, add_kd_config
-from kd_det.checkpoint import find_file
 from kd_det.config import find_config, merge_file, merge_list
 from kd_det.engine import check_run, import_plugin
 from kd_det.errors import InputError
+from kd_det.fetching import find_file
 
 TOOLS = Path(__file__).resolve().parent
 

@@ -13,12 +13,13 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from kd_det.checkpoint import KDCheckpointer, find_file, fits
+from kd_det.checkpoint import KDCheckpointer, fits
 from kd_det.config import save_config, student_config
 from kd_det.engine.summary import log_summary
 from kd_det.engine.teacher_check import check_teacher
 from kd_det.engine.trainer import Trainer
 from kd_det.errors import InputError
+from kd_det.fetching import find_file
 from kd_det.heads.build import has_stage
 from kd_det.meta_arch import TeacherStudent, check_finite
 from kd_det.signals import Batch

@@ -1,0 +1,80 @@
+"""Reads pickles of numpy arrays without running code from them and without believing what they say about memory."""
+
+import pickle
+from typing import Any
+
+import numpy as np
+
+
+def load_arrays(path: str) -> Any:
+    """Read a pickle of arrays of numbers and plain containers, as Detectron2's zoo and proposal files are.
+
+    Raises:
+        pickle.UnpicklingError: If it holds anything else. A broken file may raise any exception.
+    """
+    with open(path, "rb") as file:
+        return _ArrayUnpickler(file, encoding="latin1").load()
+
+
+class _Dtype:
+    """A dtype of numbers. A file never gets hold of numpy's own, whose state holds flags that numpy trusts."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, name: str, *_: Any):
+        self.value = np.dtype(name) if isinstance(name, str) else None
+        if self.value is None or self.value.kind not in "biufc":
+            raise pickle.UnpicklingError(f"it asks for an array of {name!r}, which are no numbers")
+
+    def __setstate__(self, state: tuple) -> None:
+        self.value = self.value.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """An array whose state is checked before numpy takes it."""
+
+    def __new__(cls, *_: Any):
+        return super().__new__(cls, 0, np.uint8)
+
+    def __setstate__(self, state: tuple) -> None:
+        *_, shape, dtype, is_fortran, data = state
+        data = data.encode("latin1") if isinstance(data, str) else data  # A string of Python 2.
+        checked = np.ndarray(shape, dtype.value, data)
+        if checked.nbytes != len(data):
+            raise pickle.UnpicklingError(f"it has {len(data)} bytes for an array of {checked.nbytes}")
+        super().__setstate__((1, checked.shape, checked.dtype, bool(is_fortran), bytes(data)))
+
+    @classmethod
+    def from_buffer(
+        cls, data: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str, axes: tuple[int, ...] | None = None
+    ) -> "_Array":
+        """Rebuild an array as ``pickle`` writes it since protocol 5."""
+        array = cls()
+        array.__setstate__((shape, dtype, order == "F", data))
+        return array.transpose(axes) if order == "K" else array
+
+    @classmethod
+    def scalar(cls, dtype: _Dtype, data: bytes) -> np.generic:
+        array = cls()
+        array.__setstate__(((), dtype, False, data))
+        return array[()]
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    # What a file may call. A BUILD of a class or a method would set its attributes; these refuse it, as classes have a
+    # __setstate__ and methods no attributes.
+    allowed = {  # noqa: RUF012
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
+        ("numpy._core.multiarray", "_reconstruct"): _Array,
+        ("numpy._core.multiarray", "scalar"): _Array.scalar,
+        ("numpy._core.numeric", "_frombuffer"): _Array.from_buffer,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy.core", "numpy._core")
+        if (module, name) in {("collections", "OrderedDict"), ("_codecs", "encode"), ("__builtin__", "bytes")}:
+            return super().find_class(module, name)
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return self.allowed[module, name]
