@@ -11,15 +11,16 @@ import detectron2.utils.comm as comm
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.logger import setup_logger
 
-from kd_det.classification import ImageClassifier
 from kd_det.config import DISTILLED, add_kd_config, check_parts, find_config, look_up, merge_file, merge_list
 from kd_det.data import check_files, check_num_classes, count_training_images, register_datasets
 from kd_det.engine.cli import import_plugin
 from kd_det.errors import InputError
 from kd_det.files import write_whole
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
+from kd_det.taps import find_tap
 
 logger = logging.getLogger(__name__)
 # The least value of keys that take numbers.
@@ -127,6 +128,7 @@ def apply_distillation_arguments(cfg: CfgNode, args: argparse.Namespace) -> None
         raise InputError(
             "--teacher and --kd-heads: a config that names neither teacher nor heads needs both arguments."
         )
+    check_parts(cfg, args.config_file or "the config")
     cfg.KD.STUDENT_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE, "TeacherStudent"
     default = get_cfg()
     add_kd_config(default)
@@ -137,30 +139,25 @@ def apply_distillation_arguments(cfg: CfgNode, args: argparse.Namespace) -> None
 
 
 def adapt_head(cfg: CfgNode, node: CfgNode, default: CfgNode) -> None:
-    """Let a head's defaults name what the student has: they are those of an R-CNN with FPN.
+    """Let a head's defaults, which are those of an R-CNN with FPN, name what the student has.
 
     Args:
         cfg: The run's config.
         node: The head's, which is changed; what is not the default stays.
         default: The head's defaults.
     """
-    stages = cfg.MODEL.FPN.IN_FEATURES or cfg.MODEL.RESNETS.OUT_FEATURES
-    if ImageClassifier.__name__ == cfg.KD.STUDENT_ARCHITECTURE:
-        levels, known = ["res2", "res3", "res4"], {"res2", "res3", "res4", *stages}
-        others = {"SOURCES": ["cls"], "SOURCE": "cls", "IN_FEATURE": max(known)}
-    elif cfg.KD.STUDENT_ARCHITECTURE == "RetinaNet":
-        levels, others = cfg.MODEL.RETINANET.IN_FEATURES, {"SOURCES": ["dense"]}
-        known = {*levels, *stages}
-    else:
-        levels, others = cfg.MODEL.RPN.IN_FEATURES, {}
-        known = {*levels, *stages, "roi_features"}
-    for key, value in others.items():
+    tap = find_tap(META_ARCH_REGISTRY.get(cfg.KD.STUDENT_ARCHITECTURE))
+    for key, value in tap.head_defaults(cfg).items():
         if key in node and node[key] == default[key]:
             node[key] = value
-    if "IN_FEATURES" in node and node.IN_FEATURES == default.IN_FEATURES and not set(default.IN_FEATURES) <= known:
-        # Of the stages those that there are; other maps give way to all that the model predicts from.
-        found = [name for name in default.IN_FEATURES if name.startswith("res") and name in known]
-        node.IN_FEATURES = found or list(levels)
+    if "IN_FEATURES" not in node or node.IN_FEATURES != default.IN_FEATURES:
+        return
+    levels = tap.feature_levels(cfg)
+    known = {*levels, *tap.box_features, *(cfg.MODEL.FPN.IN_FEATURES or cfg.MODEL.RESNETS.OUT_FEATURES)}
+    if not set(default.IN_FEATURES) <= known:
+        # Stages that exist stay; other maps give way to all that the model predicts from.
+        stages = [name for name in default.IN_FEATURES if name.startswith("res") and name in known]
+        node.IN_FEATURES = stages or levels
 
 
 def epochs_to_iterations(cfg: CfgNode, images: int) -> None:

@@ -1,7 +1,7 @@
 """Taps: how the signals of each family of models are read."""
 
-from kd_det.taps.backbone import BackboneTap
-from kd_det.taps.build import build_tap
+from kd_det.taps.backbone import BackboneTap, hook, wrap
+from kd_det.taps.build import build_tap, find_tap
 from kd_det.taps.classes import count_classes, describe_model
 from kd_det.taps.classifier import ImageClassifierTap
 from kd_det.taps.dense import RetinaNetTap
@@ -16,6 +16,9 @@ __all__ = [
     "build_tap",
     "count_classes",
     "describe_model",
+    "find_tap",
+    "hook",
     "preprocess_alike",
     "shared_images",
+    "wrap",
 ]

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
-from detectron2.modeling import ResNet
+from detectron2.modeling import ResNet, build_backbone
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import Tensor, nn
 
@@ -20,15 +22,35 @@ class BackboneTap:
     rest of that forward. Both go through the same hooks, so a signal has one definition. Outside of the ``with`` block
     of :meth:`record` nothing is attached to the model.
 
+    A tap for another meta-architecture is registered in :data:`kd_det.TAP_REGISTRY` and extends four methods:
+    :meth:`spec` names its signals, :meth:`attach` hooks what computes them, :meth:`run` runs the parts behind the
+    backbone that they need, and :meth:`head_defaults` tells heads which predictions there are to compare.
+
     Args:
         model: A model with a ``backbone``: Tensor to dict of feature maps, with ``output_shape()``.
+
+    Attributes:
+        box_features: Features of boxes that the model has beside the maps of its backbone.
     """
+
+    box_features: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module):
         self.model = model
 
+    @classmethod
+    def feature_levels(cls, cfg: CfgNode) -> list[str]:
+        """Name the maps that a model predicts from, by its config: here all outputs of its backbone."""
+        with torch.device("meta"):  # Only its shapes are needed.
+            return list(build_backbone(cfg).output_shape())
+
+    @classmethod
+    def head_defaults(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Map keys of heads, such as SOURCES, to what replaces their defaults, which are those of an R-CNN."""
+        return {}
+
     def spec(self) -> dict[str, ShapeSpec]:
-        """Name to shape of every signal that the model can give."""
+        """Map the name of every signal that the model can give to its shape."""
         spec = {}
         for module in self._backbones:
             shapes = module.output_shape()
@@ -59,7 +81,7 @@ class BackboneTap:
         """
         signals: Signals = {}
         with ExitStack() as stack:
-            self._attach(stack, signals, set(names))
+            self.attach(stack, signals, set(names))
             yield signals
 
     def compute(self, batched_inputs: list[dict], names: Collection[str], student: Signals) -> Signals:
@@ -71,7 +93,7 @@ class BackboneTap:
             student: The student's signals, whose boxes ROI signals are computed on.
         """
         with self.record(names) as signals:
-            self._forward(batched_inputs, set(names), student)
+            self.forward(batched_inputs, set(names), student)
         return signals
 
     @property
@@ -88,7 +110,7 @@ class BackboneTap:
             student: Signals of the model whose boxes they are computed on.
         """
         with self.record(names) as found:
-            self._run({name: signals[name] for name in self.features}, set(names), student)
+            self.run({name: signals[name] for name in self.features}, set(names), student)
         return found
 
     def check_alignment(self, teacher: "BackboneTap", names: Collection[str]) -> None:
@@ -109,8 +131,14 @@ class BackboneTap:
                 f"(backbone.size_divisibility), so {', '.join(sorted(maps))} would not line up."
             )
 
-    def _attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
-        """Attach what records the named signals, and let `stack` detach it."""
+    def attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
+        """Attach the hooks that record the named signals; use :func:`hook` and :func:`wrap`.
+
+        Args:
+            stack: Detaches them when it closes.
+            signals: Where recorded signals are put, by their names.
+            names: The signals to record; those of another tap in the class hierarchy may be among them.
+        """
         for module in self._backbones:
             wanted = names.intersection(module.output_shape())
             if wanted:
@@ -121,14 +149,20 @@ class BackboneTap:
                 vectors = {f"{name}_norm_{key}": x for key, x in norm_parameters(source).items()}
                 signals.update({key: x for key, x in vectors.items() if key in names})
 
-    def _forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
-        """Run the backbone, and the parts behind it that the named signals need."""
-        images = self.model.preprocess_image(batched_inputs)
-        if not self._run_bottom_up(images.tensor, names):
-            self._run(self.model.backbone(images.tensor), names, student)
+    def forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
+        """Run the model as far as the named signals need it, without its losses and its post-processing.
 
-    def _run_bottom_up(self, images: Tensor, names: set[str]) -> bool:
-        """Run the bottom-up network alone if all named signals are its own, and tell whether they are."""
+        Args:
+            batched_inputs: As the data loader gives them.
+            names: The signals to compute.
+            student: The student's signals, whose boxes ROI signals are computed on.
+        """
+        images = self.model.preprocess_image(batched_inputs)
+        if not self.run_bottom_up(images.tensor, names):
+            self.run(self.model.backbone(images.tensor), names, student)
+
+    def run_bottom_up(self, images: Tensor, names: set[str]) -> bool:
+        """Run the bottom-up network alone if all named signals are its own, and return whether they are."""
         bottom_up, *above = self._backbones
         stages = tuple(f"{name}_" for name in preactivations(bottom_up))
         alone = all(name in bottom_up.output_shape() or name.startswith(stages) for name in names)
@@ -136,8 +170,14 @@ class BackboneTap:
             bottom_up(images)
         return bool(above) and alone
 
-    def _run(self, features: dict[str, Tensor], names: set[str], student: Signals) -> None:
-        """Run the parts behind the backbone that the named signals need."""
+    def run(self, features: dict[str, Tensor], names: set[str], student: Signals) -> None:
+        """Run the parts behind the backbone that the named signals need; here there are none.
+
+        Args:
+            features: Outputs of the backbone, by their names.
+            names: The signals to compute.
+            student: The student's signals, whose boxes ROI signals are computed on.
+        """
 
 
 def preactivations(backbone: nn.Module) -> dict[str, nn.Module]:

@@ -7,18 +7,22 @@ from kd_det.registry import TAP_REGISTRY
 from kd_det.taps.backbone import BackboneTap
 
 
+def find_tap(architecture: type[nn.Module]) -> type[BackboneTap]:
+    """Find the tap of a meta-architecture: that of the class or of its nearest registered base, else the backbone's."""
+    names = (f"{base.__name__}Tap" for base in architecture.__mro__)
+    return next((TAP_REGISTRY.get(name) for name in names if name in TAP_REGISTRY), BackboneTap)
+
+
 def build_tap(model: nn.Module) -> BackboneTap:
-    """Build the tap of a model: that of its class or nearest registered base, else its backbone's.
+    """Build the tap of a model.
 
     Raises:
         InputError: If the model has neither a registered tap nor a ``backbone``.
     """
-    for base in type(model).__mro__:
-        if f"{base.__name__}Tap" in TAP_REGISTRY:
-            return TAP_REGISTRY.get(f"{base.__name__}Tap")(model)
-    if not hasattr(model, "backbone"):
+    tap = find_tap(type(model))
+    if tap is BackboneTap and not hasattr(model, "backbone"):
         known = ", ".join(sorted(name for name, _ in TAP_REGISTRY))
         raise InputError(
             f"{type(model).__name__} cannot be distilled: it has no tap (registered are {known}) and no backbone."
         )
-    return BackboneTap(model)
+    return tap(model)

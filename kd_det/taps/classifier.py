@@ -1,9 +1,11 @@
 """The tap of image classifiers."""
 
 from contextlib import ExitStack, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import Tensor
 
@@ -16,6 +18,18 @@ from kd_det.taps.backbone import BackboneTap, hook, wrap
 class ImageClassifierTap(BackboneTap):
     """Taps the backbone of an ``ImageClassifier``, its pooled feature, logits, linear layer and input gradient."""
 
+    @classmethod
+    def feature_levels(cls, cfg: CfgNode) -> list[str]:
+        return ["res2", "res3", "res4"]
+
+    @classmethod
+    def head_defaults(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {
+            "SOURCES": ["cls"],
+            "SOURCE": "cls",
+            "IN_FEATURE": max(*cls.feature_levels(cfg), *cfg.MODEL.RESNETS.OUT_FEATURES),
+        }
+
     def spec(self) -> dict[str, ShapeSpec]:
         linear = self.model.linear
         return super().spec() | {
@@ -26,8 +40,8 @@ class ImageClassifierTap(BackboneTap):
             "input_gradient": ShapeSpec(channels=len(self.model.pixel_mean)),
         }
 
-    def _attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
-        super()._attach(stack, signals, names - {"pooled"})
+    def attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
+        super().attach(stack, signals, names - {"pooled"})
         linear = self.model.linear
 
         def keep(args: tuple, logits: Tensor) -> None:
@@ -53,7 +67,7 @@ class ImageClassifierTap(BackboneTap):
                 ),
             )
 
-    def _forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
+    def forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
         images = self.model.preprocess_image(batched_inputs)
         with torch.enable_grad() if "input_gradient" in names else nullcontext():
             features = self.model.backbone(images)

@@ -1,7 +1,9 @@
 """The tap of RetinaNet."""
 
 from contextlib import ExitStack
+from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import Tensor
@@ -16,6 +18,14 @@ from kd_det.taps.rcnn import check_anchors
 class RetinaNetTap(BackboneTap):
     """Taps the backbone and the dense head of a ``RetinaNet``."""
 
+    @classmethod
+    def feature_levels(cls, cfg: CfgNode) -> list[str]:
+        return list(cfg.MODEL.RETINANET.IN_FEATURES)
+
+    @classmethod
+    def head_defaults(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {"SOURCES": ["dense"]}
+
     def spec(self) -> dict[str, ShapeSpec]:
         return super().spec() | {
             "dense_logits": ShapeSpec(channels=self.model.num_classes),
@@ -27,8 +37,8 @@ class RetinaNetTap(BackboneTap):
         if any(name.startswith("dense_") for name in names):
             check_anchors(self.model.anchor_generator, teacher.model.anchor_generator)
 
-    def _attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
-        super()._attach(stack, signals, names)
+    def attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
+        super().attach(stack, signals, names)
         channels = {"dense_logits": self.model.num_classes, "dense_deltas": 4}
         wanted = {name: i for i, name in enumerate(channels) if name in names}
         if wanted:
@@ -40,6 +50,6 @@ class RetinaNetTap(BackboneTap):
                 ),
             )
 
-    def _run(self, features: dict[str, Tensor], names: set[str], student: Signals) -> None:
+    def run(self, features: dict[str, Tensor], names: set[str], student: Signals) -> None:
         if names & {"dense_logits", "dense_deltas"}:
             self.model.head([features[f] for f in self.model.head_in_features])

@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads, StandardROIHeads
@@ -25,6 +26,12 @@ class GeneralizedRCNNTap(BackboneTap):
     the backbone and the RPN are tapped. The sampled boxes and their classes are read where the predictor is given them
     to compute its losses, the one place that all these share.
     """
+
+    box_features = ("roi_features",)
+
+    @classmethod
+    def feature_levels(cls, cfg: CfgNode) -> list[str]:
+        return list(cfg.MODEL.RPN.IN_FEATURES)
 
     def spec(self) -> dict[str, ShapeSpec]:
         spec = super().spec()
@@ -97,8 +104,8 @@ class GeneralizedRCNNTap(BackboneTap):
         heads = self.model.roi_heads
         return heads.pooler if isinstance(heads, Res5ROIHeads) else heads.box_pooler
 
-    def _attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
-        super()._attach(stack, signals, names)
+    def attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
+        super().attach(stack, signals, names)
 
         def keep(**found: Tensor) -> None:
             signals.update({name: value for name, value in found.items() if name in names})
@@ -136,21 +143,21 @@ class GeneralizedRCNNTap(BackboneTap):
                 lambda args, _: signals.update(mask_boxes=join_boxes(args[1]), mask_classes=join_classes(args[1])),
             )
 
-    def _forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
+    def forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
         images = self.model.preprocess_image(batched_inputs)
-        if self._run_bottom_up(images.tensor, names):
+        if self.run_bottom_up(images.tensor, names):
             return
         features = self.model.backbone(images.tensor)
         if any(name.startswith("roi_") for name in names) and "roi_boxes" not in student:
             student = {"roi_boxes": self._propose(images, features)}
-        self._run(features, names, student)
+        self.run(features, names, student)
 
     def _propose(self, images: ImageList, features: dict[str, Tensor]) -> Tensor:
         """Boxes of the model's own RPN, as many per image as ROIs are sampled in training, (R, 5)."""
         proposals, _ = self.model.proposal_generator(images, features, None)
         return join_boxes([x[: self.model.roi_heads.batch_size_per_image] for x in proposals])
 
-    def _run(self, features: dict[str, Tensor], names: set[str], student: Signals) -> None:
+    def run(self, features: dict[str, Tensor], names: set[str], student: Signals) -> None:
         if names & {"rpn_logits", "rpn_deltas"}:
             rpn = self.model.proposal_generator
             rpn.rpn_head([features[f] for f in rpn.in_features])
