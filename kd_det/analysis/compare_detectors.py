@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, PascalVOCDetectionEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.structures import Instances
 
 from kd_det.analysis.runs import Run
 from kd_det.data import DetectionMapper
+from kd_det.data.voc_evaluator import VocEvaluator
 from kd_det.engine.pictures import draw_detections, save
 
 Mapper = DetectionMapper
 
 
-class VOCMetric(PascalVOCDetectionEvaluator):
+class VOCMetric(VocEvaluator):
     """The metric of PASCAL VOC under a name of its own, beside COCO's."""
 
     def evaluate(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ PATHS = ("json_file", "image_root", "dirname")
 def check_files(cfg: CfgNode, *, train: bool = True) -> None:
     """Check that the data sets of DATASETS.TEST and, if `train`, of DATASETS.TRAIN are known and on the disk.
 
-    Looks at annotation files and folders only: what is in them is checked when they are loaded.
+    Reads the annotations of DATASETS.VOC_FORMAT, too; those of COCO_FORMAT are read by :func:`check_num_classes`.
 
     Raises:
         InputError: If a data set is unknown, or a file or folder of it is missing.

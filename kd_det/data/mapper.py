@@ -5,7 +5,7 @@ from typing import Any
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 
-from kd_det.data.images import read_image
+from kd_det.data.images import EIGHT_BITS, read_image
 from kd_det.errors import InputError
 
 
@@ -20,16 +20,16 @@ class DetectionMapper(DatasetMapper):
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        file_name = dataset_dict["file_name"]
         try:
-            return super().__call__(dataset_dict)
-        except utils.SizeMismatchError as error:
-            raise InputError(str(error)) from error  # names the file and both sizes
-        except InputError:
-            raise
+            record = super().__call__(dataset_dict | {"file_name": EIGHT_BITS + file_name})
+        except (utils.SizeMismatchError, InputError) as error:  # they name the file, and what is wrong
+            raise InputError(str(error).replace(EIGHT_BITS, "")) from error
         except Exception:
             # Whether it was the file, a second look tells.
-            read_image(dataset_dict["file_name"], self.image_format)
+            read_image(file_name, self.image_format)
             raise
+        return record | {"file_name": file_name}
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]

@@ -1,24 +1,55 @@
 """A folder in the layout of Pascal VOC as a Detectron2 data set."""
 
+import codecs
+import math
 import os
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import PureWindowsPath
+from typing import Any, NamedTuple
 
-from detectron2.data.datasets import load_voc_instances
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 
+from kd_det.data.images import image_size, image_suffixes
 from kd_det.errors import InputError
 
-BOX = ("xmin", "ymin", "xmax", "ymax")
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+
+
+class VocObject(NamedTuple):
+    """An annotated object.
+
+    Attributes:
+        category: Index of its class.
+        box: xmin, ymin, xmax, ymax as in the file: the first pixel is 1, and the last one belongs to the box.
+        difficult: Whether evaluations leave it out.
+    """
+
+    category: int
+    box: tuple[float, ...]
+    difficult: bool
+
+
+class VocImage(NamedTuple):
+    """An image of a split: its name in the split, its file, its size and its objects."""
+
+    name: str
+    file_name: str
+    width: int
+    height: int
+    objects: tuple[VocObject, ...]
 
 
 @dataclass(frozen=True)
 class VocFormat:
-    """The data set as a function for the DatasetCatalog: calling it validates and loads.
+    """The data set as a function for the DatasetCatalog.
 
     Attributes:
         name: Name of the data set.
-        root: Folder with Annotations/*.xml, ImageSets/Main/*.txt and JPEGImages/*.jpg.
+        root: Folder with Annotations/*.xml, ImageSets/Main/*.txt and the images in JPEGImages.
         split: Name of a file in ImageSets/Main, without its suffix.
         class_names: The classes, in the order of their indices.
         year: 2007 for the 11-point AP, 2012 for the area under the curve.
@@ -34,15 +65,24 @@ class VocFormat:
         return f"{self.split} of {self.root} with the classes {', '.join(self.class_names)} and year {self.year}"
 
     def __call__(self) -> list[dict[str, Any]]:
-        """Detectron2's dicts of all images.
+        """Return Detectron2's dicts of all images, as its `load_voc_instances` gives them.
 
         Raises:
-            InputError: If the split, an image or an annotation is missing or malformed.
+            InputError: As of :attr:`images`.
         """
-        self.check_files()
-        for image in self._read_split():
-            self._check_image(image)
-        return load_voc_instances(self.root, self.split, self.class_names)
+        return [
+            {
+                "file_name": image.file_name,
+                "image_id": image.name,
+                "height": image.height,
+                "width": image.width,
+                "annotations": [
+                    {"category_id": category, "bbox": [x0 - 1, y0 - 1, x1, y1], "bbox_mode": BoxMode.XYXY_ABS}
+                    for category, (x0, y0, x1, y1), _ in image.objects
+                ],
+            }
+            for image in self.images
+        ]
 
     def metadata(self) -> dict[str, Any]:
         return {
@@ -54,6 +94,20 @@ class VocFormat:
         }
 
     def check_files(self) -> None:
+        """Check the files and what is in them: the first call reads all annotations.
+
+        Raises:
+            InputError: As of :attr:`images`.
+        """
+        _ = self.images
+
+    @cached_property
+    def images(self) -> tuple[VocImage, ...]:
+        """The images of the split, in its order.
+
+        Raises:
+            InputError: If the split, an image or an annotation is missing or malformed.
+        """
         key = f"DATASETS.VOC_FORMAT.{self.name}"
         for folder in ("", "Annotations", "JPEGImages"):
             path = os.path.join(self.root, folder)
@@ -61,60 +115,136 @@ class VocFormat:
                 raise InputError(f"{path}: folder not found; {key}.ROOT is {self.root}.")
         if not os.path.isfile(self._split_file):
             raise InputError(f"{self._split_file}: file not found; {key}.SPLIT names it.")
+        return tuple(self._read_image(name) for name in _read_split(self._split_file))
 
     @property
     def _split_file(self) -> str:
         return os.path.join(self.root, "ImageSets", "Main", f"{self.split}.txt")
 
-    def _read_split(self) -> list[str]:
-        with open(self._split_file, encoding="utf-8") as file:
-            images = file.read().splitlines()
-        for number, image in enumerate(images, 1):
-            if len(image.split()) != 1:
-                raise InputError(f"{self._split_file}: line {number} is {image!r}; one name of an image is needed.")
-        if len(images) < 2:  # Detectron2 reads the file with numpy.loadtxt, which makes no list of one line
-            raise InputError(f"{self._split_file}: lists {len(images)} images; Detectron2 needs two or more.")
-        return images
+    def _read_image(self, name: str) -> VocImage:
+        xml = os.path.join(self.root, "Annotations", f"{name}.xml")
+        if not os.path.isfile(xml):
+            raise InputError(
+                f"{xml}: file not found, but {self._split_file} lists {name!r}; each line is a name without a suffix."
+            )
+        root = _parse(xml)
+        file_name = self._find_image(name, root)
+        width, height = _size(xml, root) or image_size(file_name)
+        objects = tuple(self._read_object(xml, thing, width, height) for thing in root.findall("object"))
+        return VocImage(name, file_name, width, height, objects)
 
-    def _check_image(self, image: str) -> None:
-        """Check what Detectron2's loader and its VOC evaluator read of an image."""
-        xml = os.path.join(self.root, "Annotations", f"{image}.xml")
-        jpg = os.path.join(self.root, "JPEGImages", f"{image}.jpg")
-        for path in (xml, jpg):
-            if not os.path.isfile(path):
-                raise InputError(f"{path}: file not found, but {self._split_file} lists {image}.")
-        try:
-            tree = ElementTree.parse(xml)
-        except ElementTree.ParseError as error:
-            raise InputError(f"{xml}: not an XML file: {error}.") from error
-        width, height = (_integer(xml, tree.getroot(), f"size/{side}") for side in ("width", "height"))
-        for thing in tree.findall("object"):
-            name = _text(xml, thing, "name")
-            if name not in self.class_names:
-                raise InputError(f"{xml}: class {name!r} found; the config allows {', '.join(self.class_names)}.")
-            _text(xml, thing, "pose")
-            for tag in ("truncated", "difficult"):
-                _integer(xml, thing, tag)
-            box = [_integer(xml, thing, f"bndbox/{side}") for side in BOX]
-            xmin, ymin, xmax, ymax = box
-            # The first pixel is 1 and the last one belongs to the box, give or take one pixel.
-            if not (0 <= xmin <= xmax <= width + 1 and 0 <= ymin <= ymax <= height + 1):
-                raise InputError(
-                    f"{xml}: the box {box} ({', '.join(BOX)}) of a {name} is empty or leaves the image, "
-                    f"which is {width} x {height}."
-                )
+    def _find_image(self, name: str, root: ElementTree.Element) -> str:
+        """Return the path of an image: `<name>.jpg`, else the only image of that name, else the one of `<filename>`."""
+        path = os.path.join(self._image_folder, name)
+        if os.path.isfile(f"{path}.jpg"):
+            return f"{path}.jpg"
+        found = self._images_by_stem.get(path, [])
+        if len(found) == 1:
+            return found[0]
+        # Some tools write a path there, perhaps one of Windows.
+        stated = PureWindowsPath((root.findtext("filename") or "").strip()).name
+        stated = os.path.join(os.path.dirname(path), stated)
+        if os.path.isfile(stated):
+            return stated
+        if found:
+            raise InputError(f"{path}: {len(found)} images have this name: {', '.join(found)}; keep one of them.")
+        raise InputError(
+            f"{path}.jpg: file not found, nor an image of this name with another suffix, but {self._split_file} lists "
+            f"{name!r}."
+        )
+
+    @property
+    def _image_folder(self) -> str:
+        return os.path.join(self.root, "JPEGImages")
+
+    @cached_property
+    def _images_by_stem(self) -> dict[str, list[str]]:
+        """Map the path of each image without its suffix to the paths with one."""
+        paths: dict[str, list[str]] = {}
+        for folder, _, files in os.walk(self._image_folder, followlinks=True):
+            for file in sorted(files):
+                stem, suffix = os.path.splitext(os.path.join(folder, file))
+                if suffix.lower() in image_suffixes():
+                    paths.setdefault(stem, []).append(stem + suffix)
+        return paths
+
+    def _read_object(self, xml: str, thing: ElementTree.Element, width: int, height: int) -> VocObject:
+        name = _text(xml, thing, "name")
+        if name not in self.class_names:
+            raise InputError(f"{xml}: class {name!r} found; the config allows {', '.join(self.class_names)}.")
+        box = tuple(_number(xml, thing, f"bndbox/{side}") for side in SIDES)
+        xmin, ymin, xmax, ymax = box
+        # With a tolerance of one pixel, since some tools count pixels from 0.
+        if not (0 <= xmin <= xmax <= width + 1 and 0 <= ymin <= ymax <= height + 1):
+            raise InputError(
+                f"{xml}: the box [{', '.join(f'{value:.10g}' for value in box)}] ({', '.join(SIDES)}) of a {name} is "
+                f"empty or leaves the image, which is {width} x {height}."
+            )
+        difficult = bool((thing.findtext("difficult") or "").strip()) and _number(xml, thing, "difficult") != 0
+        return VocObject(self.class_names.index(name), box, difficult)
+
+
+def voc_dataset(name: str) -> VocFormat:
+    """Return a registered VOC data set; one of Detectron2's, such as ``voc_2007_test``, as if the config defined it."""
+    dataset = DatasetCatalog[name]
+    if isinstance(dataset, VocFormat):
+        return dataset
+    metadata = MetadataCatalog.get(name)
+    return VocFormat(name, metadata.dirname, metadata.split, tuple(metadata.thing_classes), metadata.year)
+
+
+def _read_split(path: str) -> list[str]:
+    with open(path, "rb") as file:
+        data = file.read()
+    # Windows writes text with a byte order mark, PowerShell in UTF-16.
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        lines = data.decode(encoding).splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a text file in UTF-8: {error}.") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise InputError(f"{path}: lists no image; one name a line is needed.")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise InputError(f"{path}: {len(repeated)} name(s) listed twice, the first is {repeated[0]!r}.")
+    return names
+
+
+def _parse(xml: str) -> ElementTree.Element:
+    try:
+        return ElementTree.parse(xml).getroot()
+    # An encoding that is unknown is a LookupError, one that the parser does not read a ValueError.
+    except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:
+        raise InputError(f"{xml}: not an XML file that can be read: {error}.") from error
+
+
+def _size(xml: str, root: ElementTree.Element) -> tuple[int, int] | None:
+    """Width and height that an annotation states; None where it leaves them out or has zeros."""
+    sides = []
+    for tag in ("size/width", "size/height"):
+        if not (root.findtext(tag) or "").strip():
+            return None
+        side = _number(xml, root, tag)
+        if side < 0 or side != int(side):
+            raise InputError(f"{xml}: <{tag}> is {side:.10g}; a number of pixels is needed.")
+        sides.append(int(side))
+    return tuple(sides) if all(sides) else None
 
 
 def _text(xml: str, element: ElementTree.Element, tag: str) -> str:
-    text = element.findtext(tag)
+    text = (element.findtext(tag) or "").strip()
     if not text:
-        raise InputError(f"{xml}: <{element.tag}> lacks <{tag}>, which Detectron2 reads.")
+        raise InputError(f"{xml}: <{element.tag}> lacks <{tag}>; each object needs name and bndbox.")
     return text
 
 
-def _integer(xml: str, element: ElementTree.Element, tag: str) -> int:
+def _number(xml: str, element: ElementTree.Element, tag: str) -> float:
     text = _text(xml, element, tag)
     try:
-        return int(text)
+        value = float(text)
     except ValueError:
-        raise InputError(f"{xml}: <{tag}> is {text!r}; Detectron2 reads whole numbers only.") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{xml}: <{tag}> is {text!r}; a number is needed.")
+    return value

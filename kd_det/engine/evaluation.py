@@ -6,11 +6,12 @@ from collections.abc import Sequence
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
 from kd_det.classification.evaluator import ClassificationEvaluator
+from kd_det.data.voc_evaluator import VocEvaluator
 from kd_det.errors import InputError
 
 
@@ -27,7 +28,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, *, tasks: Sequence[str] | N
     if kind == "coco":
         return COCOEvaluator(dataset_name, tasks=tasks, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
     if kind == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
+        return VocEvaluator(dataset_name)
     if kind == "classification":
         return ClassificationEvaluator(dataset_name)
     raise InputError(

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from detectron2.data import detection_utils as utils
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
@@ -14,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from kd_det.data.images import read_image
 from kd_det.files import write_whole
 
 CELL = 640  # least width of an image in the picture of detections, in pixels
@@ -48,7 +48,7 @@ def draw_detections(
     masks = any(found.has("pred_masks") for column in predictions.values() for found in column)
     rows = []
     for i, image in enumerate(images):
-        pixels = utils.read_image(image["file_name"], "RGB")
+        pixels = read_image(image["file_name"], "RGB")
         cells = [draw_truth(pixels, image["annotations"], class_names, palette, masks=masks)]
         for found in predictions.values():
             cells.append(draw_found(pixels, found[i][found[i].scores >= threshold], class_names, palette))
@@ -72,7 +72,7 @@ def draw_classifications(
     names = dict(enumerate(class_names))
     rows = []
     for i, image in enumerate(images):
-        pixels = image["image"] if "image" in image else utils.read_image(image["file_name"], "RGB")
+        pixels = image["image"] if "image" in image else read_image(image["file_name"], "RGB")
         label = image["label"]
         cells = [pixels, Words(str(names.get(label, label)))]
         for scores in predictions.values():

@@ -1,14 +1,15 @@
-"""Detectron2's evaluators on registered data sets, with the ground truth as predictions."""
+"""The evaluators on registered data sets, with the ground truth as predictions."""
 
 import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances, PolygonMasks
 
 from kd_det.data import register_datasets
 from kd_det.data.shapes import CLASSES
+from kd_det.data.voc_evaluator import VocEvaluator
 
 
 def evaluate(evaluator, name):
@@ -47,5 +48,5 @@ def test_voc(cfg, shapes_root, year):
     entry = {"ROOT": str(shapes_root), "SPLIT": "test", "CLASSES": list(CLASSES), "YEAR": year}
     cfg.DATASETS.VOC_FORMAT["mine"] = CfgNode(entry)
     register_datasets(cfg)
-    results = evaluate(PascalVOCDetectionEvaluator("mine"), "mine")
+    results = evaluate(VocEvaluator("mine"), "mine")
     assert results["bbox"]["AP"] == pytest.approx(100, abs=0.1)

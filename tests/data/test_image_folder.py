@@ -57,7 +57,27 @@ def test_no_folder_of_a_class(tmp_path):
         ImageFolder("x", str(tmp_path))()
 
 
-def test_class_without_images(root):
-    (root / "cat/z.jpg").unlink()
-    with pytest.raises(InputError, match=rf"^{re.escape(str(root))}: Found no valid file for the classes cat\. "):
+def test_hidden_folders_and_files(root):
+    for name in (".ipynb_checkpoints/a.png", ".git/a.png", "dog/.ipynb_checkpoints/b.png", "dog/._b.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    test_dicts(root)
+
+
+def test_nothing_but_hidden_folders(tmp_path):
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(InputError, match="it has no folders; one folder of images per class is needed"):
+        ImageFolder("x", str(tmp_path))()
+
+
+def test_class_without_images(root, cfg):
+    """It is known before the training, of test sets, too."""
+    (root / "cat/z.jpg").rename(root / "cat/.z.jpg")
+    told = rf"^{re.escape(str(root))}: Found no valid file for the classes cat\. Each folder in it is a class, with "
+    with pytest.raises(InputError, match=told):
         ImageFolder("x", str(root))()
+    cfg.DATASETS.IMAGE_FOLDER["mine"] = {"ROOT": str(root)}
+    cfg.DATASETS.TEST = ("mine",)
+    register_datasets(cfg)
+    with pytest.raises(InputError, match=told):
+        check_files(cfg)
