@@ -69,6 +69,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         ("numpy._core.multiarray", "_reconstruct"): _Array,
         ("numpy._core.multiarray", "scalar"): _Array.scalar,
         ("numpy._core.numeric", "_frombuffer"): _Array.from_buffer,
+        ("detectron2.structures.boxes", "BoxMode"): int,  # In proposal files.
     }
 
     def find_class(self, module: str, name: str) -> Any:

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from detectron2 import model_zoo
-from helpers import build, tiny_cfg
+from helpers import build, tiny_cfg, train_net, with_data, write_yaml
 
 from kd_det import InputError, build_teacher
 from kd_det.checkpoint import KDCheckpointer, load_strictly
 from kd_det.config import find_config, merge_file
+from kd_det.data.proposals import read_proposals
 from kd_det.engine.stages import load_stage
 from kd_det.fetching import fetch
 from kd_det.peers import load_peer_configs
@@ -141,6 +142,7 @@ WAYS = {
     "--config-file": lambda key, url: find_config(url),
     "KD.TEACHER.CONFIG_FILE": lambda key, url: build_teacher(with_option(key, url)),
     "KD.MUTUAL.PEERS": lambda key, url: load_peer_configs(with_option(key, [url])),
+    "DATASETS.PROPOSAL_FILES_TRAIN": lambda key, url: read_proposals(url, key),
 }
 
 
@@ -238,6 +240,23 @@ def test_the_canary_works(tmp_path):
     write_hostile(tmp_path / "a.pkl", tmp_path / "made")
     pickle.loads((tmp_path / "a.pkl").read_bytes())
     assert (tmp_path / "made").exists()
+
+
+# ---- Proposals ----
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("arguments", [(), ("--eval-only",)], ids=["training", "eval-only"])
+def test_proposals_run_no_code(coco_folder, tmp_path, canary, arguments):
+    torch.save({"model": build(tiny_cfg()).state_dict()}, tmp_path / "a.pth")
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ids": [1], "boxes": Hostile(canary)}))
+    cfg = with_data(tiny_cfg(options={"MODEL.WEIGHTS": str(tmp_path / "a.pth")}), coco_folder, tmp_path / "output")
+    cfg.MODEL.LOAD_PROPOSALS = True
+    cfg.DATASETS.PROPOSAL_FILES_TRAIN = cfg.DATASETS.PROPOSAL_FILES_TEST = (str(tmp_path / "a.pkl"),)
+    with pytest.raises(SystemExit) as end:
+        train_net("--config-file", write_yaml(tmp_path / "config.yaml", cfg), *arguments)
+    split = "TEST" if arguments else "TRAIN"
+    assert end.value.code.startswith(
+        f"error: DATASETS.PROPOSAL_FILES_{split}: {tmp_path}/a.pkl: not a file of proposals"
+    )
 
 
 # ---- Pickles of arrays ----

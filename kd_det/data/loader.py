@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_wor
 
 from kd_det.data.datasets import load_training_images
 from kd_det.data.mapper import DetectionMapper
+from kd_det.data.proposals import proposal_files
 from kd_det.data.workers import end_with_the_run
 from kd_det.errors import InputError
 
@@ -138,8 +139,8 @@ def build_detection_training_loader(cfg: CfgNode) -> DataLoader:
     Raises:
         InputError: If there is no image, the sampler is unknown or the batch does not split evenly.
     """
-    proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
-    records = load_training_images(cfg, proposal_files=proposals)
+    with proposal_files(cfg, "TRAIN", cfg.DATASETS.TRAIN) as files:
+        records = load_training_images(cfg, proposal_files=files)
     groups = [int(x["width"] > x["height"]) for x in records] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     dataset = SeededDataset(records, DetectionMapper(cfg, is_train=True))
     return build_training_loader(cfg, dataset, sampler_factory(cfg, records), groups=groups)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 
 from kd_det.classification import (
     ImageClassifier,
@@ -14,6 +14,7 @@ from kd_det.classification.image_mapper import ClassificationMapper
 from kd_det.config import student_config
 from kd_det.data import DetectionMapper
 from kd_det.data.loader import build_detection_training_loader
+from kd_det.data.proposals import proposal_files
 from kd_det.data.workers import end_with_the_run
 
 
@@ -38,6 +39,9 @@ def build_test_loader(cfg: CfgNode, dataset_name: str):
     """Build the loader of a test set's images, whose workers ignore the signals that end a run."""
     if is_classifier(cfg):
         return build_classification_test_loader(cfg, dataset_name)
-    loader = build_detection_test_loader(cfg, dataset_name, mapper=DetectionMapper(cfg, is_train=False))
+    with proposal_files(cfg, "TEST", [dataset_name]) as files:
+        records = get_detection_dataset_dicts([dataset_name], filter_empty=False, proposal_files=files)
+    mapper, workers = DetectionMapper(cfg, is_train=False), cfg.DATALOADER.NUM_WORKERS
+    loader = build_detection_test_loader(records, mapper=mapper, num_workers=workers)
     loader.worker_init_fn = end_with_the_run
     return loader
