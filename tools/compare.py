@@ -5,7 +5,8 @@
 
 A run is NAME=FOLDER, the output folder of a training, or NAME=CONFIG:WEIGHTS. Several runs of one name, for example
 with other seeds, become one column: mean and standard deviation. All runs are detectors, or all are image classifiers.
-Of the output folder of KD.GENERATIONS each generation is compared, and their ensemble.
+Of the output folder of KD.GENERATIONS each generation is compared, and their ensemble. The picture shows of each
+detector the hits, the false detections and the missed objects, with the score threshold of its best F1.
 """
 
 import argparse
@@ -23,7 +24,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset", metavar="NAME", help="the test set (default: DATASETS.TEST of the first run)")
     parser.add_argument("--images", type=int, default=4, help="images in the picture and for the speed (%(default)s)")
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="least score of the boxes in the picture (%(default)s)"
+        "--threshold",
+        type=float,
+        metavar="SCORE",
+        help="least score of the boxes in the picture (default: that of each detector's best F1 on the test set)",
     )
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file to import first")
     return parser.parse_args()

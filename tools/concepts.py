@@ -50,7 +50,7 @@ def main() -> None:
     found = compare_concepts(
         runs, args.feature, dataset=args.dataset, images=args.images, threshold=args.threshold, **search
     )
-    print(make_rows(found, "concepts"))
+    print(make_rows(found, "concepts", runs))
 
 
 if __name__ == "__main__":

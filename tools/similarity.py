@@ -30,7 +30,7 @@ def main() -> None:
     for path in args.plugin:
         import_plugin(path)
     runs = [split_run(run) for run in args.run]
-    print(make_rows(compare_halves(args.teacher, runs, args.feature, dataset=args.dataset), "CKA"))
+    print(make_rows(compare_halves(args.teacher, runs, args.feature, dataset=args.dataset), "CKA", runs))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,52 @@
-"""The part of a comparison that is about detectors; ``classification`` has the same names for image classifiers."""
+"""The part of a comparison that is about detectors; `compare_classifiers` has the same names for image classifiers."""
 
+import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.structures import Instances
 
 from kd_det.analysis.runs import Run
-from kd_det.data import DetectionMapper
+from kd_det.data import DetectionMapper, class_names
 from kd_det.data.voc_evaluator import VocEvaluator
-from kd_det.engine.pictures import draw_detections, save
+from kd_det.engine.matching import OperatingPoint, match, operating_point
+from kd_det.engine.picture_grid import save
+from kd_det.engine.pictures import Choice, draw_detections
 
 Mapper = DetectionMapper
+
+
+class F1Metric(DatasetEvaluator):
+    """The best F1 of boxes at IoU 0.5, all classes together, and the score threshold that gives it.
+
+    Args:
+        records: Detectron2's dicts of the data set's images.
+        threshold: The score threshold to use instead.
+    """
+
+    def __init__(self, records: Sequence[dict], threshold: float | None = None):
+        self.annotations = {record["image_id"]: record["annotations"] for record in records}
+        self.threshold = threshold
+        self.reset()
+
+    def reset(self) -> None:
+        self.images = []
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        for image, output in zip(inputs, outputs, strict=True):
+            found = output["instances"].to("cpu")
+            fields = {key: found.get(key) for key in ("pred_boxes", "scores", "pred_classes")}  # but no masks
+            self.images.append((self.annotations[image["image_id"]], Instances(found.image_size, **fields)))
+
+    def evaluate(self) -> dict[str, Any]:
+        point = operating_point(match(self.images), self.threshold)
+        return {"f1": {"F1": 100 * point.f1, "score threshold": point.threshold}}
 
 
 class VOCMetric(VocEvaluator):
@@ -26,47 +56,87 @@ class VOCMetric(VocEvaluator):
         return {"voc": super().evaluate()["bbox"]}
 
 
-def evaluate(runs: list[Run], dataset: str, records: list[dict]) -> list[dict[str, float]]:
-    """COCO AP of boxes and masks, over all classes and per class, and where the data set is a VOC one also VOC AP."""
-    masks = has_masks(records)
+def evaluate(
+    runs: list[Run], dataset: str, records: list[dict], threshold: float | None = None
+) -> list[dict[str, float]]:
+    """Measure COCO AP of boxes and masks, over all classes and per class, VOC AP of VOC data sets, and F1.
+
+    Args:
+        runs: The detectors.
+        dataset: Name of the test set.
+        records: Detectron2's dicts of its images.
+        threshold: Least score of the boxes that F1 counts; None stands for the score that gives the best F1.
+    """
     with tempfile.TemporaryDirectory() as folder:
         coco_name = coco_version(dataset, folder)
-        return [evaluate_run(run, dataset, coco_name, masks) for run in runs]
+        try:
+            return [evaluate_run(run, dataset, coco_name, records, threshold) for run in runs]
+        finally:
+            MetadataCatalog.remove(coco_name)
 
 
-def evaluate_run(run: Run, dataset: str, coco_name: str, masks: bool) -> dict[str, float]:
-    """The metrics of one run; `coco_name` is what COCOEvaluator is told, `masks` whether the data set has them."""
-    tasks = ("bbox", "segm") if masks and run.cfg.MODEL.MASK_ON else ("bbox",)
-    evaluators = [COCOEvaluator(coco_name, tasks=tasks, distributed=False)]
+def evaluate_run(
+    run: Run, dataset: str, coco_name: str, records: list[dict], threshold: float | None
+) -> dict[str, float]:
+    """Measure one run, see :func:`evaluate`; `coco_name` is the test set's for COCOEvaluator."""
+    annotations = [annotation for record in records for annotation in record["annotations"]]
+    masks = run.cfg.MODEL.MASK_ON and all("segmentation" in annotation for annotation in annotations)
+    tasks = ("bbox", "segm") if masks else ("bbox",)
+    evaluators = [COCOEvaluator(coco_name, tasks=tasks, distributed=False), F1Metric(records, threshold)]
     if MetadataCatalog.get(dataset).evaluator_type == "pascal_voc":
         evaluators.append(VOCMetric(dataset))
     found = run.evaluate(dataset, DatasetEvaluators(evaluators))
+    f1 = found.pop("f1")
     keys = ("AP", "AP50", "AP75")
-    # NaN stands for a detector that finds nothing.
-    metrics = {f"{task} {key}": float(np.nan_to_num(found[task][key])) for task in found for key in keys}
+    metrics = {f"{task} {key}": float(values[key]) for task, values in found.items() for key in keys}
+    if any(not annotation.get("iscrowd", 0) for annotation in annotations):
+        # COCOEvaluator gives NaN also to a detector that finds nothing.
+        metrics |= {key: 0.0 for key, value in metrics.items() if key.startswith(tasks) and math.isnan(value)}
     for task in tasks:
         metrics |= {f"{task} {key}": value for key, value in found[task].items() if key.startswith("AP-")}
-    return metrics
-
-
-def has_masks(records: list[dict]) -> bool:
-    """Whether every object has a mask."""
-    return all("segmentation" in annotation for image in records for annotation in image["annotations"])
+    return metrics | f1
 
 
 def coco_version(dataset: str, folder: str) -> str:
-    """Name under which COCOEvaluator finds a data set's annotations; other formats are converted into `folder`."""
-    metadata = MetadataCatalog.get(dataset)
-    if "json_file" in metadata.as_dict():
-        return dataset
-    path = os.path.join(folder, "coco.json")
-    convert_to_coco_json(dataset, path, allow_cached=False)
-    MetadataCatalog.get(path).set(json_file=path, thing_classes=metadata.thing_classes)
-    return path
+    """Return a name under which COCOEvaluator finds a data set's annotations, each class with a name of its own.
+
+    Other formats are converted into `folder`.
+    """
+    metadata = MetadataCatalog.get(dataset).as_dict()
+    path = metadata.get("json_file")
+    if not path:
+        path = os.path.join(folder, "coco.json")
+        convert_to_coco_json(dataset, path, allow_cached=False)
+    kept = {key: metadata[key] for key in ("thing_dataset_id_to_contiguous_id",) if key in metadata}
+    name = f"{dataset} in {folder}"
+    MetadataCatalog.get(name).set(json_file=path, thing_classes=distinct(metadata["thing_classes"]), **kept)
+    return name
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Return class names of which those that several classes share are followed by the number of the class."""
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} (class {i})" for i, name in enumerate(names, 1)]
 
 
 def draw(
-    images: list[dict], dataset: str, predictions: Mapping[str, Sequence[Instances]], threshold: float, path: str
+    images: list[dict],
+    dataset: str,
+    predictions: Mapping[str, Sequence[Instances]],
+    metrics: Mapping[str, Sequence[dict[str, float]]],
+    path: str,
 ) -> None:
-    """Write the picture: every run's instances of at least a score on the same images."""
-    save(draw_detections(images, MetadataCatalog.get(dataset).thing_classes, predictions, threshold), path)
+    """Write the picture: every run's instances on the same images, with the score threshold that its F1 has.
+
+    Args:
+        images: Detectron2's dicts of the images.
+        dataset: Name of the test set.
+        predictions: Maps a name to the instances of its first run on each image.
+        metrics: Maps a name to what :func:`evaluate` found for each of its runs.
+        path: Path of the file.
+    """
+    choices = {}
+    for name, (first, *others) in metrics.items():
+        note = f", AP {first['bbox AP']:.2f}" + (f", run 1 of {1 + len(others)}" if others else "")
+        choices[name] = Choice(OperatingPoint(first["score threshold"], first["F1"] / 100), note)
+    save(draw_detections(images, class_names(dataset), predictions, choices), path)

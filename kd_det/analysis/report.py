@@ -21,7 +21,12 @@ from kd_det.files import write_whole
 
 
 def compare(
-    runs: Sequence[tuple[str, str]], output: str, *, dataset: str | None = None, images: int = 4, threshold: float = 0.5
+    runs: Sequence[tuple[str, str]],
+    output: str,
+    *,
+    dataset: str | None = None,
+    images: int = 4,
+    threshold: float | None = None,
 ) -> dict[str, Any]:
     """Evaluate runs on one test set and write ``comparison.json``, ``comparison.md`` and ``comparison.png``.
 
@@ -31,7 +36,8 @@ def compare(
         output: The folder for the files, which are replaced.
         dataset: Name of the test set; the first run's DATASETS.TEST if None.
         images: Number of images in the picture; speed and operations are measured on them, too.
-        threshold: Least score of the boxes in the picture.
+        threshold: Least score of the boxes in the picture and of those that F1 counts; if None, each detector's is the
+            one of its best F1 on the whole test set.
 
     Returns:
         What the JSON holds; "table" is the table as text.
@@ -47,7 +53,7 @@ def compare(
     records = DatasetCatalog.get(dataset)
     chosen = choose_images(records, images)
     Path(output).mkdir(parents=True, exist_ok=True)
-    measured = kind.evaluate(loaded, dataset, records)
+    measured = kind.evaluate(loaded, dataset, records, threshold)
     samples = [[kind.Mapper(run.cfg, is_train=False)(dict(image)) for image in chosen] for run in loaded]
     times = measure_times(loaded, samples)
     for run, metrics, inputs, ms in zip(loaded, measured, samples, times, strict=True):
@@ -62,13 +68,14 @@ def compare(
         "summary": summarise([run.name for run in loaded], measured),
     }
     results["table"] = make_table(results)
-    predictions = {}
-    for run, inputs in zip(loaded, samples, strict=True):
+    predictions, by_name = {}, {}
+    for run, inputs, metrics in zip(loaded, samples, measured, strict=True):
+        by_name.setdefault(run.name, []).append(metrics)
         if run.name not in predictions:
             predictions[run.name] = [run.predict(image) for image in inputs]
     write(Path(output, "comparison.json"), json.dumps(without_nan(results), indent=2) + "\n")
     write(Path(output, "comparison.md"), results["table"] + "\n")
-    kind.draw(chosen, dataset, predictions, threshold, os.path.join(output, "comparison.png"))
+    kind.draw(chosen, dataset, predictions, by_name, os.path.join(output, "comparison.png"))
     return results
 
 

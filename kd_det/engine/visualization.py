@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.engine import HookBase
+from detectron2.structures import Instances
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -18,7 +19,9 @@ from kd_det.classification.image_mapper import ClassificationMapper
 from kd_det.config import student_config
 from kd_det.data import DetectionMapper, choose_images, class_names
 from kd_det.data.loader import own_random_numbers
-from kd_det.engine.pictures import as_pixels, draw_attention, draw_classifications, draw_detections
+from kd_det.engine.matching import match, operating_point
+from kd_det.engine.picture_grid import as_pixels
+from kd_det.engine.pictures import Choice, draw_attention, draw_classifications, draw_detections
 from kd_det.losses import attention_map
 from kd_det.meta_arch import TeacherStudent
 from kd_det.mutual import MutualStudents, evaluation_mode
@@ -26,7 +29,6 @@ from kd_det.signals import flipped
 from kd_det.taps import BackboneTap, describe_model
 
 IMAGES = 2
-THRESHOLD = 0.5  # least score of the instances that are drawn
 
 
 class Visualization(HookBase):
@@ -34,7 +36,8 @@ class Visualization(HookBase):
 
     ``attention/p3`` and the like, one for each feature map that a head compares: where it is active, as attention
     transfer measures it, in all networks beside each other. ``predictions``: the ground truth beside what the networks
-    predict. A teacher that knows another number of classes than the student is left out of these.
+    predict, of detectors the instances with at least the score that gives the best F1 on these images. A teacher that
+    knows another number of classes than the student is left out of these.
 
     The images are the same ones each time, so that one can follow them over the run: a few of the first test set, or of
     the first training set where nothing is tested, as they are read for a test. Those of the last batch would change
@@ -91,8 +94,15 @@ class Visualization(HookBase):
         pictures = {f"attention/{name}": draw_attention(images, found) for name, found in maps.items()}
         if predictions:
             shown = self.records, class_names(self.dataset), predictions
-            pictures["predictions"] = draw_classifications(*shown) if classifies else draw_detections(*shown, THRESHOLD)
+            pictures["predictions"] = draw_classifications(*shown) if classifies else self._draw_detections(*shown)
         return pictures
+
+    @staticmethod
+    def _draw_detections(records: list[dict], names: list[str], predictions: dict[str, list[Instances]]) -> Figure:
+        truth = [record["annotations"] for record in records]
+        points = {name: operating_point(match(list(zip(truth, x, strict=True)))) for name, x in predictions.items()}
+        choices = {name: Choice(point, " on these images") for name, point in points.items()}
+        return draw_detections(records, names, predictions, choices)
 
 
 def build_visualization(cfg: CfgNode, model: nn.Module) -> list[HookBase]:

@@ -1,6 +1,8 @@
 """tools/compare.py: table, JSON and picture of several runs on a tiny data set."""
 
 import json
+import math
+import re
 import shutil
 
 import cv2
@@ -10,16 +12,20 @@ import torch
 from classification.models import classifier_cfg
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
 from helpers import tiny_cfg, with_data, write_yaml
+from torch import nn
 
-from kd_det.analysis.runs import load_runs
-from kd_det.analysis.table import decimals, make_table, summarise, without_nan
+from kd_det.analysis import compare_detectors
+from kd_det.analysis.runs import Run, load_runs
+from kd_det.analysis.table import decimals, make_rows, make_table, summarise, without_nan
 from kd_det.classification.image_mapper import ClassificationMapper
-from kd_det.data import choose_images
+from kd_det.data import choose_images, register_datasets
 from kd_det.data.shapes import CLASSES
 from kd_det.data.shapes_folder import write_shapes
 from kd_det.engine import pictures
-from kd_det.engine.pictures import CELL, SMALL_CELL, Words
+from kd_det.engine.picture_grid import Words
+from kd_det.engine.pictures import CELL, FALSE, HIT, SMALL_CELL
 from kd_det.export import find_run, load_student, read_student_config
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -45,9 +51,7 @@ def test_masks_boxes_and_seeds(coco_folder, tmp_path, save_run, run_tool, capsys
     two = [save_run(tmp_path / f"boxes{seed}", boxes, seed=seed) for seed in (0, 1)]
     runs = [f"masks={one}", f"boxes={two[0]}", f"boxes={two[1]}/config.yaml:{two[1]}/model_0000001.pth"]
     output = tmp_path / "comparison"
-    run_tool(
-        "compare", *(x for run in runs for x in ("--run", run)), "--output", output, "--images", 2, "--threshold", 0
-    )
+    run_tool("compare", *(x for run in runs for x in ("--run", run)), "--output", output, "--images", 2)
 
     text = (output / "comparison.md").read_text()
     assert text in capsys.readouterr().out + "\n"
@@ -57,15 +61,82 @@ def test_masks_boxes_and_seeds(coco_folder, tmp_path, save_run, run_tool, capsys
     )
     assert rows[""] == ["masks", "boxes (2 runs)"]
     assert rows["segm AP"][1] == "-"
-    assert "±" in rows["bbox AP"][1]
+    assert ["±" in cell for cell in rows["F1"]] == [False, True]
+    assert "±: standard deviation" in text
 
     results = json.loads((output / "comparison.json").read_text())
     assert [run["name"] for run in results["runs"]] == ["masks", "boxes", "boxes"]
     assert results["runs"][1]["metrics"]["ms per image"] > 0
     assert results["summary"]["masks"]["GFLOPs"]["mean"] > 0
+    assert 0 < results["runs"][0]["metrics"]["score threshold"] < 1
     height, width, _ = cv2.imread(str(output / "comparison.png")).shape
     assert width == 3 * CELL
     assert height > 2 * CELL * 64 / 96 * 0.9
+
+
+class Oracle(nn.Module):
+    """A detector that gives an image's objects as they are labelled, but for those of some classes."""
+
+    def __init__(self, dataset: str, unseen=()):
+        super().__init__()
+        self.records = {record["image_id"]: record for record in DatasetCatalog.get(dataset)}
+        self.unseen = unseen
+
+    def forward(self, batch: list[dict]) -> list[dict]:
+        return [{"instances": self.find(self.records[image["image_id"]])} for image in batch]
+
+    def find(self, record: dict) -> Instances:
+        things = [x for x in record["annotations"] if x["category_id"] not in self.unseen]
+        found = Instances((record["height"], record["width"]))
+        boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in things]
+        found.pred_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+        found.scores = torch.full((len(things),), 0.25)
+        found.pred_classes = torch.tensor([x["category_id"] for x in things], dtype=torch.int64)
+        return found
+
+
+@pytest.fixture
+def measure(coco_folder, tmp_path):
+    """Measures oracles on the data set of four images, with other names of its categories."""
+
+    def run(names: list[str], *, objects: bool = True, **options) -> dict[str, float]:
+        data = json.loads((coco_folder / "instances.json").read_text())
+        data["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
+        data["annotations"] = data["annotations"] if objects else []
+        (tmp_path / "instances.json").write_text(json.dumps(data))
+        (tmp_path / "images").symlink_to(coco_folder / "images")
+        cfg = with_data(tiny_cfg("retinanet"), tmp_path, tmp_path)
+        register_datasets(cfg)
+        (dataset,) = cfg.DATASETS.TEST
+        oracle = Run("oracle", "", cfg, Oracle(dataset, **options))
+        (metrics,) = compare_detectors.evaluate([oracle], dataset, DatasetCatalog.get(dataset))
+        return metrics
+
+    return run
+
+
+def test_perfect_detections(measure):
+    """Classes of one name keep separate rows; the AP of one without objects is not a number."""
+    metrics = measure(["cell", "cell", "nucleus", "a|b"])
+    assert list(metrics) == [
+        *("bbox AP", "bbox AP50", "bbox AP75"),
+        *("bbox AP-cell (class 1)", "bbox AP-cell (class 2)", "bbox AP-nucleus", "bbox AP-a|b"),
+        *("F1", "score threshold"),
+    ]
+    assert math.isnan(metrics.pop("bbox AP-a|b"))
+    assert metrics.pop("score threshold") == 0.25
+    assert list(metrics.values()) == pytest.approx([100] * 7)
+
+
+def test_a_detector_that_finds_nothing_has_zeros(measure):
+    metrics = measure(["a", "b", "c"], unseen=(0, 1, 2))
+    assert metrics == {"bbox AP": 0, "bbox AP50": 0, "bbox AP75": 0, "F1": 0, "score threshold": 1}
+
+
+def test_a_data_set_without_objects_has_no_ap(measure):
+    metrics = measure(["a", "b", "c"], objects=False)
+    assert all(math.isnan(value) for name, value in metrics.items() if name.startswith("bbox AP"))
+    assert metrics["F1"] == 0
 
 
 def test_voc_has_both_metrics(tmp_path, save_run, run_tool):
@@ -195,9 +266,9 @@ def test_picture_has_each_classifiers_answer_beside_the_label(monkeypatch):
     scores = {"right": [torch.tensor([0.2, 0.7, 0.1])], "wrong": [torch.tensor([0.2, 0.2, 0.6])]}
     pictures.draw_classifications([image], ["ant", "bee"], scores)
     titles, rows = drawn[:2]
-    assert titles == ["", "label", "right", "wrong"]
+    assert titles == ["image", "label", "right", "wrong"]
     assert rows[0][0] is image["image"]
-    assert rows[0][1:] == [Words("bee"), Words("bee\n70%", "green"), Words("2\n60%", "red")]
+    assert rows[0][1:] == [Words("bee"), Words("✓ bee\n70%", HIT.color), Words("✗ 2\n60%", FALSE.color)]
 
 
 def test_a_mix_is_refused(coco_folder, tmp_path, save_run, run_tool):
@@ -232,6 +303,37 @@ def test_mean_and_deviation_over_seeds():
     table = make_table({"summary": summary, "runs": runs, "dataset": "d", "dataset_images": 1, "device": "x"})
     assert "12.00 ± 2.83" in table
     assert "| 50.00" in table
+
+
+def test_only_several_runs_have_a_deviation():
+    summary = summarise("aba", [{"CKA": x} for x in (0.25, 0.5, 0.75)])
+    rows = read_rows(make_rows(summary, "CKA", [(name, "") for name in "aba"]))
+    assert rows == {"CKA": ["CKA"], "a": ["0.500 ± 0.354"], "b": ["0.500"]}
+    results = {"runs": [{"name": "b"}], "dataset": "d", "dataset_images": 1, "device": "x"}
+    assert "±" not in make_table(results | {"summary": {"b": {"bbox AP": summary["b"]["CKA"]}}})
+
+
+def test_what_cannot_be_computed_is_not_what_a_model_lacks():
+    summary = summarise("ab", [{"bbox AP": math.nan, "segm AP": 1.0}, {"bbox AP": 2.0}])
+    runs = [{"name": name} for name in "ab"]
+    table = make_table({"summary": summary, "runs": runs, "dataset": "d", "dataset_images": 1, "device": "x"})
+    assert read_rows(table) == {"": ["a", "b"], "bbox AP": ["nan", "2.00"], "segm AP": ["1.00", "-"]}
+
+
+@pytest.mark.parametrize(
+    "name", ["a|b", "a\\|b", "a\\", "a\nb", "a\r\n|\u2028b\x85c", "\ud800", "\x1b[2J", "日本|é", "| |"]
+)
+def test_no_name_breaks_the_table(name):
+    """As Markdown reads it: a bar ends a cell, unless a backslash stands before it."""
+    summary = {name: {f"bbox AP-{name}": {"mean": 1.0, "std": 0.0}, "bbox AP": {"mean": 2.0, "std": 0.0}}}
+    runs = [{"name": name}]
+    table = make_table({"summary": summary, "runs": runs, "dataset": name, "dataset_images": 1, "device": "x"})
+    assert table.encode()  # A lone surrogate cannot be written.
+    lines = table.splitlines()
+    assert len(lines) == 6
+    for line in lines[:4]:
+        assert len(re.sub(r"\\.", "", line).split("|")) == 4, line
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]", table)
 
 
 @pytest.mark.parametrize(

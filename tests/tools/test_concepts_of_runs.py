@@ -9,7 +9,7 @@ from classification.models import classifier_cfg
 from detectron2.structures import BoxMode
 from helpers import build, tiny_cfg, with_data
 
-from kd_det.analysis import concepts
+from kd_det.analysis import compare_concepts as concepts
 from kd_det.analysis.compare_concepts import METRICS, compare_concepts, find_foreground
 from kd_det.errors import InputError
 

@@ -1,0 +1,220 @@
+"""Pictures as a grid of cells: images with marked boxes, masks and labels, or words."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from detectron2.utils.colormap import colormap
+from detectron2.utils.visualizer import GenericMask
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
+
+from kd_det.files import write_whole
+
+DPI = 100
+FONT_SIZE = 10
+LABEL_SIZE = 8
+WORDS_SIZE = 14
+LINE_WIDTH, HALO_WIDTH = 3 * 72 / DPI, 5 * 72 / DPI  # both odd numbers of pixels, so that one lies amid the other
+RATIOS = (0.25, 1.5)  # limits of a row's height, relative to the width of a column
+MASK_OPACITY = 0.45
+BRIGHT = 150  # least value of a mask's colour in one of the channels
+LETTER = 0.62  # mean width of a letter, relative to the font size
+
+
+@dataclass(frozen=True)
+class Style:
+    """The look of a kind of box, which its line and its symbol tell from others even without the colour."""
+
+    name: str
+    color: str
+    line: str
+    symbol: str = ""
+
+    def label(self, text: str) -> str:
+        """Return a label that begins with the symbol."""
+        return f"{self.symbol} {text}".strip()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A box (x0, y0, x1, y1) in pixels of an image, with its label, and its mask in a form that GenericMask reads."""
+
+    box: Sequence[float]
+    style: Style
+    label: str = ""
+    mask: Any = None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A cell with an image, RGB (H, W, 3), with marks on it and a line of text above it."""
+
+    pixels: np.ndarray
+    marks: Sequence[Mark] = ()
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Words:
+    """A cell that has no image."""
+
+    text: str
+    color: str = "black"
+
+
+def draw_grid(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[np.ndarray | Scene | Words]],
+    width: int,
+    *,
+    legend: Sequence[Style] = (),
+) -> Figure:
+    """Draw rows of cells, each of which begins with an image.
+
+    Args:
+        titles: The title of each column; long lines are wrapped.
+        rows: The cells of each row.
+        width: Pixels of each column.
+        legend: The looks of boxes to explain above the titles.
+    """
+    rows = [[Scene(cell) if isinstance(cell, np.ndarray) else cell for cell in row] for row in rows]
+    size = max(FONT_SIZE, width / 40)
+    titles = [wrap(title, width, size) for title in titles]
+    heights = [width * np.clip(np.divide(*row[0].pixels.shape[:2]), *RATIOS) / DPI for row in rows]
+    lines = 1 + max(title.count("\n") for title in titles) + 2 * bool(legend)
+    extra = lines * size + 2 * FONT_SIZE * len(rows)
+    figure = Figure((len(titles) * width / DPI, sum(heights) + extra / 72), dpi=DPI, layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False, gridspec_kw={"height_ratios": heights})
+    figure.get_layout_engine().set(h_pad=0.1)
+    if legend:
+        draw_legend(figure, legend, size)
+    for i, (row, row_axes) in enumerate(zip(rows, axes, strict=True)):
+        for title, cell, axis in zip(titles, row, row_axes, strict=True):
+            draw_cell(axis, cell, title if i == 0 else "", size)
+    FigureCanvasAgg(figure)  # measures text
+    figure.draw_without_rendering()  # Where labels have room is known once all else has its place.
+    figure.set_layout_engine("none")
+    for row, row_axes in zip(rows, axes, strict=True):
+        for cell, axis in zip(row, row_axes, strict=True):
+            if isinstance(cell, Scene):
+                place_labels(axis, cell.marks)
+    return figure
+
+
+def draw_legend(figure: Figure, styles: Sequence[Style], size: float) -> None:
+    """Explain looks of boxes above all titles."""
+    lines = [Line2D([], [], color=x.color, ls=x.line, lw=LINE_WIDTH, label=x.label(x.name)) for x in styles]
+    figure.legend(handles=lines, loc="outside upper center", ncols=len(styles), fontsize=size, handlelength=3)
+
+
+def draw_cell(axis: Axes, cell: Scene | Words, title: str, size: float) -> None:
+    """Draw all of a cell but its labels."""
+    axis.set(xticks=[], yticks=[], anchor="N")
+    axis.spines[:].set_visible(False)
+    axis.set_title(title, fontsize=size, parse_math=False)
+    if isinstance(cell, Words):
+        style = {"color": cell.color, "fontsize": WORDS_SIZE, "ha": "center", "va": "center", "parse_math": False}
+        text = wrap(cell.text, axis.get_window_extent().width, WORDS_SIZE)
+        axis.text(0.5, 0.5, text, in_layout=False, **style)
+        return
+    height, width = cell.pixels.shape[:2]
+    axis.set_xlabel(cell.caption, fontsize=FONT_SIZE, parse_math=False)
+    pixels = overlay_masks(cell.pixels, [mark.mask for mark in cell.marks], 2 * round(axis.get_window_extent().width))
+    axis.imshow(pixels, extent=(0, width, height, 0))
+    for mark in cell.marks:
+        x0, y0, x1, y1 = mark.box
+        style = {"edgecolor": mark.style.color, "linestyle": mark.style.line, "linewidth": LINE_WIDTH}
+        halo = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="black")]
+        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, path_effects=halo, **style))
+
+
+def overlay_masks(pixels: np.ndarray, masks: Sequence[Any], width: int) -> np.ndarray:
+    """Return an image with each mask that is not None in a colour of its own, through which the image is seen.
+
+    Args:
+        pixels: The image, RGB (H, W, 3).
+        masks: Masks of (H, W) in forms that GenericMask reads.
+        width: A larger image is returned as one of this width.
+    """
+    palette = [color for color in colormap(rgb=True) if color.max() > BRIGHT]
+    shape = pixels.shape[:2]
+    scale = min(1, width / shape[1])
+    size = [max(1, round(scale * side)) for side in reversed(shape)]
+    pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    for i, mask in enumerate(masks):
+        if mask is not None:
+            small = cv2.resize(GenericMask(mask, *shape).mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+            inside = small.astype(bool)
+            pixels[inside] = (1 - MASK_OPACITY) * pixels[inside] + MASK_OPACITY * palette[i % len(palette)]
+    return pixels
+
+
+def place_labels(axis: Axes, marks: Sequence[Mark]) -> None:
+    """Write the labels of an image's marks, but for those that find no room at their box beside earlier ones."""
+    limits, taken = axis.get_window_extent(), []
+    for mark in filter(lambda mark: mark.label, marks):
+        background = {"facecolor": mark.style.color, "alpha": 0.85, "linewidth": 0, "pad": 1}
+        style = {"fontsize": LABEL_SIZE, "color": "black", "va": "bottom", "parse_math": False, "bbox": background}
+        text = axis.text(0, 0, mark.label, transform=None, **style)  # in pixels of the picture
+        room = text.get_window_extent().padded(1)
+        box = Bbox(axis.transData.transform(np.reshape(mark.box, (2, 2))))
+        place = find_place(box, room, limits, taken)
+        if place is None:
+            text.remove()
+        else:
+            text.set_position((place.x0 + 1, place.y0 + 1))
+            taken.append(place)
+
+
+def find_place(box: Bbox, size: Bbox, limits: Bbox, taken: Sequence[Bbox]) -> Bbox | None:
+    """Return where a label lies beside its box, or in it where the box is large, within limits and over no other label.
+
+    Args:
+        box: The box in pixels of the picture, y growing upwards.
+        size: A box of the label's size.
+        limits: The image's box.
+        taken: Where the other labels lie.
+    """
+    above, below = box.ymax, box.ymin - size.height
+    corners = [(box.xmin, above), (box.xmax - size.width, above), (box.xmin, below), (box.xmax - size.width, below)]
+    if box.width * box.height > 6 * size.width * size.height:
+        corners.append((box.xmin, box.ymax - size.height))
+    for x, y in corners:
+        x = min(max(x, limits.xmin), limits.xmax - size.width)
+        place = Bbox.from_bounds(x, y, size.width, size.height)
+        is_inside = limits.ymin <= place.ymin and place.ymax <= limits.ymax and x >= limits.xmin
+        if is_inside and not any(place.overlaps(other) for other in taken):
+            return place
+    return None
+
+
+def wrap(text: str, width: float, size: float) -> str:
+    """Return text whose lines are no wider than so many pixels at a font size, and at most two for each of its own."""
+    letters = int(width / (LETTER * size * DPI / 72))
+    return "\n".join(textwrap.fill(line, letters, max_lines=2, placeholder="…") for line in text.splitlines())
+
+
+def printable(text: str) -> str:
+    """Return text on one line: white space as single blanks, and what cannot be printed as an escape sequence."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+
+
+def save(figure: Figure, path: str) -> None:
+    """Write a picture as PNG, in one piece."""
+    write_whole(path, lambda file: figure.savefig(file, format="png"))
+
+
+def as_pixels(figure: Figure) -> np.ndarray:
+    """Return a picture as RGB, uint8 (H, W, 3)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
