@@ -1,18 +1,23 @@
 """Knowledge distillation of object detectors and instance segmenters for Detectron2.
 
-Importing this package registers its meta-architectures, distillation heads, taps and backbones.
+The first use of a name below registers all meta-architectures, distillation heads, taps and backbones of this package.
+Importing the package alone is quick and registers nothing.
 """
 
-from kd_det import backbones as _  # noqa: F401  registration
-from kd_det.classification import ImageClassifier
-from kd_det.config import add_kd_config
-from kd_det.errors import InputError
-from kd_det.heads import build_kd_heads
-from kd_det.meta_arch import TeacherStudent
-from kd_det.mutual import MutualStudents
-from kd_det.registry import KD_HEAD_REGISTRY, TAP_REGISTRY
-from kd_det.signals import Batch, Signals
-from kd_det.teacher import Teacher, build_teacher
+from typing import TYPE_CHECKING
+
+from kd_det.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from kd_det.classification import ImageClassifier
+    from kd_det.config import add_kd_config
+    from kd_det.errors import InputError
+    from kd_det.heads import build_kd_heads
+    from kd_det.meta_arch import TeacherStudent
+    from kd_det.mutual import MutualStudents
+    from kd_det.registry import KD_HEAD_REGISTRY, TAP_REGISTRY
+    from kd_det.signals import Batch, Signals
+    from kd_det.teacher import Teacher, build_teacher
 
 __version__ = "0.1.0"
 
@@ -30,3 +35,8 @@ __all__ = [
     "build_kd_heads",
     "build_teacher",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    ("backbones", "classification", "config", "errors", "heads", "meta_arch", "mutual", "registry", "signals", "teacher"),
+)
