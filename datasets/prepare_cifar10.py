@@ -10,11 +10,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
-from kd_det.data import class_names
-from kd_det.engine import run_tool
+from kd_det.engine.cli import run_tool
 from kd_det.errors import InputError
 
 
@@ -41,6 +39,10 @@ def main() -> None:
     args = parse_args()
     if args.output.exists():
         raise InputError(f"--output: {args.output} exists already; delete it or choose another folder.")
+    from detectron2.data import DatasetCatalog
+
+    from kd_det.data import class_names
+
     for split, count in (("train", args.train), ("test", args.test)):
         records = DatasetCatalog.get(f"cifar10_{split}")
         classes = class_names(f"cifar10_{split}")

@@ -8,14 +8,13 @@ and annotations/instances_{train,test}.json to the output folder; datasets/READM
 import argparse
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-from kd_det.data.annotation_files import coco_annotation, write_coco
+from kd_det.engine.cli import run_tool
 from kd_det.errors import InputError
 
 DARK = 100
@@ -59,6 +58,8 @@ def find_images(source: Path, fluorescence: bool, max_side: int | None) -> list[
 
 def convert(paths: list[Path], output: Path, split: str) -> str:
     """Copy the images of a split and write its annotations; tells what it has written."""
+    from kd_det.data.annotation_files import coco_annotation, write_coco
+
     images, annotations = [], []
     for image_id, path in enumerate(tqdm(paths, unit="image", desc=split, disable=None), 1):
         shutil.copyfile(path, output / "images" / path.name)
@@ -78,20 +79,17 @@ def convert(paths: list[Path], output: Path, split: str) -> str:
 
 def main() -> None:
     args = parse_args()
-    try:
-        if not 0 < args.test_share < 1:
-            raise InputError(f"--test-share: {args.test_share} found; a number between 0 and 1 is allowed.")
-        paths = find_images(args.source, args.fluorescence, args.max_side)
-        random.Random(args.seed).shuffle(paths)
-        test = round(args.test_share * len(paths))
-        if not 0 < test < len(paths):
-            raise InputError(f"{args.source}: {len(paths)} images fit, too few to train on some and test on others.")
-        (args.output / "images").mkdir(parents=True, exist_ok=True)
-        told = [convert(paths[test:], args.output, "train"), convert(paths[:test], args.output, "test")]
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    print(f"{args.output}: {', '.join(told)}.")
+    if not 0 < args.test_share < 1:
+        raise InputError(f"--test-share: {args.test_share} found; a number between 0 and 1 is allowed.")
+    paths = find_images(args.source, args.fluorescence, args.max_side)
+    random.Random(args.seed).shuffle(paths)
+    test = round(args.test_share * len(paths))
+    if not 0 < test < len(paths):
+        raise InputError(f"{args.source}: {len(paths)} images fit, too few to train on some and test on others.")
+    (args.output / "images").mkdir(parents=True, exist_ok=True)
+    written = [convert(paths[test:], args.output, "train"), convert(paths[:test], args.output, "test")]
+    print(f"{args.output}: {', '.join(written)}.")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -5,11 +5,9 @@ The folder is in COCO and in Pascal VOC layout at once; datasets/README.md shows
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from kd_det.data.shapes_folder import write_shapes
-from kd_det.errors import InputError
+from kd_det.engine.cli import run_tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,12 +22,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    try:
-        written = write_shapes(args.output, train=args.train, test=args.test, size=args.size, seed=args.seed)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    from kd_det.data.shapes_folder import write_shapes
+
+    written = write_shapes(args.output, train=args.train, test=args.test, size=args.size, seed=args.seed)
     print(f"{args.output}: {'written' if written else 'already there, with these parameters'}.")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

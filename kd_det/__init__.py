@@ -38,5 +38,16 @@ __all__ = [
 
 __getattr__, __dir__ = lazy_names(
     __name__,
-    ("backbones", "classification", "config", "errors", "heads", "meta_arch", "mutual", "registry", "signals", "teacher"),
+    (
+        "backbones",
+        "classification",
+        "config",
+        "errors",
+        "heads",
+        "meta_arch",
+        "mutual",
+        "registry",
+        "signals",
+        "teacher",
+    ),
 )

@@ -1,10 +1,30 @@
 """The registries that users extend."""
 
 import re
+from collections.abc import Iterator
 
 from detectron2.utils.registry import Registry
 
-KD_HEAD_REGISTRY = Registry("KD_HEAD")
+from kd_det.lazy import import_names
+
+
+class CompleteRegistry(Registry):
+    """A registry that contains all of this package's classes, whichever of its modules has been imported."""
+
+    def get(self, name: str) -> type:
+        import_names("kd_det")
+        return super().get(name)
+
+    def __contains__(self, name: str) -> bool:
+        import_names("kd_det")
+        return super().__contains__(name)
+
+    def __iter__(self) -> Iterator[tuple[str, type]]:
+        import_names("kd_det")
+        return super().__iter__()
+
+
+KD_HEAD_REGISTRY = CompleteRegistry("KD_HEAD")
 KD_HEAD_REGISTRY.__doc__ = """
 Registry of distillation heads: one paper, one module, adapters and loss together.
 
@@ -36,7 +56,7 @@ Its keys live in the config node ``KD.<CONFIG_KEY>`` (see :func:`config_key`), w
 Their defaults are the class attribute ``config``, a dict.
 """
 
-TAP_REGISTRY = Registry("TAP")
+TAP_REGISTRY = CompleteRegistry("TAP")
 TAP_REGISTRY.__doc__ = """
 Registry of taps: ``XTap`` reads the signals of the meta-architecture ``X`` and of its subclasses.
 

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kd_det import add_kd_config
-from kd_det.engine import Trainer, add_distillation_arguments, run_tool
+from kd_det.engine import Trainer, run_tool
+from kd_det.engine.arguments import training_parser
 from kd_det.engine.launching import launch_workers
 from kd_det.registry import config_key
 
@@ -210,9 +210,7 @@ def with_data(cfg: CfgNode, root: Path, output: Path, name: str = "") -> CfgNode
 
 def parse(*arguments: str) -> argparse.Namespace:
     """Arguments of ``tools/train_net.py``."""
-    parser = default_argument_parser()
-    add_distillation_arguments(parser)
-    return parser.parse_args(list(map(str, arguments)))
+    return training_parser("").parse_args(list(map(str, arguments)))
 
 
 def train_net(*arguments: str) -> None:

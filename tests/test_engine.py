@@ -17,7 +17,7 @@ from kd_det.config import find_config, merge_file, student_config
 from kd_det.data import register_datasets
 from kd_det.data.loader import seed_everything
 from kd_det.engine import Trainer, import_plugin, run_tool, setup
-from kd_det.engine.setup import apply_distillation_arguments
+from kd_det.engine.run_config import apply_distillation_arguments
 
 HEADS = ["ReviewKDHead", "HintHead"]
 pytestmark = pytest.mark.usefixtures("in_process")

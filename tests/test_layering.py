@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "registry", "signals", "config", "schedules", "files", "fetching"}
+GROUND = {"errors", "lazy", "registry", "signals", "config", "schedules", "files", "fetching"}
 GROUND |= {"checkpoint_files", "unpickling", "formats"}
 DISTILS = {"taps", "heads", "losses", "teacher", "gradients", "meta_arch", "peers", "mutual"}
 CHECKPOINTS = {"checkpoint", "checkpoint_folder"}
@@ -29,7 +29,7 @@ ALLOWED = {
     "peers": GROUND | {"taps", "heads", "checkpoint"},
     "mutual": GROUND | {"taps", "heads", "losses", "gradients", "meta_arch", "peers"},
     "engine": BELOW_ENGINE,
-    "export": GROUND | CHECKPOINTS | {"classification"},
+    "export": BELOW_ENGINE | {"engine"},
     "analysis": BELOW_ENGINE | {"engine", "export"},
     "benchmarking": BELOW_ENGINE | {"engine"},
 }

@@ -28,21 +28,7 @@ import json
 import os
 from pathlib import Path
 
-import torch
-
-from kd_det.benchmarking import (
-    Row,
-    Setup,
-    combinations,
-    combinations_table,
-    measure,
-    measure_loader,
-    mixed_precision,
-    profile,
-    switches,
-    switches_table,
-)
-from kd_det.engine import run_tool
+from kd_det.engine.cli import run_tool
 from kd_det.errors import InputError
 
 COMBINATIONS = [
@@ -61,16 +47,13 @@ COMBINATIONS = [
 
 
 def parse_args() -> argparse.Namespace:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--heads", nargs="+", default=COMBINATIONS, metavar="HEAD,...", help="combinations; none: KD.HEADS []"
     )
     parser.add_argument("--rounds", type=int, default=11, help="times that each is measured (%(default)s)")
-    parser.add_argument(
-        "--size", type=int, default=800 if cuda else 320, help="side of the images in pixels (%(default)s)"
-    )
-    parser.add_argument("--batch", type=int, default=8 if cuda else 2, help="images per step (%(default)s)")
+    parser.add_argument("--size", type=int, help="side of the images in pixels (800, without a GPU 320)")
+    parser.add_argument("--batch", type=int, help="images per step (8, without a GPU 2)")
     parser.add_argument(
         "--depths",
         type=int,
@@ -94,42 +77,40 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output", metavar="FOLDER", help="also write benchmark.md and benchmark.json there")
     args = parser.parse_args()
-    if min(args.rounds, args.batch) < 1 or args.size < 64:
-        raise InputError("--rounds and --batch must be at least 1, --size at least 64.")
+    for name, least in {"rounds": 1, "batch": 1, "size": 64}.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name}: must be {least} or more, got {value}.")
     return args
-
-
-def with_teacher(rows: list[Row]) -> Row:
-    """The first row that has heads, and so a teacher.
-
-    Raises:
-        InputError: If there is none.
-    """
-    for row in rows:
-        if row.heads:
-            return row
-    raise InputError("--heads: only 'none' is named, which has no teacher to measure.")
 
 
 def main() -> None:
     args = parse_args()
+    import torch
+
+    from kd_det import benchmarking
+
     if args.loader:
-        print(measure_loader(args.loader[0], args.loader[1:]))
+        print(benchmarking.measure_loader(args.loader[0], args.loader[1:]))
         return
     if args.output:
         os.makedirs(args.output, exist_ok=True)
-    setup = Setup(depths=tuple(args.depths), batch=args.batch, size=args.size, rounds=args.rounds)
-    rows = combinations(args.heads, mixed_precision(args.amp))
+    batch, size = (8, 800) if torch.cuda.is_available() else (2, 320)
+    setup = benchmarking.Setup(
+        depths=tuple(args.depths), batch=args.batch or batch, size=args.size or size, rounds=args.rounds
+    )
+    rows = benchmarking.combinations(args.heads, benchmarking.mixed_precision(args.amp))
     if args.profile:
-        print(profile(with_teacher(rows), setup, Path(args.output, "trace.json") if args.output else None))
+        trace = Path(args.output, "trace.json") if args.output else None
+        print(benchmarking.profile(benchmarking.with_teacher(rows), setup, trace))
         return
     if args.switches:
-        row = with_teacher(rows)
-        results = measure(switches(row), setup) | {"amp": args.amp, "heads": row.heads}
-        table = switches_table(results)
+        row = benchmarking.with_teacher(rows)
+        results = benchmarking.measure(benchmarking.switches(row), setup) | {"amp": args.amp, "heads": row.heads}
+        table = benchmarking.switches_table(results)
     else:
-        results = measure(rows, setup, arithmetic=True) | {"amp": args.amp}
-        table = combinations_table(results)
+        results = benchmarking.measure(rows, setup, arithmetic=True) | {"amp": args.amp}
+        table = benchmarking.combinations_table(results)
     print(table)
     if args.output:
         Path(args.output, "benchmark.md").write_text(table + "\n", encoding="utf-8")

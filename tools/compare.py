@@ -11,8 +11,8 @@ detector the hits, the false detections and the missed objects, with the score t
 
 import argparse
 
-from kd_det.analysis import compare, split_run
-from kd_det.engine import import_plugin, run_tool
+from kd_det.engine.arguments import add_plugin_argument
+from kd_det.engine.cli import import_plugin, run_tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,12 +29,14 @@ def parse_args() -> argparse.Namespace:
         metavar="SCORE",
         help="least score of the boxes in the picture (default: that of each detector's best F1 on the test set)",
     )
-    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file to import first")
+    add_plugin_argument(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    from kd_det.analysis import compare, split_run
+
     for path in args.plugin:
         import_plugin(path)
     runs = [split_run(run) for run in args.run]

@@ -15,10 +15,8 @@ forward and backward passes.
 
 import argparse
 
-from kd_det.analysis import split_run
-from kd_det.analysis.compare_concepts import compare_concepts
-from kd_det.analysis.table import make_rows
-from kd_det.engine import import_plugin, run_tool
+from kd_det.engine.arguments import add_plugin_argument
+from kd_det.engine.cli import import_plugin, run_tool
 from kd_det.errors import InputError
 
 
@@ -34,18 +32,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=96, help="how many of them are computed at a time (%(default)s)")
     parser.add_argument("--weight", type=float, default=6.0, help="of the noise's entropy (%(default)s)")
     parser.add_argument("--threshold", type=float, default=0.2, help="of a concept, in nats (%(default)s)")
-    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file to import first")
+    add_plugin_argument(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    for path in args.plugin:
-        import_plugin(path)
     search = {name: getattr(args, name) for name in ("grid", "steps", "copies", "batch", "weight")}
     for name, value in {"images": args.images, **search}.items():
         if value <= 0:
             raise InputError(f"--{name}: must be above 0, got {value}.")
+    from kd_det.analysis import split_run
+    from kd_det.analysis.compare_concepts import compare_concepts
+    from kd_det.analysis.table import make_rows
+
+    for path in args.plugin:
+        import_plugin(path)
     runs = [split_run(run) for run in args.run]
     found = compare_concepts(
         runs, args.feature, dataset=args.dataset, images=args.images, threshold=args.threshold, **search

@@ -15,15 +15,10 @@ alone, too. Such a detector needs the classifier's INPUT.FORMAT, MODEL.PIXEL_MEA
 """
 
 import argparse
-import os
 
-import torch
-from detectron2.data import DatasetCatalog
-
-from kd_det.data import check_files, register_datasets
-from kd_det.engine import build_test_mapper, import_plugin, run_tool
+from kd_det.engine.arguments import add_plugin_argument
+from kd_det.engine.cli import import_plugin, run_tool
 from kd_det.errors import InputError
-from kd_det.export import export_student, find_run, header, read_student_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,39 +37,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--device", default="cpu", choices=["cpu", "cuda"], help="what student.ts will run on (%(default)s)"
     )
-    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file to import first")
+    add_plugin_argument(parser)
     return parser.parse_args()
-
-
-def read_sample(cfg, image: str | None, size: list[int] | None) -> torch.Tensor:
-    """An image as the model expects it."""
-    if size:
-        if min(size) < 1:
-            raise InputError(f"--size: both must be above 0, got {size[0]} and {size[1]}.")
-        return torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) * 255
-    if image and not os.path.isfile(image):
-        raise InputError(f"--image: there is no file {image}.")
-    if image:
-        record = {"file_name": image, "label": 0}
-    else:
-        try:
-            register_datasets(cfg)
-            check_files(cfg, train=False)
-            records = [record for name in cfg.DATASETS.TEST for record in DatasetCatalog.get(name)]
-        except InputError as error:
-            raise InputError(f"--image: none is given, and DATASETS.TEST has none: {error}") from error
-        if not records:
-            raise InputError(f"--image: none is given, and DATASETS.TEST, {list(cfg.DATASETS.TEST)}, has none.")
-        record = records[0]
-    return build_test_mapper(cfg)(record)["image"].float()
 
 
 def main() -> None:
     args = parse_args()
-    for path in args.plugin:
-        import_plugin(path)
     if bool(args.run) == bool(args.config_file or args.weights) or bool(args.config_file) != bool(args.weights):
         raise InputError("give either --run, or --config-file and --weights.")
+    import torch
+
+    from kd_det.export import export_student, find_run, header, read_sample, read_student_config
+
+    for path in args.plugin:
+        import_plugin(path)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device: this machine has no GPU.")
     config_file, weights = find_run(args.run) if args.run else (args.config_file, args.weights)

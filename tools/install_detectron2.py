@@ -14,6 +14,7 @@ for, and to refuse any file but the one with the hash below. Good to know:
 An official build always comes first: install one, and this script leaves it alone. Run it again after an interruption.
 """
 
+import argparse
 import importlib.metadata
 import subprocess
 import sys
@@ -59,6 +60,7 @@ def install():
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     works, found = probe()
     if works:
         return print(f"detectron2 {found}")

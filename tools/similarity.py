@@ -9,10 +9,8 @@ become one row: mean and standard deviation. The halves are those of KD.INHERIT_
 
 import argparse
 
-from kd_det.analysis import split_run
-from kd_det.analysis.compare_halves import compare_halves
-from kd_det.analysis.table import make_rows
-from kd_det.engine import import_plugin, run_tool
+from kd_det.engine.arguments import add_plugin_argument
+from kd_det.engine.cli import import_plugin, run_tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -21,12 +19,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--run", action="append", required=True, metavar="NAME=SOURCE", help="a student; repeat it")
     parser.add_argument("--feature", required=True, metavar="NAME", help="for example res4, p4 or roi_features")
     parser.add_argument("--dataset", metavar="NAME", help="the test set (default: DATASETS.TEST of the teacher)")
-    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file to import first")
+    add_plugin_argument(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    from kd_det.analysis import split_run
+    from kd_det.analysis.compare_halves import compare_halves
+    from kd_det.analysis.table import make_rows
+
     for path in args.plugin:
         import_plugin(path)
     runs = [split_run(run) for run in args.run]

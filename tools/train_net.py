@@ -19,18 +19,18 @@ SIGTERM, Ctrl-C and SIGUSR1 (SLURM: --signal=USR1@120) end a training after its 
 
 import argparse
 
-from detectron2.engine import default_argument_parser
-
-from kd_det.checkpoint import KDCheckpointer, load_strictly
-from kd_det.config import student_config
-from kd_det.engine import Trainer, add_distillation_arguments, run_tool, setup
-from kd_det.engine.interruption import interruptible
-from kd_det.engine.launching import launch_workers
-from kd_det.engine.stages import train
-from kd_det.errors import InputError
+from kd_det.engine.arguments import training_parser
+from kd_det.engine.cli import run_tool
 
 
 def main(args: argparse.Namespace) -> None:
+    from kd_det.checkpoint import KDCheckpointer, load_strictly
+    from kd_det.config import student_config
+    from kd_det.engine import Trainer, setup
+    from kd_det.engine.interruption import interruptible
+    from kd_det.engine.stages import train
+    from kd_det.errors import InputError
+
     cfg = setup(args)
     if args.eval_only:
         cfg = student_config(cfg)
@@ -48,7 +48,12 @@ def main(args: argparse.Namespace) -> None:
         train(cfg, resume=args.resume)
 
 
+def launch() -> None:
+    args = training_parser(__doc__).parse_args()
+    from kd_det.engine.launching import launch_workers
+
+    launch_workers(main, args)
+
+
 if __name__ == "__main__":
-    parser = default_argument_parser(epilog=__doc__)
-    add_distillation_arguments(parser)
-    run_tool(lambda: launch_workers(main, parser.parse_args()))
+    run_tool(launch)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kd_det.errors import InputError
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -62,3 +64,15 @@ def switches(row: Row) -> list[Row]:
     found["all, bfloat16"] = mixed_precision("bfloat16") | dict.fromkeys(keys, True)
     rows = [Row(name, row.heads, {**row.options, **options}) for name, options in found.items()]
     return [Row("all off", row.heads, row.options), *rows]
+
+
+def with_teacher(rows: list[Row]) -> Row:
+    """Find the first row that has heads, and so a teacher.
+
+    Raises:
+        InputError: If there is none.
+    """
+    for row in rows:
+        if row.heads:
+            return row
+    raise InputError("--heads: only 'none' is named, which has no teacher to measure.")

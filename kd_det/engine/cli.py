@@ -1,6 +1,5 @@
-"""Share what the command-line tools have in common: arguments, plugins, errors in one line."""
+"""Share what the command-line tools have in common: plugins, errors in one line."""
 
-import argparse
 import errno
 import importlib.util
 import logging
@@ -10,9 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
-
-from kd_det.engine.interruption import INTERRUPTED
+from kd_det.engine.quiet import silence_third_parties
 from kd_det.errors import InputError
 
 # How an error that is no defect begins in the traceback of another process.
@@ -21,25 +18,6 @@ TOLD = re.compile(
     r"|OSError(?=: \[Errno (?:28|122)\])): ",
     re.MULTILINE,
 )
-
-
-def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that turn any Detectron2 config into a distillation run."""
-    group = parser.add_argument_group("distillation")
-    group.add_argument("--teacher", metavar="CONFIG", help="the teacher's config: a file, or a name of the model zoo")
-    group.add_argument(
-        "--teacher-weights", metavar="FILE", help="the teacher's checkpoint, if its config names another"
-    )
-    group.add_argument(
-        "--kd-heads", metavar="HEAD,...", help="distillation heads, for example ReviewKDHead,SoftTargetHead"
-    )
-    group.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="Python file to import first: registers heads of yours",
-    )
 
 
 def import_plugin(path: str) -> None:
@@ -64,13 +42,10 @@ def run_tool(main: Callable[[], None]) -> None:
     That is a user's mistake, a path that cannot be what it is used for, a diverged loss or a full disk. For an
     interruption see :mod:`kd_det.engine.interruption`.
     """
+    silence_third_parties()
     logging.getLogger("detectron2.engine.train_loop").addFilter(is_defect)
     try:
         main()
-    except ProcessExitedException as error:
-        if error.exit_code != INTERRUPTED:
-            raise
-        sys.exit(INTERRUPTED)
     except Exception as error:
         if not is_told(error):
             raise
@@ -87,9 +62,11 @@ def is_told(error: BaseException) -> bool:
     if isinstance(error, OSError):
         wrong_place = FileExistsError | IsADirectoryError | NotADirectoryError | PermissionError
         return isinstance(error, wrong_place) or error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, ProcessRaisedException):
-        return bool(TOLD.search(str(error)))
-    return isinstance(error, InputError | FloatingPointError)
+    if isinstance(error, InputError | FloatingPointError):
+        return True
+    from torch.multiprocessing import ProcessRaisedException
+
+    return isinstance(error, ProcessRaisedException) and bool(TOLD.search(str(error)))
 
 
 def is_defect(record: logging.LogRecord) -> bool:

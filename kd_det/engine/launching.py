@@ -3,14 +3,16 @@
 import os
 import re
 import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 
 import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
 
-from kd_det.engine.interruption import in_own_session, passing_on
+from kd_det.engine.interruption import INTERRUPTED, in_own_session, passing_on
 from kd_det.errors import InputError
 
 
@@ -35,15 +37,20 @@ def launch_workers(main: Callable[[Namespace], None], args: Namespace) -> None:
     if args.num_gpus * args.num_machines <= 1:
         main(args)
         return
-    with passing_on():
-        launch(
-            in_own_session,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(main, args),
-        )
+    try:
+        with passing_on():
+            launch(
+                in_own_session,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, args),
+            )
+    except ProcessExitedException as error:
+        if error.exit_code != INTERRUPTED:
+            raise
+        sys.exit(INTERRUPTED)
 
 
 def run_rank(main: Callable[[Namespace], None], args: Namespace) -> None:

@@ -1,6 +1,7 @@
 """Students of runs: read, loaded, and written for others."""
 
 from kd_det.export.run_folder import find_run, load_student, read_student_config
+from kd_det.export.sample import read_sample
 from kd_det.export.student import Exported, export_student, header
 
-__all__ = ["Exported", "export_student", "find_run", "header", "load_student", "read_student_config"]
+__all__ = ["Exported", "export_student", "find_run", "header", "load_student", "read_sample", "read_student_config"]

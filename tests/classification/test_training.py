@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from helpers import ROOT, interrupted_at, train_net
 
 from kd_det import InputError
-from kd_det.engine.setup import epochs_to_iterations
+from kd_det.engine.run_config import epochs_to_iterations
 
 from .models import classifier_cfg
 

@@ -1,0 +1,54 @@
+"""Every tool tells at once what it takes, before anything that is slow to import or that warns."""
+
+import subprocess
+import sys
+
+import pytest
+from detectron2.engine import default_argument_parser
+from helpers import ROOT
+
+from kd_det.engine.arguments import training_parser
+
+TOOLS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("datasets/prepare_*.py")])
+RUN = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("imported:", *sorted({"torch", "detectron2", "timm"} & sys.modules.keys()))
+"""
+
+
+def run(tool, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", RUN, tool, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.stem)
+def test_help_and_wrong_arguments_are_quick(tool):
+    for arguments, status in ((["--help"], 0), (["--no-such-option"], 2)):
+        done = run(tool, *arguments)
+        assert done.returncode == status, done.stderr
+        assert done.stdout.endswith("imported:\n")
+        assert "usage: " in (done.stdout if status == 0 else done.stderr)
+        assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("export_student", ["--output", "x"], "error: give either --run, or --config-file and --weights."),
+        ("concepts", ["--run", "a=b", "--feature", "res4", "--grid", "0"], "error: --grid: must be above 0, got 0."),
+        ("benchmark", ["--size", "32"], "error: --size: must be 64 or more, got 32."),
+    ],
+)
+def test_wrong_values_are_quick(tool, arguments, message):
+    done = run(ROOT / f"tools/{tool}.py", *arguments)
+    assert (done.returncode, done.stderr) == (1, f"{message}\n")
+    assert done.stdout == "imported:\n"
+
+
+def test_training_takes_the_arguments_of_detectron2():
+    stock = vars(default_argument_parser().parse_args(["OUTPUT_DIR", "x"]))
+    own = vars(training_parser("").parse_args(["OUTPUT_DIR", "x"]))
+    assert own.items() >= stock.items()
