@@ -5,7 +5,6 @@ import logging
 import detectron2.utils.comm as comm
 import torch
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils.logger import create_small_table
 
 from kd_det.data import class_names
 
@@ -63,7 +62,6 @@ class ClassificationEvaluator(DatasetEvaluator):
         if len(counts) > 5:
             results["top5"] = 100 * top5 / images
         results["error"] = 100 - results["top1"]
-        self._logger.info("%s, %d images:\n%s", self._dataset_name, images, create_small_table(results))
         if len(counts) <= MAX_LISTED:
             names = dict(enumerate(class_names(self._dataset_name)))
             for index, (own, hits, _) in enumerate(counts.tolist()):

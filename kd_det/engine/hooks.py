@@ -25,12 +25,18 @@ class BestCheckpointer(HookBase):
     Args:
         period: Iterations from one evaluation to the next; 0: only at the end.
         metric: Of the evaluation, for example ``bbox/AP``; more is better.
+
+    Attributes:
+        results: All that the best evaluation found; empty before the first one.
+        iteration: Its iteration.
     """
 
     def __init__(self, period: int, metric: str):
         self.period = period
         self.metric = metric
         self.best = -math.inf
+        self.results: dict[str, float] = {}
+        self.iteration = -1
 
     def before_train(self) -> None:
         path = os.path.join(self.trainer.checkpointer.save_dir, "model_best.pth")
@@ -38,8 +44,9 @@ class BestCheckpointer(HookBase):
             return
         try:
             data = read_checkpoint(path)
-            if data["trainer"]["run"] == self.trainer.run:
-                self.best = float(data["best"].get(self.metric, self.best))
+            if data["trainer"]["run"] == self.trainer.run and self.metric in data["best"]:
+                self.best, self.iteration = float(data["best"][self.metric]), int(data["iteration"])
+                self.results = dict(data.get("results", data["best"]))
         except (UnreadableError, AttributeError, LookupError, TypeError, ValueError) as error:
             logger.warning(
                 "How good the best checkpoint is cannot be read (%s: %s); the next evaluation replaces %s.",
@@ -64,8 +71,10 @@ class BestCheckpointer(HookBase):
         if found[self.metric] > self.best:
             self.best = float(found[self.metric])
             logger.info("The best so far: %s is %.4f.", self.metric, self.best)
-            iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
-            self.trainer.checkpointer.write("model_best", iteration=iteration, best={self.metric: self.best})
+            self.results = {name: float(value) for name, value in found.items()}
+            self.iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
+            best = {self.metric: self.best}
+            self.trainer.checkpointer.write("model_best", iteration=self.iteration, best=best, results=self.results)
 
 
 class Rewind(HookBase):

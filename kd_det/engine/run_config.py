@@ -3,6 +3,7 @@
 import argparse
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.utils.logger import setup_logger
 
 from kd_det.config import DISTILLED, add_kd_config, check_parts, find_config, look_up, merge_file, merge_list
 from kd_det.data import check_files, check_num_classes, count_training_images, register_datasets
 from kd_det.engine.cli import import_plugin
+from kd_det.engine.run_log import start_logging
 from kd_det.errors import InputError
 from kd_det.files import write_whole
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
@@ -59,9 +60,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
         merge_file(cfg, args.config_file)
     apply_distillation_arguments(cfg, args)
     merge_list(cfg, args.opts, "command line")
+    if args.eval_only and not args.resume and "OUTPUT_DIR" not in args.opts[::2]:
+        write_beside_weights(cfg)
     check_run(cfg, f"{args.config_file or 'the config'} with the overrides")
+    warning = ""
     if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
-        logger.warning("MODEL.DEVICE: this machine has no GPU, going on with cpu instead of %s.", cfg.MODEL.DEVICE)
+        warning = f"MODEL.DEVICE: this machine has no GPU, going on with cpu instead of {cfg.MODEL.DEVICE}."
         cfg.MODEL.DEVICE = "cpu"
     register_datasets(cfg)
     check_files(cfg, train=not args.eval_only)
@@ -69,10 +73,24 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if cfg.SOLVER.IN_EPOCHS and not args.eval_only:
         epochs_to_iterations(cfg, count_training_images(cfg))
     cfg.freeze()
+    start_logging(cfg.OUTPUT_DIR)
+    if warning:
+        logger.warning(warning)
     with kept(Path(cfg.OUTPUT_DIR, "config.yaml")):
         default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
+    logger.info("The log with all details, environment and config among them: %s", Path(cfg.OUTPUT_DIR, "log.txt"))
     return cfg
+
+
+def write_beside_weights(cfg: CfgNode) -> None:
+    """Let an evaluation write into the folder of the run whose checkpoint it evaluates, if MODEL.WEIGHTS is of a run.
+
+    Args:
+        cfg: The config, whose OUTPUT_DIR is changed.
+    """
+    folder = os.path.dirname(cfg.MODEL.WEIGHTS) or "."
+    if os.path.isfile(os.path.join(folder, "config.yaml")) and os.access(folder, os.W_OK):
+        cfg.OUTPUT_DIR = folder
 
 
 def check_run(cfg: CfgNode, source: str) -> None:

@@ -71,6 +71,11 @@ def log_summary(trainer: Trainer, *, stage: str = "") -> None:
         turns = ", one after the other" if model.sequential else ""
         method = trainer.cfg.KD.MUTUAL.METHOD
         parts.append(f"They teach each other {model.logits}{turns}, weight {model.weight:g} ({method}).")
+    solver, datasets = trainer.cfg.SOLVER, trainer.cfg.DATASETS
+    evaluated = f"evaluated on {', '.join(datasets.TEST)}" if datasets.TEST else "not evaluated"
+    parts.append(
+        f"On {', '.join(datasets.TRAIN)}: {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images; {evaluated}."
+    )
     if stage:
         parts.append(f"A stage before has trained {stage}.")
     logger.info("What is trained:\n%s", "\n\n".join(parts))

@@ -19,8 +19,10 @@ from kd_det.data.loader import seed_everything
 from kd_det.engine.ema import build_ema
 from kd_det.engine.evaluation import build_evaluator, share_buffers
 from kd_det.engine.event_writers import build_writers, drop_lines, metrics_path
-from kd_det.engine.hooks import with_own_hooks
+from kd_det.engine.hooks import BestCheckpointer, with_own_hooks
 from kd_det.engine.loaders import build_test_loader, build_train_loader
+from kd_det.engine.results import ClosingTable, log_results
+from kd_det.engine.run_log import printed_to_log
 from kd_det.engine.step_trainer import build_step_trainer
 from kd_det.engine.visualization import build_visualization
 from kd_det.errors import InputError
@@ -113,8 +115,12 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             found[-1:-1] = build_visualization(self.cfg, self.plain_model)  # The last one writes what is there.
         hooks = with_own_hooks(found, self.cfg, self.ema)
-        if isinstance(self.plain_model, MutualStudents) and comm.is_main_process():
+        peers = self.plain_model.configs[1:] if isinstance(self.plain_model, MutualStudents) else []
+        if peers and comm.is_main_process():
             hooks.insert(0, PeerWriter(self.plain_model.students, self.plain_model.configs))
+        if comm.is_main_process():
+            best = next((hook for hook in hooks if isinstance(hook, BestCheckpointer)), None)
+            hooks.append(ClosingTable([peer.OUTPUT_DIR for peer in peers], best))
         return hooks
 
     @classmethod
@@ -123,12 +129,20 @@ class Trainer(DefaultTrainer):
         plain = model.module if isinstance(model, DistributedDataParallel) else model
         share_buffers(plain)
         if not isinstance(plain, MutualStudents):
-            return super().test(cfg, model, evaluators)
+            return cls._test_one(cfg, model, evaluators)
         results = {}
         for i, (student, own) in enumerate(zip(plain.students, plain.configs, strict=True), 1):
             logger.info("Student %d of %d:", i, len(plain.students))
-            found = super().test(own, student, evaluators)
+            found = cls._test_one(own, student, evaluators)
             results |= found if i == 1 else {f"peer_{i}": found}
+        return results
+
+    @classmethod
+    def _test_one(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None) -> dict:
+        with printed_to_log(logger):
+            results = super().test(cfg, model, evaluators)
+        if comm.is_main_process():
+            log_results(results, cfg.DATASETS.TEST)
         return results
 
     def state_dict(self) -> dict:

@@ -22,7 +22,7 @@ def run(monkeypatch, tmp_path):
         monkeypatch.setattr(
             sys, "argv", ["prepare_nuclei.py", str(tmp_path / "in"), "--output", str(tmp_path / "out"), *options]
         )
-        script.main()
+        script.run_tool(script.main)
 
     return call
 

@@ -9,7 +9,8 @@ import torch
 from detectron2.utils.events import EventStorage
 from helpers import LEVELS, tiny_cfg, with_data, write_yaml
 
-from kd_det.benchmarking import Row, Setup, case, loader, measurement, switches
+from kd_det import benchmarking
+from kd_det.benchmarking import Row, Setup, case, loader_speed, measurement, switches
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_weights_and_boxes_stay(options):
 def test_switches(benchmark, monkeypatch, tmp_path, capsys):
     off = Row("all off", ("HintHead",))
     rows = [off, *(row for row in switches(off) if row.name == "KD.TEACHER.CHANNELS_LAST")]
-    monkeypatch.setattr(benchmark, "switches", lambda row: rows)
+    monkeypatch.setattr(benchmarking, "switches", lambda row: rows)
     run(benchmark, monkeypatch, "--switches", "--heads", "none", "HintHead", "--output", tmp_path)
     assert "| KD.TEACHER.CHANNELS_LAST |" in capsys.readouterr().out
     results = json.loads((tmp_path / "benchmark.json").read_text())
@@ -99,7 +100,7 @@ def test_profile(benchmark, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.usefixtures("in_process")
 def test_loader(benchmark, monkeypatch, coco_folder, tmp_path, capsys):
-    monkeypatch.setattr(loader, "SECONDS", 0.1)
+    monkeypatch.setattr(loader_speed, "SECONDS", 0.1)
     config = write_yaml(tmp_path / "config.yaml", with_data(tiny_cfg(), coco_folder, tmp_path))
     run(benchmark, monkeypatch, "--loader", config, "SOLVER.IMS_PER_BATCH", 3)
     found = re.fullmatch(r"\S+: (\d+) images per second with 0 workers, 3 per batch\n", capsys.readouterr().out)
