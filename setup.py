@@ -43,7 +43,8 @@ setup(
         "opencv-python",
         "pycocotools>=2.0.2",
         "tabulate",
-        "timm>=1.0",
+        # The first whose every way to load weights has weights_only; earlier ones run code from some files of hf-hub:.
+        "timm>=1.0.26",
         # The first to load checkpoints with weights_only by default.
         "torch>=2.6",
         "torchvision>=0.21",

@@ -124,15 +124,19 @@ def fit_names(loaded: dict[str, Any], own: Collection[str], path: str) -> dict[s
         return loaded | {"model": rename_torchvision_resnet(state, path), "matching_heuristics": True}
     if "linear.weight" in state and "linear.weight" not in own:
         return loaded | {"model": backbone_of_classifier(state), "matching_heuristics": True}
-    if is_part(state, own):
-        return loaded | {"model": state, "matching_heuristics": True}
-    return loaded | {"model": state}
+    part = name_part(state, own)
+    return loaded | ({"model": part, "matching_heuristics": True} if part else {"model": state})
 
 
-def is_part(state: dict[str, Tensor], own: Collection[str]) -> bool:
-    """Whether most keys are a model's without what they begin with there, as those of its backbone alone."""
-    ends = {key[i + 1 :] for key in own for i, letter in enumerate(key) if letter == "."}
-    return state.keys().isdisjoint(own) and len(ends & state.keys()) > len(state) / 2
+def name_part(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """Name the weights of a part of a model, such as its backbone; {} where most are not of such a part.
+
+    A network of timm that gives features has ``stages_0`` for ``stages.0``.
+    """
+    ends = {(end := key[i + 1 :]).replace("_", "."): end for key in own for i, x in enumerate(key) if x == "."}
+    named = {ends.get(key.replace("_", "."), key): value for key, value in state.items()}
+    few = len(named.keys() & set(ends.values())) <= len(state) / 2
+    return {} if few or not state.keys().isdisjoint(own) else named
 
 
 def strip_wrappers(state: dict[str, Tensor], own: Collection[str], path: str) -> dict[str, Tensor]:
