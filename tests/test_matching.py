@@ -66,6 +66,14 @@ def test_crowds_are_neither_missed_nor_found():
     assert operating_point(match([(annotations, found)])) == OperatingPoint(0.7, 1.0)
 
 
+def test_classes_that_are_not_labelled_are_neither_right_nor_wrong():
+    images = [(objects(SQUARE), detections((FAR, 0.9, 1), (SQUARE, 0.8), (FAR, 0.7, 2)))]
+    (matches,) = match(images, classes=1)
+    assert matches.at(0).hits.tolist() == [False, True, False]
+    assert not matches.at(0).false.any()
+    assert operating_point([matches]) == OperatingPoint(0.8, 1.0)
+
+
 def test_results_stay_with_their_images():
     images = [
         (objects(SQUARE), detections((FAR, 0.6))),

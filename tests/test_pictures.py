@@ -111,17 +111,17 @@ def texts(figure, column: int) -> list[str]:
 
 
 def test_labels(image):
-    """The name of the only class says nothing; a class without a name has its index."""
-    found = {"run": [detections((LEFT, 0, 0.9), (RIGHT, 7, 0.8))]}
+    """The name of the only class says nothing, and that of a class that is not labelled is not known."""
+    found = {"run": [detections((LEFT, 0, 0.9), (RIGHT, 0, 0.8), ((1, 1, 9, 9), 2, 0.7))]}
     figure = draw_detections([image], NAMES, found, {"run": choice()})
     assert texts(figure, 0) == ["ant", "bee"]
-    assert texts(figure, 1) == ["✓ ant 90%", "✗ 7 80%", "○ bee"]
-    image["annotations"][1]["category_id"] = 0
-    figure = draw_detections([image], ["ant"], found, {"run": choice()})
-    assert texts(figure, 0) == []
-    assert texts(figure, 1) == ["✓ 90%", "✗ 7 80%"]
+    assert texts(figure, 1) == ["✓ ant 90%", "✗ ant 80%", "○ bee"]
     figure = draw_detections([image], ["x" * 100, "bee"], found, {"run": choice()})
     assert texts(figure, 0)[0] == "x" * 19 + "…"
+    image["annotations"][1] |= {"category_id": 0, "bbox": (70, 0, 90, 9)}
+    figure = draw_detections([image], ["ant"], found, {"run": choice()})
+    assert texts(figure, 0) == []
+    assert texts(figure, 1) == ["✓ 90%", "✗ 80%"]
 
 
 def test_masks_have_colours_of_their_own(image):

@@ -11,6 +11,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.structures import Instances
+from pycocotools.cocoeval import COCOeval
 
 from kd_det.analysis.runs import Run
 from kd_det.data import DetectionMapper, class_names
@@ -26,11 +27,13 @@ class F1Metric(DatasetEvaluator):
     """The best F1 of boxes at IoU 0.5, all classes together, and the score threshold that gives it.
 
     Args:
-        records: Detectron2's dicts of the data set's images.
+        dataset: Name of the data set.
+        records: Detectron2's dicts of its images.
         threshold: The score threshold to use instead.
     """
 
-    def __init__(self, records: Sequence[dict], threshold: float | None = None):
+    def __init__(self, dataset: str, records: Sequence[dict], threshold: float | None = None):
+        self.classes = len(class_names(dataset))
         self.annotations = {record["image_id"]: record["annotations"] for record in records}
         self.threshold = threshold
         self.reset()
@@ -45,8 +48,17 @@ class F1Metric(DatasetEvaluator):
             self.images.append((self.annotations[image["image_id"]], Instances(found.image_size, **fields)))
 
     def evaluate(self) -> dict[str, Any]:
-        point = operating_point(match(self.images), self.threshold)
+        point = operating_point(match(self.images, classes=self.classes), self.threshold)
         return {"f1": {"F1": 100 * point.f1, "score threshold": point.threshold}}
+
+
+class COCOMetric(COCOEvaluator):
+    """COCO's metric, with a name of its own for each class."""
+
+    def _derive_coco_results(
+        self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        return super()._derive_coco_results(coco_eval, iou_type, class_names and distinct(class_names))
 
 
 class VOCMetric(VocEvaluator):
@@ -69,10 +81,7 @@ def evaluate(
     """
     with tempfile.TemporaryDirectory() as folder:
         coco_name = coco_version(dataset, folder)
-        try:
-            return [evaluate_run(run, dataset, coco_name, records, threshold) for run in runs]
-        finally:
-            MetadataCatalog.remove(coco_name)
+        return [evaluate_run(run, dataset, coco_name, records, threshold) for run in runs]
 
 
 def evaluate_run(
@@ -82,7 +91,7 @@ def evaluate_run(
     annotations = [annotation for record in records for annotation in record["annotations"]]
     masks = run.cfg.MODEL.MASK_ON and all("segmentation" in annotation for annotation in annotations)
     tasks = ("bbox", "segm") if masks else ("bbox",)
-    evaluators = [COCOEvaluator(coco_name, tasks=tasks, distributed=False), F1Metric(records, threshold)]
+    evaluators = [COCOMetric(coco_name, tasks=tasks, distributed=False), F1Metric(dataset, records, threshold)]
     if MetadataCatalog.get(dataset).evaluator_type == "pascal_voc":
         evaluators.append(VOCMetric(dataset))
     found = run.evaluate(dataset, DatasetEvaluators(evaluators))
@@ -98,19 +107,14 @@ def evaluate_run(
 
 
 def coco_version(dataset: str, folder: str) -> str:
-    """Return a name under which COCOEvaluator finds a data set's annotations, each class with a name of its own.
-
-    Other formats are converted into `folder`.
-    """
-    metadata = MetadataCatalog.get(dataset).as_dict()
-    path = metadata.get("json_file")
-    if not path:
-        path = os.path.join(folder, "coco.json")
-        convert_to_coco_json(dataset, path, allow_cached=False)
-    kept = {key: metadata[key] for key in ("thing_dataset_id_to_contiguous_id",) if key in metadata}
-    name = f"{dataset} in {folder}"
-    MetadataCatalog.get(name).set(json_file=path, thing_classes=distinct(metadata["thing_classes"]), **kept)
-    return name
+    """Return a name under which COCOEvaluator finds a data set's annotations; others are converted into `folder`."""
+    metadata = MetadataCatalog.get(dataset)
+    if "json_file" in metadata.as_dict():
+        return dataset
+    path = os.path.join(folder, "coco.json")
+    convert_to_coco_json(dataset, path, allow_cached=False)
+    MetadataCatalog.get(path).set(json_file=path, thing_classes=metadata.thing_classes)
+    return path
 
 
 def distinct(names: Sequence[str]) -> list[str]:

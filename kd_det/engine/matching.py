@@ -17,7 +17,7 @@ class Outcome:
 
     Attributes:
         hits: Whether each detection is shown and matches an object, (D,).
-        false: Whether each detection is shown and matches nothing, (D,). Detections on a crowd are neither.
+        false: Whether each detection is shown and matches nothing, (D,). Ignored detections are neither.
         missed: Whether each object is matched by no shown detection, (G,). Crowds never are.
     """
 
@@ -35,7 +35,8 @@ class Matches:
     Attributes:
         scores: Score of each detection, (D,).
         hits: Whether each detection matches an object, (D,).
-        ignored: Whether each detection matches only a crowd, (D,).
+        ignored: Whether each detection is neither right nor wrong: it matches only a crowd, or its class is not
+            labelled, (D,).
         found_at: Score of the detection that matches each object, (G,): -inf where none does, inf for a crowd.
     """
 
@@ -58,11 +59,14 @@ class OperatingPoint:
     f1: float
 
 
-def match(images: Sequence[tuple[Sequence[dict], Instances]], *, iou: float = 0.5) -> list[Matches]:
+def match(
+    images: Sequence[tuple[Sequence[dict], Instances]], *, classes: int | None = None, iou: float = 0.5
+) -> list[Matches]:
     """Match detections with objects of their class, each with one at most, as COCO's metric does.
 
     Args:
         images: Annotations (Detectron2's dicts) and detections of each image.
+        classes: Number of classes that are labelled: detections of later ones are ignored. None: all are.
         iou: Least overlap of two boxes that match.
     """
     truth, found = COCO(), COCO()
@@ -79,12 +83,13 @@ def match(images: Sequence[tuple[Sequence[dict], Instances]], *, iou: float = 0.
         evaluation.params.catIds = sorted({item["category_id"] for item in (*objects, *detections)})
         evaluation.evaluate()
     scores = np.array([item["score"] for item in detections], dtype=float)
-    hits, ignored = np.zeros((2, len(detections)), dtype=bool)
+    hits = np.zeros(len(detections), dtype=bool)
+    ignored = np.array([classes is not None and item["category_id"] >= classes for item in detections], dtype=bool)
     found_at = np.array([np.inf if item["iscrowd"] else -np.inf for item in objects])
     for part in filter(None, evaluation.evalImgs):
         # Both kinds of ids count from 1; 0 stands for no match.
         own = np.array(part["dtIds"], dtype=int) - 1
-        ignored[own] = part["dtIgnore"][0]
+        ignored[own] |= part["dtIgnore"][0]
         hits[own] = (part["dtMatches"][0] > 0) & ~ignored[own]
         for number, matched in zip(part["gtIds"], part["gtMatches"][0].astype(int), strict=True):
             if matched:

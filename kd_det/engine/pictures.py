@@ -49,12 +49,12 @@ def draw_detections(
     """Draw a grid: one row per image, the ground truth in the first column, then one column per detector.
 
     A detector's column shows its hits, its false detections and the objects that it misses, as
-    :func:`kd_det.engine.matching.match` tells them apart. Crowds, and detections on them, are left out. Each instance's
-    mask has a colour of its own.
+    :func:`kd_det.engine.matching.match` tells them apart. Crowds are left out, and so are detections on them or of
+    classes without a name. Each instance's mask has a colour of its own.
 
     Args:
         images: Detectron2's dicts of the images.
-        class_names: Names of the classes; for those that have none the index is shown.
+        class_names: Names of the classes.
         predictions: Maps the name of a detector to its instances on each image.
         choices: Maps it to the choice of the instances that are drawn.
     """
@@ -63,7 +63,7 @@ def draw_detections(
     columns = [[mark_objects(annotations, class_names, masks=masks) for annotations in truth]]
     titles = ["ground truth"]
     for name, column in predictions.items():
-        matches = match(list(zip(truth, column, strict=True)))
+        matches = match(list(zip(truth, column, strict=True)), classes=len(class_names))
         outcomes = [image.at(choices[name].point.threshold) for image in matches]
         columns.append([mark_outcome(*image, class_names) for image in zip(outcomes, truth, column, strict=True)])
         titles.append(f"{printable(name)}\n{choices[name]}")
@@ -164,7 +164,7 @@ def class_name(class_names: Sequence[str], index: int) -> str:
 
 def short_name(class_names: Sequence[str], index: int) -> str:
     """Return no more of it than a label has room for, and nothing for the only class."""
-    name = "" if len(class_names) == 1 and index == 0 else class_name(class_names, index)
+    name = "" if len(class_names) == 1 else class_name(class_names, index)
     return name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…"
 
 

@@ -100,8 +100,10 @@ class Visualization(HookBase):
     @staticmethod
     def _draw_detections(records: list[dict], names: list[str], predictions: dict[str, list[Instances]]) -> Figure:
         truth = [record["annotations"] for record in records]
-        points = {name: operating_point(match(list(zip(truth, x, strict=True)))) for name, x in predictions.items()}
-        choices = {name: Choice(point, " on these images") for name, point in points.items()}
+        choices = {}
+        for title, found in predictions.items():
+            matches = match(list(zip(truth, found, strict=True)), classes=len(names))
+            choices[title] = Choice(operating_point(matches), " on these images")
         return draw_detections(records, names, predictions, choices)
 
 
