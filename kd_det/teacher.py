@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -244,13 +245,14 @@ def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:
         raise InputError("KD.TEACHER.CONFIG_FILE: no teacher is named; give a config file or the name of a zoo config.")
     teacher_cfg = get_cfg()
     add_kd_config(teacher_cfg)
+    teacher_cfg.KD.set_new_allowed(True)  # Of a student that was trained with heads of plugins.
     path = find_config(node.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
     merge_file(teacher_cfg, path)
     merge_list(teacher_cfg, node.OPTS, "KD.TEACHER.OPTS")
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher_cfg = student_config(teacher_cfg)
     check_parts(teacher_cfg, f"{node.CONFIG_FILE} with KD.TEACHER.OPTS")
-    in_zoo = path != node.CONFIG_FILE
+    in_zoo = path != os.path.expanduser(node.CONFIG_FILE)
     weights = node.WEIGHTS or (zoo_weights(node.CONFIG_FILE) if in_zoo else teacher_cfg.MODEL.WEIGHTS)
     if not weights:
         raise InputError(f"KD.TEACHER.WEIGHTS: no file is named, and MODEL.WEIGHTS of {node.CONFIG_FILE} is empty.")

@@ -138,3 +138,14 @@ def test_a_teacher_that_cannot_be(teacher, options, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}") as error:
         build(distilled_cfg(teacher | options, ["HintHead"]))
     assert "\n" not in str(error.value)
+
+
+def test_a_student_of_a_run_with_a_plugin_can_be_the_teacher(teacher, tmp_path):
+    """Its ``config.yaml`` has the keys of a head that is not registered here."""
+    (tmp_path / "a.yaml").write_text(
+        f"_BASE_: {teacher['KD.TEACHER.CONFIG_FILE']}\nKD: {{CHANNEL_MEAN: {{WEIGHT: 2.0}}}}"
+    )
+    options = {"KD.TEACHER.CONFIG_FILE": str(tmp_path / "a.yaml")}
+    assert build_teacher(distilled_cfg(teacher | options, ["HintHead"])).model is not None
+    with pytest.raises(InputError, match=r"Non-existent key: KD\.CHANNEL"):
+        build_teacher(distilled_cfg(teacher | options | {"KD.TEACHER.OPTS": ["KD.CHANNEL", 1]}, ["HintHead"]))

@@ -1,5 +1,8 @@
 """The check of the teacher before training: on which images, how they are read, and what is told."""
 
+import json
+import shutil
+
 import cv2
 import pytest
 import torch
@@ -8,7 +11,7 @@ from classification.models import classifier_cfg
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
-from helpers import distilled_cfg, save_teacher, tiny_cfg, train_net, with_data, write_yaml
+from helpers import WIDE, distilled_cfg, save_teacher, tiny_cfg, train_net, with_data, write_yaml
 from torch import nn
 
 from kd_det import InputError
@@ -16,7 +19,7 @@ from kd_det.data import class_names, register_datasets
 from kd_det.data.shapes import CLASSES
 from kd_det.data.shapes_folder import write_shapes
 from kd_det.engine import teacher_check
-from kd_det.engine.teacher_check import SUBSET, check_teacher, least_accuracy
+from kd_det.engine.teacher_check import SUBSET, check_class_order, check_teacher, least_accuracy
 
 pytestmark = pytest.mark.usefixtures("in_process")
 SIX = {"MODEL.ROI_HEADS.NUM_CLASSES": len(CLASSES)}
@@ -204,3 +207,73 @@ def test_a_teacher_of_other_classes(detector, tmp_path):
     register_datasets(cfg)
     with pytest.raises(InputError, match=r"the teacher knows 6 classes and '.*' has 3, so it cannot be evaluated"):
         check_teacher(cfg)
+
+
+# ---- The order of classes ----
+def with_classes(folder, names, name, kind="COCO_FORMAT"):
+    """A data set in a config, of the images of a folder, whose classes have these names."""
+    if kind == "VOC_FORMAT":
+        return CfgNode({name: {"ROOT": "/no", "SPLIT": "train", "CLASSES": names}})
+    data = json.loads((folder / "instances.json").read_text())
+    for category, class_name in zip(data["categories"], names, strict=True):
+        category["name"] = class_name
+    (folder / f"{name}.json").write_text(json.dumps(data))
+    return CfgNode({name: {"JSON": str(folder / f"{name}.json"), "IMAGE_ROOT": str(folder / "images")}})
+
+
+@pytest.fixture
+def compare(coco_folder, tmp_path, caplog):
+    """Checks the classes of a teacher whose config names a data set; returns the warnings."""
+    folder = shutil.copytree(coco_folder, tmp_path / "data")
+
+    def compare(names, *, signals=("roi_logits",), kind="COCO_FORMAT", damage=False, name="theirs"):
+        cfg = tiny_cfg()
+        cfg.DATASETS.TRAIN, cfg.DATASETS[kind] = (name,), with_classes(folder, names, name, kind)
+        if damage:
+            (folder / f"{name}.json").write_text("{")
+        teacher = save_teacher(tmp_path / "teacher", cfg)
+        own = with_data(distilled_cfg(teacher, []), coco_folder, tmp_path, name="ours")
+        register_datasets(own)
+        head = nn.Identity()
+        head.signals = signals
+        check_class_order(own, {"AHead": head})
+        return [x.getMessage() for x in caplog.records if x.levelname == "WARNING"]
+
+    return compare
+
+
+@pytest.mark.parametrize("name", ["theirs", "ours"])
+@pytest.mark.parametrize("kind", ["COCO_FORMAT", "VOC_FORMAT"])
+def test_the_same_classes_in_another_order(compare, kind, name):
+    told = r"have the same classes in another order than the student's, 'bar' for 'square', but AHead compares them"
+    with pytest.raises(InputError, match=rf"^KD\.TEACHER\.CONFIG_FILE: the data sets of \S+teacher.yaml {told}"):
+        compare(["bar", "triangle", "square"], kind=kind, name=name)
+
+
+def test_classes_of_other_names(compare):
+    (warning,) = compare(["square", "Triangle", "bar"])
+    assert "name other classes than the student's, 'Triangle' for 'triangle', but AHead compares" in warning
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"signals": ("p2", "roi_features", "rpn_logits")}, {"damage": True}],
+    ids=["features alone", "files that cannot be read"],
+)
+def test_nothing_is_said_about_classes(compare, options):
+    assert compare(["bar", "triangle", "square"], **options) == []
+
+
+def test_classes_that_are_the_same(compare):
+    assert compare(["square", "triangle", "bar"]) == []
+
+
+def test_a_run_with_a_teacher_of_another_order(teacher, coco_folder, tmp_path):
+    folder = shutil.copytree(coco_folder, tmp_path / "data")
+    cfg = tiny_cfg(options=WIDE)
+    cfg.DATASETS.TRAIN = ("theirs",)
+    cfg.DATASETS.COCO_FORMAT = with_classes(folder, ["bar", "triangle", "square"], "theirs")
+    options = teacher | {"KD.TEACHER.CONFIG_FILE": write_yaml(tmp_path / "teacher.yaml", cfg)}
+    cfg = with_data(distilled_cfg(options, ["SoftTargetHead"]), coco_folder, tmp_path / "output")
+    with pytest.raises(SystemExit, match=r"^error: KD\.TEACHER\.CONFIG_FILE: .* in another order"):
+        train_net("--config-file", write_yaml(tmp_path / "config.yaml", cfg))

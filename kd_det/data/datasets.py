@@ -1,5 +1,7 @@
 """Data sets that are named in the config: their registration, their classes and their number of images."""
 
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -22,10 +24,20 @@ def register_datasets(cfg: CfgNode) -> None:
     Raises:
         InputError: If an entry lacks a key or has an unknown one or a wrong value, or if its name is taken.
     """
+    for key, dataset in define_datasets(cfg):
+        _register(key, dataset)
+
+
+def define_datasets(cfg: CfgNode) -> Iterator[tuple[str, CocoFormat | VocFormat | ImageFolder]]:
+    """Yield the key and the definition of every data set of DATASETS.COCO_FORMAT, VOC_FORMAT and IMAGE_FOLDER.
+
+    Raises:
+        InputError: If an entry lacks a key or has an unknown one or a wrong value.
+    """
     for name, entry in cfg.DATASETS.COCO_FORMAT.items():
         key = f"DATASETS.COCO_FORMAT.{name}"
         json_file, image_root = _read_entry(key, entry, {"JSON": str, "IMAGE_ROOT": str})
-        _register(key, CocoFormat(name, resolve(json_file), resolve(image_root)))
+        yield key, CocoFormat(name, resolve(json_file), resolve(image_root))
     for name, entry in cfg.DATASETS.VOC_FORMAT.items():
         key = f"DATASETS.VOC_FORMAT.{name}"
         expected = {"ROOT": str, "SPLIT": str, "CLASSES": (list, tuple)}
@@ -36,17 +48,30 @@ def register_datasets(cfg: CfgNode) -> None:
             raise InputError(
                 f"{key}.YEAR: {year!r} found; 2007 (11-point AP) or 2012 (area under the curve) is allowed."
             )
-        _register(key, VocFormat(name, resolve(root), split, tuple(classes), year))
+        yield key, VocFormat(name, resolve(root), split, tuple(classes), year)
     for name, entry in cfg.DATASETS.IMAGE_FOLDER.items():
         key = f"DATASETS.IMAGE_FOLDER.{name}"
         (root,) = _read_entry(key, entry, {"ROOT": str})
-        _register(key, ImageFolder(name, resolve(root)))
+        yield key, ImageFolder(name, resolve(root))
 
 
 def class_names(name: str) -> list[str]:
     """Names of the classes of a data set, in the order of their indices; [] where it does not tell them."""
     known = getattr(DatasetCatalog[name], "classes", None)
     return MetadataCatalog.get(name).get("thing_classes", []) if known is None else known
+
+
+def known_class_names(cfg: CfgNode) -> list[str]:
+    """Names of the classes of a config's data sets, registered or not; [] where they cannot be read."""
+    names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
+    with suppress(InputError, KeyError, OSError):
+        defined = {dataset.name: dataset for _, dataset in define_datasets(cfg)}
+        known = [name for name in names if name in defined or name in DatasetCatalog]
+        if known:
+            name, dataset = known[0], defined.get(known[0])
+            registered = dataset is None or (name in DatasetCatalog and DatasetCatalog[name] == dataset)
+            return list(class_names(name) if registered else _names_of(dataset))
+    return []
 
 
 def choose_images(records: list[dict], count: int) -> list[dict]:
@@ -85,6 +110,10 @@ def count_training_images(cfg: CfgNode) -> int:
         InputError: As of :func:`load_training_images`.
     """
     return len(load_training_images(cfg, check_consistency=False))
+
+
+def _names_of(dataset: CocoFormat | VocFormat | ImageFolder) -> list[str]:
+    return getattr(dataset, "classes", None) or dataset.metadata().get("thing_classes", [])
 
 
 def _read_entry(key: str, entry: Any, required: dict[str, Any], optional: dict[str, Any] | None = None) -> list[Any]:

@@ -1,17 +1,18 @@
-"""A look at the teacher before it teaches: does it know anything of these images?"""
+"""Checks of the teacher before it teaches: are its classes the student's, and does it know anything of these images?"""
 
 import logging
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
+from torch import nn
 
-from kd_det.data import choose_images, class_names
+from kd_det.data import choose_images, class_names, known_class_names
 from kd_det.engine.evaluation import build_evaluator
 from kd_det.engine.loaders import build_test_loader
 from kd_det.errors import InputError
@@ -23,6 +24,37 @@ logger = logging.getLogger(__name__)
 SUBSET = "kd_det_sanity_check"
 # A detector whose AP is below this has learned nothing of the images.
 LEAST_AP = 1.0
+# Signals in which each class has its place.
+PREDICTIONS = {"roi_logits", "roi_deltas", "mask_logits", "dense_logits", "logits", "input_gradient"}
+
+
+def check_class_order(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
+    """Compare the names of the teacher's classes with the student's, where both configs name data that is there.
+
+    Args:
+        cfg: The run's config, whose data sets are registered.
+        heads: The distillation heads; without one that compares predictions of classes nothing is checked.
+
+    Raises:
+        InputError: If the names are the same in another order. Where they are others, a warning is logged.
+    """
+    comparing = [name for name, head in heads.items() if PREDICTIONS.intersection(head.signals)]
+    if not comparing:
+        return
+    own, theirs = known_class_names(cfg), known_class_names(load_teacher_config(cfg)[0])
+    different = [(a, b) for a, b in zip(own, theirs, strict=False) if a != b]
+    if len(own) != len(theirs) or not different:
+        return
+    reordered = set(own) == set(theirs)
+    message = (
+        f"KD.TEACHER.CONFIG_FILE: the data sets of {cfg.KD.TEACHER.CONFIG_FILE} "
+        f"{'have the same classes in another order' if reordered else 'name other classes'} than the student's, "
+        f"{different[0][1]!r} for {different[0][0]!r}, but {', '.join(comparing)} compares them one by one. If these "
+        "are not the teacher's data, set KD.TEACHER.OPTS to [DATASETS.TEST, [], DATASETS.TRAIN, []]."
+    )
+    if reordered:
+        raise InputError(message)
+    logger.warning("%s", message)
 
 
 def check_teacher(cfg: CfgNode) -> None:

@@ -24,6 +24,7 @@ from kd_det.engine.loaders import build_test_loader, build_train_loader
 from kd_det.engine.results import ClosingTable, log_results
 from kd_det.engine.run_log import printed_to_log
 from kd_det.engine.step_trainer import build_step_trainer
+from kd_det.engine.teacher_check import check_class_order
 from kd_det.engine.visualization import build_visualization
 from kd_det.errors import InputError
 from kd_det.meta_arch import TeacherStudent
@@ -53,6 +54,8 @@ class Trainer(DefaultTrainer):
         self.run = uuid.uuid4().hex
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        if isinstance(model, TeacherStudent):
+            check_class_order(cfg, model.heads)
         if cfg.SOLVER.CHANNELS_LAST:
             model.to(memory_format=torch.channels_last)
         distilled = isinstance(model, TeacherStudent | MutualStudents)
