@@ -19,6 +19,7 @@ from kd_det.data.voc_evaluator import VocEvaluator
 from kd_det.engine.matching import OperatingPoint, match, operating_point
 from kd_det.engine.picture_grid import save
 from kd_det.engine.pictures import Choice, draw_detections
+from kd_det.errors import InputError
 
 Mapper = DetectionMapper
 
@@ -27,12 +28,17 @@ class F1Metric(DatasetEvaluator):
     """The best F1 of boxes at IoU 0.5, all classes together, and the score threshold that gives it.
 
     Args:
+        name: Name of the run, for an error.
         dataset: Name of the data set.
         records: Detectron2's dicts of its images.
         threshold: The score threshold to use instead.
+
+    Raises:
+        InputError: When it gets outputs of a model that detects no objects.
     """
 
-    def __init__(self, dataset: str, records: Sequence[dict], threshold: float | None = None):
+    def __init__(self, name: str, dataset: str, records: Sequence[dict], threshold: float | None = None):
+        self.name = name
         self.classes = len(class_names(dataset))
         self.annotations = {record["image_id"]: record["annotations"] for record in records}
         self.threshold = threshold
@@ -43,6 +49,11 @@ class F1Metric(DatasetEvaluator):
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for image, output in zip(inputs, outputs, strict=True):
+            if "instances" not in output:
+                found = ", ".join(output)
+                raise InputError(
+                    f"--run {self.name}: its model gives {found}; detectors, which give instances, are compared."
+                )
             found = output["instances"].to("cpu")
             fields = {key: found.get(key) for key in ("pred_boxes", "scores", "pred_classes")}  # but no masks
             self.images.append((self.annotations[image["image_id"]], Instances(found.image_size, **fields)))
@@ -91,7 +102,10 @@ def evaluate_run(
     annotations = [annotation for record in records for annotation in record["annotations"]]
     masks = run.cfg.MODEL.MASK_ON and all("segmentation" in annotation for annotation in annotations)
     tasks = ("bbox", "segm") if masks else ("bbox",)
-    evaluators = [COCOMetric(coco_name, tasks=tasks, distributed=False), F1Metric(dataset, records, threshold)]
+    evaluators = [
+        COCOMetric(coco_name, tasks=tasks, distributed=False),
+        F1Metric(run.name, dataset, records, threshold),
+    ]
     if MetadataCatalog.get(dataset).evaluator_type == "pascal_voc":
         evaluators.append(VOCMetric(dataset))
     found = run.evaluate(dataset, DatasetEvaluators(evaluators))

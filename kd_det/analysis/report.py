@@ -47,6 +47,8 @@ def compare(
     """
     if images < 1:
         raise InputError(f"--images: must be at least 1, got {images}.")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"--threshold: must be a score from 0 to 1, got {threshold}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset, loaded = load_runs(runs, dataset, device)
     kind = compare_classifiers if is_classifier(loaded[0].cfg) else compare_detectors

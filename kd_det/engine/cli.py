@@ -43,6 +43,7 @@ def run_tool(main: Callable[[], None]) -> None:
     interruption see :mod:`kd_det.engine.interruption`.
     """
     silence_third_parties()
+    sys.stdout.reconfigure(errors="backslashreplace")  # Its encoding may lack a letter of what is printed.
     logging.getLogger("detectron2.engine.train_loop").addFilter(is_defect)
     try:
         main()

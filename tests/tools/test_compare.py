@@ -1,9 +1,11 @@
 """tools/compare.py: table, JSON and picture of several runs on a tiny data set."""
 
+import io
 import json
 import math
 import re
 import shutil
+import sys
 
 import cv2
 import numpy as np
@@ -23,7 +25,7 @@ from kd_det.classification.image_mapper import ClassificationMapper
 from kd_det.data import choose_images, register_datasets
 from kd_det.data.shapes import CLASSES
 from kd_det.data.shapes_folder import write_shapes
-from kd_det.engine import pictures
+from kd_det.engine import pictures, run_tool
 from kd_det.engine.picture_grid import Words
 from kd_det.engine.pictures import CELL, FALSE, HIT, SMALL_CELL
 from kd_det.export import find_run, load_student, read_student_config
@@ -137,6 +139,13 @@ def test_a_data_set_without_objects_has_no_ap(measure):
     metrics = measure(["a", "b", "c"], objects=False)
     assert all(math.isnan(value) for name, value in metrics.items() if name.startswith("bbox AP"))
     assert metrics["F1"] == 0
+
+
+def test_a_model_that_detects_nothing_is_refused(coco_folder, tmp_path, save_run, run_tool):
+    cfg = with_data(tiny_cfg(), coco_folder, tmp_path)
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    with pytest.raises(SystemExit, match="--run rpn: its model gives proposals"):
+        run_tool("compare", "--run", f"rpn={save_run(tmp_path / 'run', cfg)}", "--output", tmp_path / "out")
 
 
 def test_voc_has_both_metrics(tmp_path, save_run, run_tool):
@@ -287,6 +296,8 @@ def test_a_mix_is_refused(coco_folder, tmp_path, save_run, run_tool):
         (["--run", "a=nowhere"], "neither an output folder nor CONFIG:WEIGHTS"),
         (["--run", "a={run}", "--dataset", "unheard_of"], "unknown data set 'unheard_of'"),
         (["--run", "a={run}", "--images", "0"], "--images"),
+        (["--run", "a={run}", "--threshold", "nan"], "--threshold"),
+        (["--run", "a={run}", "--threshold", "50"], "--threshold"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, message, coco_folder, tmp_path, save_run, run_tool):
@@ -334,6 +345,14 @@ def test_no_name_breaks_the_table(name):
     for line in lines[:4]:
         assert len(re.sub(r"\\.", "", line).split("|")) == 4, line
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]", table)
+
+
+def test_a_terminal_may_lack_letters(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run_tool(lambda: print("é ±"))
+    terminal.flush()
+    assert terminal.buffer.getvalue().splitlines() == [rb"\xe9 \xb1"]
 
 
 @pytest.mark.parametrize(
