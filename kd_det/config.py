@@ -201,7 +201,7 @@ def merge_file(cfg: CfgNode, path: str) -> None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name}, line {mark.line + 1}" if mark else path
-        raise InputError(f"{place}: not a safe YAML file: {getattr(error, 'problem', error)}") from error
+        raise InputError(f"{place}: not a safe YAML file: {getattr(error, 'problem', one_line(error))}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     except RecursionError as error:

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from detectron2 import model_zoo
-from helpers import build, tiny_cfg, train_net, with_data, write_yaml
+from helpers import build, parse, tiny_cfg, train_net, with_data, write_yaml
 
 from kd_det import InputError, build_teacher
+from kd_det.analysis.runs import load_runs
 from kd_det.checkpoint import KDCheckpointer, load_strictly
 from kd_det.config import find_config, merge_file
 from kd_det.data.proposals import read_proposals
@@ -197,6 +198,25 @@ def test_detectron2s_own_files_are_read():
     cfg = tiny_cfg()
     merge_file(cfg, find_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
     assert cfg.MODEL.ANCHOR_GENERATOR.SIZES[0][0] == 32
+
+
+@pytest.mark.parametrize(
+    "content", ["KD: !!python/object/apply:os.mkdir [CANARY]", "[1]", "KD: 3", "KD: {GENERATIONS: x}", "{", "\x00", ""]
+)
+def test_the_config_of_a_chain_runs_no_code(tmp_path, canary, content):
+    """Of a folder that is compared with others."""
+    (tmp_path / "run" / "gen_1").mkdir(parents=True)
+    (tmp_path / "run" / "gen_1x").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(content.replace("CANARY", str(canary)))
+    with pytest.raises(InputError, match=f"{tmp_path}/run") as error:
+        load_runs([("a", str(tmp_path / "run"))], None, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_help_says_that_plugins_run(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "Python file whose code is run first" in " ".join(capsys.readouterr().out.split())
 
 
 # ---- Weights ----

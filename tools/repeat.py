@@ -24,6 +24,7 @@ from tqdm import tqdm
 from kd_det import TeacherStudent, add_kd_config
 from kd_det.config import find_config, merge_file, merge_list
 from kd_det.engine import check_run, import_plugin
+from kd_det.engine.arguments import add_plugin_argument
 from kd_det.errors import InputError
 from kd_det.fetching import find_file
 
@@ -90,7 +91,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1, help="students trained at a time; the cores are shared out")
-    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file to import first")
+    add_plugin_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides for every run")
     args = parser.parse_args()
     for student in args.student:

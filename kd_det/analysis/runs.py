@@ -5,6 +5,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.structures import Instances
@@ -131,11 +131,16 @@ def load_runs(
 
 
 def find_generations(name: str, source: str) -> list[tuple[str, str]]:
-    """Name and folder of each generation, the first one first; none where the source is no chain of them."""
-    folders = {int(path.name.removeprefix("gen_")): path for path in Path(source).glob("gen_[1-9]*")}
-    if folders and Path(source, "config.yaml").is_file():  # A longer chain may have been there before.
-        with open(Path(source, "config.yaml"), encoding="utf-8") as file:
-            last = yaml.safe_load(file)["KD"]["GENERATIONS"]
+    """Name and folder of each generation, the first one first; none where the source is no chain of them.
+
+    Raises:
+        InputError: If the config of the chain cannot be read.
+    """
+    paths = [path for path in Path(source).glob("gen_*") if re.fullmatch(r"gen_[1-9]\d*", path.name)]
+    folders = {int(path.name.removeprefix("gen_")): path for path in paths}
+    config = Path(source, "config.yaml")
+    if folders and config.is_file():  # A longer chain may have been there before.
+        last = read_student_config(str(config), f"{name}={source}").KD.GENERATIONS
         folders = {i: path for i, path in folders.items() if i <= last}
         if len(folders) < last:
             there = f"of {last} generations only {len(folders)} are there"

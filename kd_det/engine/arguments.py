@@ -51,5 +51,6 @@ def add_plugin_argument(parser: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="Python file of yours to run first, which registers heads, backbones or the like; repeat it for several",
+        help="Python file whose code is run first, with all your rights: it registers heads, backbones or the like; "
+        "repeat it for several",
     )
