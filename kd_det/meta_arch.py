@@ -71,6 +71,8 @@ class TeacherStudent(nn.Module):
             self.tap = build_tap(student)
             self.tap.check_alignment(teacher.tap, {name for head in self.heads.values() for name in head.signals})
             teacher.check({name for head in self.heads.values() for name in teacher_signals(head)})
+            for name, head in self.heads.items():
+                self.tap.check_replaced(name, getattr(head, "replaces", ()))
             # Else each network preprocesses the images itself.
             self.shares_images = not teacher.flip_channels and preprocess_alike(student, teacher.model)
 

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import get_norm
 from torch import Tensor, nn
 
 from kd_det.heads.coders import (
@@ -19,7 +18,7 @@ from kd_det.heads.coders import (
     rescale,
     valid_cells,
 )
-from kd_det.heads.norms import NORMS, check_norm
+from kd_det.heads.norms import NORMS, build_norm, check_norm
 from kd_det.losses import factor_transfer_loss
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
@@ -129,6 +128,6 @@ def convolutions(kind: type[nn.Module], channels: Sequence[int], norm: str) -> n
     for before, after in pairwise(channels):
         layers.append(kind(before, after, 3, padding=1, bias=not norm))
         if norm:
-            layers.append(get_norm(norm, after))
+            layers.append(build_norm(norm, after))
         layers.append(nn.LeakyReLU(0.1))
     return nn.Sequential(*layers)

@@ -5,12 +5,12 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.heads.build import check_feature_maps
-from kd_det.heads.norms import check_norm
+from kd_det.heads.norms import build_norm, check_norm
 from kd_det.losses import hint_loss
 from kd_det.losses.numerics import cast_for_layers
 from kd_det.registry import KD_HEAD_REGISTRY
@@ -123,5 +123,5 @@ def build_regressor(channels: int, teacher_channels: int, *, kind: str, norm: st
     """A 1x1 convolution, "rectified" with a normalisation and ReLU behind it."""
     if kind == "linear":
         return Conv2d(channels, teacher_channels, kernel_size=1)
-    layer = get_norm(norm, teacher_channels)
+    layer = build_norm(norm, teacher_channels)
     return Conv2d(channels, teacher_channels, kernel_size=1, norm=layer, activation=F.relu)

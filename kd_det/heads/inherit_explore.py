@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import get_norm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import weight_init
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from kd_det.heads.coders import (
     rescale,
     valid_cells,
 )
-from kd_det.heads.norms import check_norm
+from kd_det.heads.norms import build_norm, check_norm
 from kd_det.losses import exploration_loss, inheritance_loss
 from kd_det.losses.numerics import cast_up, mean
 from kd_det.registry import KD_HEAD_REGISTRY
@@ -259,5 +258,5 @@ def coder(before: int, after: int, norm: str = "BN") -> nn.Sequential:
     for i, o in pairwise([before, before, after, after]):
         conv = nn.Conv2d(i, o, 3, padding=1, bias=False)
         weight_init.c2_msra_fill(conv)
-        layers += [conv, get_norm(norm, o), nn.LeakyReLU(0.1)]
+        layers += [conv, build_norm(norm, o), nn.LeakyReLU(0.1)]
     return nn.Sequential(*layers)

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.heads.build import check_feature_maps, without_relu
+from kd_det.heads.norms import build_norm
 from kd_det.losses.numerics import cast_up
 
 SCALES = ("map_invariant", "code")
@@ -53,7 +54,7 @@ def check_stage_options(
 
 def build_connector(student_channels: int, teacher_channels: int, *, norm: str) -> nn.Module:
     """Build a 1x1 convolution with a normalisation, which brings the student's channels to the teacher's."""
-    layer = get_norm(norm, teacher_channels)
+    layer = build_norm(norm, teacher_channels)
     connector = Conv2d(student_channels, teacher_channels, 1, bias=False, norm=layer)
     weight_init.c2_msra_fill(connector)
     return connector

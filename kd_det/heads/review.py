@@ -5,13 +5,13 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.heads.build import check_feature_maps, check_signals, without_relu
-from kd_det.heads.norms import check_norm
+from kd_det.heads.norms import build_norm, check_norm
 from kd_det.losses import hierarchical_context_loss
 from kd_det.losses.numerics import cast_for_layers
 from kd_det.registry import KD_HEAD_REGISTRY
@@ -31,8 +31,8 @@ class AttentionFusion(nn.Module):
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, *, norm: str, fuse: bool):
         super().__init__()
-        self.reduce = Conv2d(in_channels, mid_channels, 1, bias=False, norm=get_norm(norm, mid_channels))
-        self.expand = Conv2d(mid_channels, out_channels, 3, padding=1, bias=False, norm=get_norm(norm, out_channels))
+        self.reduce = Conv2d(in_channels, mid_channels, 1, bias=False, norm=build_norm(norm, mid_channels))
+        self.expand = Conv2d(mid_channels, out_channels, 3, padding=1, bias=False, norm=build_norm(norm, out_channels))
         self.attention = Conv2d(2 * mid_channels, 2, 1) if fuse else None
         for conv in (self.reduce, self.expand):
             weight_init.c2_xavier_fill(conv)

@@ -6,14 +6,13 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, get_norm
-from detectron2.utils import comm
+from detectron2.layers import Conv2d
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.heads.build import check_signals
-from kd_det.heads.norms import check_norm
+from kd_det.heads.norms import build_norm, check_norm
 from kd_det.losses import feature_matching_loss, softmax_regression_loss
 from kd_det.losses.numerics import cast_up
 from kd_det.registry import KD_HEAD_REGISTRY
@@ -87,7 +86,7 @@ class SoftmaxRegressionHead(nn.Module):
         self.feature_weight = feature_weight
         self.logit_weight = logit_weight
         self.connector = Conv2d(in_channels, out_channels, 1, bias=False)
-        self.norm = get_norm(norm, out_channels)
+        self.norm = build_norm(norm, out_channels)
         weight_init.c2_msra_fill(self.connector)
 
     @classmethod
@@ -140,8 +139,4 @@ class SoftmaxRegressionHead(nn.Module):
         # In float32, as large features overflow behind the convolution in float16.
         with torch.autocast(x.device.type, enabled=False):
             x = self.connector(cast_up(x if x.dim() == 4 else x[:, :, None, None]))
-        # Batch norm cannot normalise fewer than two values per channel: without boxes it uses its running statistics.
-        # SyncBN has the values of all processes, and each of these must take part.
-        synchronised = isinstance(self.norm, nn.SyncBatchNorm) and comm.get_world_size() > 1
-        self.norm.train(self.training and (synchronised or x.numel() > x.shape[1]))
         return self.norm(x).relu().mean(dim=(2, 3))

@@ -181,7 +181,9 @@ def permute_dark_knowledge(
     others = torch.arange(k - 1, device=t_probs.device).repeat(n, 1)
     others += others >= t_probs.argmax(dim=1, keepdim=True)
     if permutations is None:
-        keys = torch.rand(n, k - 1, generator=generator, device=t_probs.device, dtype=torch.float64)
+        # torch.compile cannot trace the argument, not even None.
+        source = {} if generator is None else {"generator": generator}
+        keys = torch.rand(n, k - 1, device=t_probs.device, dtype=torch.float64, **source)
         permutations = others.gather(1, keys.argsort(dim=1))
     else:
         check_shape(name, "permutations", permutations, (n, k - 1))

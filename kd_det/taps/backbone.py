@@ -131,6 +131,13 @@ class BackboneTap:
                 f"(backbone.size_divisibility), so {', '.join(sorted(maps))} would not line up."
             )
 
+    def check_replaced(self, head: str, losses: Collection[str]) -> None:
+        """Check that the model has the losses whose place those of a head take, as far as its kind tells.
+
+        Raises:
+            InputError: If it lacks one.
+        """
+
     def attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
         """Attach the hooks that record the named signals; use :func:`hook` and :func:`wrap`.
 

@@ -1,5 +1,6 @@
 """The tap of Faster and Mask R-CNN, with FPN or C4, and of Cascade R-CNN."""
 
+from collections.abc import Collection
 from contextlib import ExitStack
 
 import torch
@@ -76,6 +77,15 @@ class GeneralizedRCNNTap(BackboneTap):
                     "KD.SOFT_TARGET.BOX_REGRESSION: the box deltas of student and teacher are scaled by different "
                     f"MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS: {weights[0]} and {weights[1]}."
                 )
+
+    def check_replaced(self, head: str, losses: Collection[str]) -> None:
+        heads = self.model.roi_heads
+        if "loss_cls" in losses and isinstance(heads, CascadeROIHeads):
+            stages = ", ".join(f"loss_cls_stage{i}" for i in range(heads.num_cascade_stages))
+            raise InputError(
+                f"KD.HEADS: {head} takes the place of loss_cls, but the student's losses are {stages}, as it is a "
+                "Cascade R-CNN; choose other MODEL.ROI_HEADS, or keep its losses (KD.BORN_AGAIN.LABELS True)."
+            )
 
     @property
     def _has_boxes(self) -> bool:

@@ -7,7 +7,7 @@ from detectron2.layers import ShapeSpec
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kd_det import KD_HEAD_REGISTRY, InputError, add_kd_config, build_kd_heads
+from kd_det import KD_HEAD_REGISTRY, Batch, InputError, add_kd_config, build_kd_heads
 from kd_det.heads.build import freeze_pretrained, teacher_signals
 from kd_det.registry import config_key
 
@@ -124,6 +124,18 @@ def pair(dtype=torch.float32):
     for signals in sides:
         for name, x in signals.items():
             x.requires_grad_(x.is_floating_point() and not name.endswith("_boxes"))
+    return sides
+
+
+ONE_CELL = Batch.from_inputs([{"image": torch.zeros(3, 4, 4)}])
+
+
+def one_cell():
+    """Signals of both sides for that one image, whose maps have one cell, and of one box."""
+    sides = [make_signals(spec, seed=seed, size=(4, 4)) for seed, spec in enumerate((STUDENT, TEACHER))]
+    sides = [{key: x if key in LAYERS else x[:1] for key, x in signals.items()} for signals in sides]
+    for x in sides[0].values():
+        x.requires_grad_(x.is_floating_point())
     return sides
 
 
@@ -254,6 +266,16 @@ def test_batch_without_boxes_and_objects(name, options, batch):
     losses = head(*sides, batch)
     assert all(loss.isfinite() for loss in losses.values())
     total(losses).backward()
+
+
+@each_head
+def test_one_image_of_one_cell(name, options):
+    """As each process has it with small batches; a batch norm in training has one value per channel."""
+    head = make(name, options)
+    losses = head(*one_cell(), ONE_CELL)
+    assert all(loss.isfinite() for loss in losses.values())
+    total(losses).backward()
+    assert all(p.grad.isfinite().all() for p in head.parameters() if p.grad is not None)
 
 
 def lack_of(signal, side):

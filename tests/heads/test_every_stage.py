@@ -10,12 +10,14 @@ from kd_det.registry import config_key
 from .test_every_head import (
     CASES,
     LAYERS,
+    ONE_CELL,
     STUDENT,
     TEACHER,
     NoSinglePrecision,
     check_losses,
     lack_of,
     make_cfg,
+    one_cell,
     pair,
     total,
 )
@@ -55,6 +57,13 @@ def test_losses(name, options, batch):
     losses = make(name, options).pretrain(*pair(), batch)
     check_losses(name, options, losses)
     assert min(losses.values()) > 0
+
+
+@each(STAGE_CASES)
+def test_one_image_of_one_cell(name, options):
+    losses = make(name, options).pretrain(*one_cell(), ONE_CELL)
+    total(losses).backward()
+    assert all(loss.isfinite() for loss in losses.values())
 
 
 @each(STAGE_CASES)
