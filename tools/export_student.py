@@ -5,10 +5,14 @@
     tools/export_student.py --config-file configs/reviewkd_r101_r18.yaml --weights model.pth --output exported
     tools/export_student.py --run output/reviewkd --ema --output averaged
 
-exported/student.yaml and student.pth need no kd_det, except where the model or its backbone is one of kd_det's own.
-exported/student.ts maps one image, (3, H, W) float32 from 0 to 255, to a tuple of tensors. It takes one image at a
-time, of any size (a detector) or of the sample's size (an image classifier), on the kind of device that it was traced
-on. The export fails unless its results on the sample, and on another image made of it, equal the eager model's.
+exported/student.yaml and student.pth are for Detectron2 alone, for example its DefaultPredictor, unless a part of the
+model is kd_det's own (image classifiers, timm's networks, build_basic_resnet_fpn_backbone) or your plugin's; then this
+tool and the YAML say what to import.
+
+exported/student.ts needs torch and torchvision alone. It maps one image, (3, H, W) float32 from 0 to 255, to a tuple of
+tensors. It takes one image at a time, of any size (a detector) or of the sample's size (an image classifier), on the
+kind of device that it was traced on. The export fails unless its results on the sample, and on another image made of
+it, equal the eager model's.
 
 exported/backbone.pth, of an image classifier, is for MODEL.WEIGHTS of a detector with the same network, in Detectron2
 alone, too. Such a detector needs the classifier's INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD.

@@ -118,10 +118,11 @@ def header(needs: list[str]) -> str:
     if not needs:
         return "# For stock Detectron2.\n"
     return (
-        f"# Not for Detectron2 alone: {', '.join(needs)} must be registered first, and the keys be known.\n"
+        f"# Not for Detectron2 alone: kd_det, or your plugin, must register {', '.join(needs)} first.\n"
         "#     import kd_det\n"
         "#     cfg = get_cfg()\n"
         "#     kd_det.add_kd_config(cfg)\n"
+        "# The same network in TorchScript, student.ts, needs torch and torchvision alone.\n"
     )
 
 

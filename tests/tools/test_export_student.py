@@ -8,14 +8,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from classification.models import PAIRS, classifier_cfg
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from helpers import build, distilled_cfg, tiny_cfg
+from helpers import ROOT, build, distilled_cfg, tiny_cfg
 
 from kd_det.errors import InputError
 from kd_det.export import export_student, find_run, load_student, read_student_config
+from kd_det.export.student import plain_config
 
 STOCK = {
     "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
@@ -26,12 +28,12 @@ STOCK = {
 }
 READER = """
 import sys, cv2, torch
+sys.modules["kd_det"] = None  # Importing it fails.
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 cfg = get_cfg()
 cfg.merge_from_file(sys.argv[1])
 found = DefaultPredictor(cfg)(cv2.imread(sys.argv[2]))["instances"]
-assert not any(name.split(".")[0] == "kd_det" for name in sys.modules)
 torch.save([found.pred_boxes.tensor, found.scores], sys.argv[3])
 """
 
@@ -120,6 +122,22 @@ def test_own_backbone_is_named_with_what_it_needs(tmp_path, save_run, run_tool, 
     cfg.merge_from_file(str(tmp_path / "out/student.yaml"))
     weights = torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"]
     build_model(cfg).load_state_dict(weights, strict=True)
+
+
+CONFIGS = [path for path in sorted(ROOT.glob("configs/**/*.yaml")) if not path.name.startswith("Base-")]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_what_stock_detectron2_can_build_has_no_other_keys(path):
+    """The students on Detectron2's own ResNets are for Detectron2 alone; all others name the part that is not."""
+    cfg = read_student_config(str(path))
+    plain, needs = plain_config(cfg, "student.pth")
+    parts = {cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.BACKBONE.NAME}
+    stock = {"GeneralizedRCNN", "RetinaNet", "build_resnet_backbone", "build_resnet_fpn_backbone"}
+    stock |= {"build_retinanet_resnet_fpn_backbone"}
+    assert set(needs) == parts - stock
+    if not needs:
+        get_cfg().merge_from_other_cfg(CfgNode(yaml.safe_load(plain.dump())))
 
 
 @pytest.mark.parametrize("family", PAIRS)
