@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 from functools import cache
 from typing import IO, Any
 
@@ -12,7 +13,7 @@ from PIL import ExifTags, Image
 
 from kd_det.errors import InputError
 
-# A file name with this prefix is that of an image which Detectron2 reads in 8 bits per channel.
+# Detectron2 opens an image with this before its file name by :class:`EightBitHandler`.
 EIGHT_BITS = "8bit://"
 # The largest values of pixels with the usual numbers of bits.
 WHITES = (255, 1023, 4095, 16383, 65535)
@@ -22,7 +23,7 @@ TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _warned: set[str] = set()
 
 
-def read_image(file_name: str, image_format: str) -> np.ndarray:
+def read_image(file_name: str | os.PathLike, image_format: str) -> np.ndarray:
     """Read an image as Detectron2's `read_image` does, (H, W, C), turned as its EXIF data says.
 
     Grey images of more than 8 bits, of which Detectron2 cuts off whatever is above 255, are scaled first, as
@@ -32,12 +33,12 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
         InputError: If the file is missing or not an image.
     """
     try:
-        return utils.read_image(EIGHT_BITS + file_name, image_format)
+        return utils.read_image(EIGHT_BITS + os.fspath(file_name), image_format)
     except Exception as error:  # broken files raise anything from OSError to SyntaxError
         raise InputError(f"{file_name}: not an image that can be read: {error}") from error
 
 
-def image_size(file_name: str) -> tuple[int, int]:
+def image_size(file_name: str | os.PathLike) -> tuple[int, int]:
     """Return the width and the height that :func:`read_image` gives an image, without decoding it.
 
     Raises:

@@ -1,5 +1,6 @@
 """Detectron2's mapper, telling which file is at fault."""
 
+import os
 from typing import Any
 
 from detectron2.data import DatasetMapper
@@ -22,7 +23,7 @@ class DetectionMapper(DatasetMapper):
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         file_name = dataset_dict["file_name"]
         try:
-            record = super().__call__(dataset_dict | {"file_name": EIGHT_BITS + file_name})
+            record = super().__call__(dataset_dict | {"file_name": EIGHT_BITS + os.fspath(file_name)})
         except (utils.SizeMismatchError, InputError) as error:  # they name the file, and what is wrong
             raise InputError(str(error).replace(EIGHT_BITS, "")) from error
         except Exception:

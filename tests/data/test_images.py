@@ -1,6 +1,7 @@
 """Images of all kinds of pixels: what Detectron2 reads well stays as it is, deep grey images keep their contrast."""
 
 import logging
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -148,8 +149,10 @@ def cfg16(tmp_path):
 
 
 @pytest.mark.parametrize("mapper", [DetectionMapper, ClassificationMapper])
-def test_mappers(cfg16, mapper):
+@pytest.mark.parametrize("path", [str, Path])
+def test_mappers(cfg16, mapper, path):
     cfg, record = cfg16
+    record["file_name"] = path(record["file_name"])
     found = mapper(cfg, is_train=False)(record)
     assert np.abs(found["image"][0].numpy().astype(int) - GREY[:1]).max() <= 1
     assert found["file_name"] == record["file_name"]
