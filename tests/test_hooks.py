@@ -61,6 +61,13 @@ def test_the_first_of_the_best_stays(cfg, evaluations, tmp_path, values, expecte
     )
 
 
+def test_a_metric_that_is_never_a_number(cfg, evaluations, tmp_path, caplog):
+    evaluations.extend([math.nan] * 4)
+    train(cfg, resume=False)
+    assert not (tmp_path / "model_best.pth").exists()
+    assert caplog.text.count("TEST.BEST_METRIC: classification/top1 is nan, so this evaluation writes no") == 4
+
+
 @pytest.mark.parametrize(("later", "expected"), [([2.0, 2.5], (0, 3.0)), ([2.0, 4.0], (3, 4.0))])
 def test_a_resumed_run_knows_the_best_so_far(cfg, evaluations, tmp_path, later, expected):
     """It is stopped in the evaluation after its second checkpoint, and goes on behind it."""

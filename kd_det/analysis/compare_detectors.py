@@ -3,18 +3,16 @@
 import math
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.structures import Instances
-from pycocotools.cocoeval import COCOeval
 
 from kd_det.analysis.runs import Run
-from kd_det.data import DetectionMapper, class_names
+from kd_det.data import CocoEvaluator, DetectionMapper, class_names
 from kd_det.data.voc_evaluator import VocEvaluator
 from kd_det.engine.matching import OperatingPoint, match, operating_point
 from kd_det.engine.picture_grid import save
@@ -63,15 +61,6 @@ class F1Metric(DatasetEvaluator):
         return {"f1": {"F1": 100 * point.f1, "score threshold": point.threshold}}
 
 
-class COCOMetric(COCOEvaluator):
-    """COCO's metric, with a name of its own for each class."""
-
-    def _derive_coco_results(
-        self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None
-    ) -> dict[str, float]:
-        return super()._derive_coco_results(coco_eval, iou_type, class_names and distinct(class_names))
-
-
 class VOCMetric(VocEvaluator):
     """The metric of PASCAL VOC under a name of its own, beside COCO's."""
 
@@ -100,12 +89,10 @@ def evaluate_run(
 ) -> dict[str, float]:
     """Measure one run, see :func:`evaluate`; `coco_name` is the test set's for COCOEvaluator."""
     annotations = [annotation for record in records for annotation in record["annotations"]]
-    masks = run.cfg.MODEL.MASK_ON and all("segmentation" in annotation for annotation in annotations)
+    masks = run.cfg.MODEL.MASK_ON and all("segmentation" in each or each.get("iscrowd", 0) for each in annotations)
     tasks = ("bbox", "segm") if masks else ("bbox",)
-    evaluators = [
-        COCOMetric(coco_name, tasks=tasks, distributed=False),
-        F1Metric(run.name, dataset, records, threshold),
-    ]
+    coco = CocoEvaluator(coco_name, masks=masks, tasks=tasks, distributed=False)
+    evaluators = [coco, F1Metric(run.name, dataset, records, threshold)]
     if MetadataCatalog.get(dataset).evaluator_type == "pascal_voc":
         evaluators.append(VOCMetric(dataset))
     found = run.evaluate(dataset, DatasetEvaluators(evaluators))
@@ -129,12 +116,6 @@ def coco_version(dataset: str, folder: str) -> str:
     convert_to_coco_json(dataset, path, allow_cached=False)
     MetadataCatalog.get(path).set(json_file=path, thing_classes=metadata.thing_classes)
     return path
-
-
-def distinct(names: Sequence[str]) -> list[str]:
-    """Return class names of which those that several classes share are followed by the number of the class."""
-    counts = Counter(names)
-    return [name if counts[name] == 1 else f"{name} (class {i})" for i, name in enumerate(names, 1)]
 
 
 def draw(

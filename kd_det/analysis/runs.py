@@ -23,6 +23,7 @@ from tqdm import tqdm
 from kd_det.analysis.ensemble import Ensemble
 from kd_det.data import check_files, check_num_classes, register_datasets
 from kd_det.engine import Trainer, is_classifier
+from kd_det.engine.evaluation import check_evaluator
 from kd_det.errors import InputError
 from kd_det.export import find_run, load_student, read_student_config
 
@@ -120,6 +121,7 @@ def load_runs(
         cfg.DATASETS.TEST = (dataset,)
         check_files(cfg, train=False)
         check_num_classes(cfg, train=False)
+    check_evaluator(dataset)
     parts = zip(runs, cfgs, weights, strict=True)
     models = iter([Run(*run, cfg, load_student(cfg, path, device)) for run, cfg, path in parts])
     loaded = []

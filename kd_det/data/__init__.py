@@ -1,6 +1,7 @@
 """Data sets named in the config, reading of images, and synthetic scenes."""
 
-from kd_det.data.checks import check_files, check_num_classes
+from kd_det.data.checks import check_annotations, check_files, check_num_classes
+from kd_det.data.coco_evaluator import CocoEvaluator
 from kd_det.data.datasets import (
     choose_images,
     class_names,
@@ -11,7 +12,9 @@ from kd_det.data.datasets import (
 from kd_det.data.mapper import DetectionMapper
 
 __all__ = [
+    "CocoEvaluator",
     "DetectionMapper",
+    "check_annotations",
     "check_files",
     "check_num_classes",
     "choose_images",

@@ -1,6 +1,7 @@
 """Checks of the data sets that a config names, before a model is built."""
 
 import logging
+from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -8,10 +9,12 @@ from detectron2.utils.file_io import PathManager
 
 from kd_det.config import look_up, student_config
 from kd_det.data.builtin import BUILTIN
+from kd_det.data.coco_format import CocoFormat
 from kd_det.data.datasets import class_names
 from kd_det.data.paths import data_root
 from kd_det.errors import InputError
 
+logger = logging.getLogger(__name__)
 NUM_CLASSES = {
     "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
     "ImageClassifier": "MODEL.CLASSIFIER.NUM_CLASSES",
@@ -20,6 +23,8 @@ NUM_CLASSES = {
 }
 # What the metadata of Detectron2's own detection data sets names on the disk.
 PATHS = ("json_file", "image_root", "dirname")
+# Keypoints of a person in COCO, for which COCOeval knows the scales.
+COCO_KEYPOINTS = 17
 
 
 def check_files(cfg: CfgNode, *, train: bool = True) -> None:
@@ -78,12 +83,115 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
         if len(names) > model_classes:
             raise InputError(f"{key}: {model_classes} found, but {told}; set {key} to {len(names)}.")
         if len(names) < model_classes:
-            logging.getLogger(__name__).warning("%s is %d, but %s.", key, model_classes, told)
+            logger.warning("%s is %d, but %s; no evaluation counts the others.", key, model_classes, told)
         first, expected = next(iter(classes.items()))
         if any(a != b for a, b in zip(names, expected, strict=False)):
             raise InputError(
                 f"DATASETS: {told}, but {first!r} has {_shorten(expected)}: a class must have the same index in both."
             )
+
+
+def check_annotations(cfg: CfgNode, *, train: bool = True) -> None:
+    """Check that the data sets have what the config's model is trained on and what its evaluation compares with.
+
+    Reads all annotations of DATASETS.TEST, which a training would meet at its end only.
+
+    Raises:
+        InputError: If masks or keypoints are missing or do not fit the config, or an annotation file is wrong.
+    """
+    for place, dataset in _used_coco(cfg, train):
+        _check_objects(cfg, place, dataset)
+        if cfg.MODEL.MASK_ON:
+            _check_masks(cfg, place, dataset)
+    if cfg.MODEL.KEYPOINT_ON:
+        _check_keypoints(cfg, train)
+    for name in cfg.DATASETS.TEST if train else ():
+        DatasetCatalog.get(name)
+
+
+def _check_objects(cfg: CfgNode, place: str, dataset: CocoFormat) -> None:
+    contents = dataset.contents
+    if contents.objects:
+        return
+    crowds = contents.annotations and f": all {contents.annotations} annotations have iscrowd 1 or unknown images"
+    told = f"{place}: {dataset.name!r} has no objects{crowds or ''} ({dataset.json_file})"
+    if place == "DATASETS.TRAIN" and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        raise InputError(f"{told}; DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out images without objects.")
+    logger.warning("%s: %s.", told, "nothing to learn from" if place == "DATASETS.TRAIN" else "its AP will be nan")
+
+
+def _check_masks(cfg: CfgNode, place: str, dataset: CocoFormat) -> None:
+    without, rle = dataset.contents.without_mask, dataset.contents.with_rle
+    if without:
+        raise InputError(
+            f"{dataset.json_file}: {len(without)} of {dataset.contents.objects} objects have no segmentation, the "
+            f"first is annotations[{without[0]}], but MODEL.MASK_ON asks for masks."
+        )
+    if rle and place == "DATASETS.TRAIN" and cfg.INPUT.MASK_FORMAT == "polygon":
+        raise InputError(
+            f"INPUT.MASK_FORMAT: 'polygon' found, but {len(rle)} of {dataset.contents.objects} objects of "
+            f"{dataset.json_file} have RLE masks, the first is annotations[{rle[0]}]; set INPUT.MASK_FORMAT to bitmask."
+        )
+
+
+def _check_keypoints(cfg: CfgNode, train: bool) -> None:
+    """Check the keypoints of all data sets against each other, the model and the scales of the evaluation."""
+    count, expected = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, None
+    for place, name in _used(cfg, train):
+        names = _keypoint_names(place, name)
+        if len(names) != count:
+            raise InputError(
+                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS: {count} found, but data set {name!r} has {len(names)} "
+                f"keypoints ({_shorten(names)})."
+            )
+        if names != (expected := expected or names):
+            raise InputError(
+                f"{place}: data set {name!r} has the keypoints {_shorten(names)}, another one {_shorten(expected)}: "
+                "all need the same ones in the same order."
+            )
+        if train and not _keypoint_pairs(name) and cfg.INPUT.RANDOM_FLIP == "horizontal":
+            logger.warning("%s: %r has no FLIP_PAIRS; its keypoints keep their names in mirrored images.", place, name)
+    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+    if cfg.DATASETS.TEST and (len(sigmas) or COCO_KEYPOINTS) != count:
+        raise InputError(
+            f"TEST.KEYPOINT_OKS_SIGMAS: {len(sigmas)} values found; the evaluation needs one for each of the {count} "
+            f"keypoints (none where they are the {COCO_KEYPOINTS} of COCO's persons)."
+        )
+    for place, dataset in _used_coco(cfg, train=False):
+        if not dataset.contents.annotations:
+            raise InputError(f"{place}: {dataset.name!r} has no annotations; the evaluation of keypoints needs some.")
+
+
+def _keypoint_names(place: str, name: str) -> list[str]:
+    dataset = DatasetCatalog[name]
+    known = dataset.contents.keypoints if isinstance(dataset, CocoFormat) else [_metadata(name, "keypoint_names")]
+    if len(known) > 1:
+        first, second, *_ = known
+        raise InputError(
+            f"{dataset.json_file}: its categories have different keypoints ({_shorten(first)}; {_shorten(second)}); "
+            "MODEL.KEYPOINT_ON needs the same ones."
+        )
+    if not any(known):
+        raise InputError(
+            f"{place}: data set {name!r} names no keypoints, which MODEL.KEYPOINT_ON needs; a COCO file has them as "
+            "keypoints of its categories."
+        )
+    return list(known[0])
+
+
+def _keypoint_pairs(name: str) -> list[tuple[str, str]]:
+    dataset = DatasetCatalog[name]
+    return dataset.keypoint_pairs if isinstance(dataset, CocoFormat) else _metadata(name, "keypoint_flip_map")
+
+
+def _metadata(name: str, key: str) -> list:
+    return MetadataCatalog.get(name).get(key, [])
+
+
+def _used_coco(cfg: CfgNode, train: bool) -> Iterator[tuple[str, CocoFormat]]:
+    for place, name in _used(cfg, train):
+        if isinstance(DatasetCatalog[name], CocoFormat):
+            yield place, DatasetCatalog[name]
 
 
 def _used(cfg: CfgNode, train: bool) -> list[tuple[str, str]]:

@@ -1,31 +1,45 @@
 """A COCO-format annotation file and its image folder as a Detectron2 data set."""
 
-import json
+import contextlib
+import logging
 import os
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from kd_det.data.coco_file import CocoFile, read_coco
+from kd_det.data.keypoints import mirrored_pairs
 from kd_det.errors import InputError
 
-REQUIRED = {
-    "images": ("id", "file_name", "width", "height"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
-# Where a field must have a type for the file to be read at all. The boxes are looked at one by one.
-TYPES = {
-    "id": int | str,
-    "image_id": int | str,
-    "category_id": int | str,
-    "file_name": str,
-    "name": str,
-    "width": int | float,
-    "height": int | float,
-}
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the checks before a run need to know of a COCO file.
+
+    Attributes:
+        classes: Class names in the order of their ids.
+        keypoints: Names of the keypoints of the categories that have any, each list once.
+        annotations: Number of annotations.
+        objects: Number of those that are trained on: not crowds, and in an image of the file.
+        without_mask: Which objects have no segmentation, as indices into the file's annotations.
+        with_rle: Which objects have an RLE mask.
+        changed: Whether Detectron2 reads a changed copy of the file.
+    """
+
+    classes: list[str]
+    keypoints: list[list[str]]
+    annotations: int
+    objects: int
+    without_mask: list[int]
+    with_rle: list[int]
+    changed: bool
 
 
 @dataclass(frozen=True)
@@ -36,11 +50,14 @@ class CocoFormat:
         name: Name of the data set.
         json_file: Annotations: polygons, RLE or boxes alone.
         image_root: The folder below which the images lie.
+        flip_pairs: Pairs of keypoints that change places in a mirrored image; None: those that differ in left and
+            right alone.
     """
 
     name: str
     json_file: str
     image_root: str
+    flip_pairs: tuple[tuple[str, str], ...] | None = None
 
     def __str__(self) -> str:
         return f"{self.json_file} with {self.image_root}"
@@ -48,14 +65,16 @@ class CocoFormat:
     def __call__(self) -> list[dict[str, Any]]:
         """Detectron2's dicts of all images; also completes the metadata, as `load_coco_json` does.
 
+        An object whose polygons all have fewer than three points has the segmentation [].
+
         Raises:
             InputError: If the file, an image or an annotation is missing or malformed.
         """
-        _ = self.classes
-        try:
-            return load_coco_json(self.json_file, self.image_root, self.name)
-        except (AssertionError, KeyError, ValueError) as error:
-            raise InputError(f"{self.json_file}: {error}") from error
+        records = self._load_changed() if self.contents.changed else self._load(self.json_file)
+        if len(self.contents.keypoints) == 1:
+            names = self.contents.keypoints[0]
+            MetadataCatalog.get(self.name).set(keypoint_names=names, keypoint_flip_map=self.keypoint_pairs)
+        return records
 
     def metadata(self) -> dict[str, Any]:
         return {"json_file": self.json_file, "image_root": self.image_root, "evaluator_type": "coco"}
@@ -68,77 +87,101 @@ class CocoFormat:
             raise InputError(f"{self.image_root}: folder not found; {key}.IMAGE_ROOT names it.")
 
     @cached_property
-    def classes(self) -> list[str]:
-        """Class names in the order of their ids. The first access reads and validates the whole file."""
-        self.check_files()
-        data = _read(self.json_file)
-        self._check_images(data["images"])
-        _check_annotations(self.json_file, data)
-        return [category["name"] for category in sorted(data["categories"], key=lambda c: c["id"])]
+    def contents(self) -> Contents:
+        """What is in the file. The first access reads and validates it."""
+        file = self._read()
+        for note in file.notes:
+            logger.warning(note)
+        data = file.data
+        known = {image["id"] for image in data["images"]}
+        objects = {
+            i: item.get("segmentation")
+            for i, item in enumerate(data["annotations"])
+            if not item["iscrowd"] and item["image_id"] in known
+        }
+        categories = sorted(data["categories"], key=lambda category: category["id"])
+        keypoints = [names for category in categories if (names := category.get("keypoints"))]
+        return Contents(
+            classes=[category["name"] for category in categories],
+            keypoints=[names for i, names in enumerate(keypoints) if names not in keypoints[:i]],
+            annotations=len(data["annotations"]),
+            objects=len(objects),
+            without_mask=[i for i, mask in objects.items() if mask is None],
+            with_rle=[i for i, mask in objects.items() if isinstance(mask, dict)],
+            changed=file.changed,
+        )
 
-    def _check_images(self, images: list[dict[str, Any]]) -> None:
-        paths = [os.path.join(self.image_root, image["file_name"]) for image in images]
+    @property
+    def classes(self) -> list[str]:
+        return self.contents.classes
+
+    @property
+    def keypoint_pairs(self) -> list[tuple[str, str]]:
+        """The keypoints that change places in a mirrored image.
+
+        Raises:
+            InputError: If FLIP_PAIRS names others than the file.
+        """
+        names = self.contents.keypoints[0]
+        pairs = mirrored_pairs(names) if self.flip_pairs is None else self.flip_pairs
+        unknown = [name for pair in pairs for name in pair if name not in names]
+        if unknown:
+            raise InputError(
+                f"DATASETS.COCO_FORMAT.{self.name}.FLIP_PAIRS: {unknown[0]!r} is not a keypoint of {self.json_file}, "
+                f"which has {', '.join(names)}."
+            )
+        return list(pairs)
+
+    @contextlib.contextmanager
+    def for_evaluation(self) -> Iterator[str]:
+        """Yield a name whose metadata names annotations that COCOeval can use, and all else that the evaluation needs.
+
+        It is the data set's own one unless the file has to be changed; then it is a name that ends with the context.
+        """
+        if not self.contents.changed:
+            yield self.name
+            return
+        metadata = MetadataCatalog.get(self.name)
+        with self._read().readable() as path:
+            MetadataCatalog.get(path).set(
+                json_file=path,
+                thing_classes=metadata.thing_classes,
+                thing_dataset_id_to_contiguous_id=metadata.thing_dataset_id_to_contiguous_id,
+            )
+            try:
+                yield path
+            finally:
+                MetadataCatalog.remove(path)
+
+    def _load(self, json_file: str) -> list[dict[str, Any]]:
+        return load_coco_json(json_file, self.image_root, self.name)
+
+    def _load_changed(self) -> list[dict[str, Any]]:
+        file = self._read()
+        with file.readable() as path:
+            records = self._load(path)
+        by_image = defaultdict(list)
+        for item in file.data["annotations"]:
+            by_image[item["image_id"]].append(item)
+        for record in records:
+            for annotation, item in zip(record["annotations"], by_image[record["image_id"]], strict=True):
+                if item.get("segmentation") == []:
+                    annotation["segmentation"] = []
+        return records
+
+    def _read(self) -> CocoFile:
+        self.check_files()
+        file = read_coco(self.json_file)
+        paths = []
+        for image in file.data["images"]:
+            path = os.path.join(self.image_root, image["file_name"])
+            if not os.path.isfile(path) and os.path.isfile(path.replace("\\", "/")):  # Written on Windows.
+                image["file_name"] = image["file_name"].replace("\\", "/")
+                file.changed, path = True, os.path.join(self.image_root, image["file_name"])
+            paths.append(path)
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             raise InputError(
                 f"{self.json_file}: {len(missing)} of {len(paths)} image files not found, the first is {missing[0]}."
             )
-
-
-def _read(json_file: str) -> dict[str, list[dict[str, Any]]]:
-    try:
-        with open(json_file, encoding="utf-8") as file:
-            data = json.load(file)
-    except ValueError as error:
-        raise InputError(f"{json_file}: not a JSON file: {error}.") from error
-    lacking = [key for key in REQUIRED if not isinstance(data, dict) or not isinstance(data.get(key), list)]
-    if lacking:
-        raise InputError(f"{json_file}: lacks {', '.join(lacking)}; a COCO file has the lists {', '.join(REQUIRED)}.")
-    for key in ("images", "categories"):
-        if not data[key]:
-            raise InputError(f"{json_file}: the list {key} is empty.")
-    for key, fields in REQUIRED.items():
-        for i, item in enumerate(data[key]):
-            lacking = [field for field in fields if not isinstance(item, dict) or field not in item]
-            if lacking:
-                raise InputError(f"{json_file}: {key}[{i}] lacks {', '.join(lacking)}; it needs {', '.join(fields)}.")
-            for field in fields:
-                if not isinstance(item[field], TYPES.get(field, object)):
-                    raise InputError(
-                        f"{json_file}: {key}[{i}] has {field} {item[field]!r}, which is not a "
-                        f"{'name' if TYPES[field] is str else 'number'}."
-                    )
-        repeated = [id_ for id_, count in Counter(item["id"] for item in data[key]).items() if count > 1]
-        if repeated:
-            raise InputError(f"{json_file}: {len(repeated)} ids of {key} are used twice, the first is {repeated[0]!r}.")
-    return data
-
-
-def _check_annotations(json_file: str, data: dict[str, list[dict[str, Any]]]) -> None:
-    images = {image["id"]: image for image in data["images"]}
-    categories = [category["id"] for category in data["categories"]]
-    wrong = []
-    for annotation in data["annotations"]:
-        if annotation["category_id"] not in categories:
-            raise InputError(
-                f"{json_file}: annotation {annotation['id']} has category_id {annotation['category_id']!r}; "
-                f"categories has {', '.join(map(str, categories))}."
-            )
-        image = images.get(annotation["image_id"])  # of no image: Detectron2 warns and leaves it out
-        if image and not _is_valid(annotation["bbox"], image["width"], image["height"]):
-            wrong.append((annotation, image))
-    if wrong:
-        annotation, image = wrong[0]
-        raise InputError(
-            f"{json_file}: {len(wrong)} boxes are empty or leave their image, the first is {annotation['bbox']} "
-            f"(x, y, width, height) of annotation {annotation['id']} in {image['file_name']}, "
-            f"which is {image['width']} x {image['height']}."
-        )
-
-
-def _is_valid(box: Any, width: int, height: int) -> bool:
-    """Whether a box has an area and lies in the image, with a tolerance of one pixel."""
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
-        return False
-    x, y, w, h = box
-    return w > 0 and h > 0 and x >= -1 and y >= -1 and x + w <= width + 1 and y + h <= height + 1
+        return file

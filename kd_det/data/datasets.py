@@ -1,11 +1,13 @@
 """Data sets that are named in the config: their registration, their classes and their number of images."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.build import filter_images_with_only_crowd_annotations
 
 from kd_det.config import one_line
 from kd_det.data.builtin import BUILTIN
@@ -14,6 +16,8 @@ from kd_det.data.image_folder import ImageFolder
 from kd_det.data.paths import resolve
 from kd_det.data.voc_format import VocFormat
 from kd_det.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -36,8 +40,10 @@ def define_datasets(cfg: CfgNode) -> Iterator[tuple[str, CocoFormat | VocFormat 
     """
     for name, entry in cfg.DATASETS.COCO_FORMAT.items():
         key = f"DATASETS.COCO_FORMAT.{name}"
-        json_file, image_root = _read_entry(key, entry, {"JSON": str, "IMAGE_ROOT": str})
-        yield key, CocoFormat(name, resolve(json_file), resolve(image_root))
+        expected = {"JSON": str, "IMAGE_ROOT": str}
+        json_file, image_root, pairs = _read_entry(key, entry, expected, {"FLIP_PAIRS": None})
+        flip_pairs = None if pairs is None else _read_pairs(f"{key}.FLIP_PAIRS", pairs)
+        yield key, CocoFormat(name, resolve(json_file), resolve(image_root), flip_pairs)
     for name, entry in cfg.DATASETS.VOC_FORMAT.items():
         key = f"DATASETS.VOC_FORMAT.{name}"
         expected = {"ROOT": str, "SPLIT": str, "CLASSES": (list, tuple)}
@@ -95,12 +101,30 @@ def load_training_images(cfg: CfgNode, **options: Any) -> list[dict[str, Any]]:
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     try:
-        return get_detection_dataset_dicts(
+        records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=filter_empty, min_keypoints=keypoints, **options
         )
+        return _leave_out_maskless(records, filter_empty) if cfg.MODEL.MASK_ON else records
     except AssertionError as error:
         why = " DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out images without objects." if filter_empty else ""
         raise InputError(f"DATASETS.TRAIN: {one_line(error)}{why}") from error
+
+
+def _leave_out_maskless(records: list[dict[str, Any]], filter_empty: bool) -> list[dict[str, Any]]:
+    """Leave out objects whose polygons are all too small to be masks, and the images that are left without objects."""
+    maskless = 0
+    for record in records:
+        annotations = record.get("annotations", [])
+        kept = [annotation for annotation in annotations if annotation.get("segmentation") != []]
+        if len(kept) < len(annotations):
+            maskless += len(annotations) - len(kept)
+            record["annotations"] = kept
+    if not maskless:
+        return records
+    logger.warning("MODEL.MASK_ON: %d objects without a polygon of three points are not trained on.", maskless)
+    records = filter_images_with_only_crowd_annotations(records) if filter_empty else records
+    assert records, "No object has a mask."
+    return records
 
 
 def count_training_images(cfg: CfgNode) -> int:
@@ -129,6 +153,18 @@ def _read_entry(key: str, entry: Any, required: dict[str, Any], optional: dict[s
             found = f"{entry[name]!r} found" if name in entry else "missing"
             raise InputError(f"{key}.{name}: {found}; {'text' if kind is str else 'a list'} is needed.")
     return [entry[name] for name in required] + [entry.get(name, default) for name, default in optional.items()]
+
+
+def _read_pairs(key: str, pairs: Any) -> tuple[tuple[str, str], ...]:
+    """Pairs of names of keypoints."""
+    names = [name for pair in pairs for name in pair] if _is_list(pairs) and all(map(_is_list, pairs)) else [None]
+    if not all(isinstance(name, str) for name in names) or any(len(pair) != 2 for pair in pairs):
+        raise InputError(f"{key}: {pairs!r} found; a list of pairs of keypoint names, [[left, right], ...], is needed.")
+    return tuple(map(tuple, pairs))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def _register(key: str, dataset: CocoFormat | VocFormat | ImageFolder) -> None:

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 
@@ -19,6 +20,15 @@ class DetectionMapper(DatasetMapper):
         InputError: When called, if the image cannot be read or has another size than its annotation says, or if masks
             are asked for and an annotation has none. A worker of a data loader raises it with its traceback as text.
     """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        if not is_train and cfg.MODEL.KEYPOINT_ON:
+            # The stock mapper would look for the keypoints of the training data.
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.KEYPOINT_ON = False
+        return super().from_config(cfg, is_train)
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         file_name = dataset_dict["file_name"]

@@ -1,4 +1,4 @@
-"""What an evaluation needs: the evaluator of a data set, and one model in all processes."""
+"""What an evaluation needs: the evaluator of a data set, the metrics it gives, and one model in all processes."""
 
 import os
 from collections.abc import Sequence
@@ -6,13 +6,37 @@ from collections.abc import Sequence
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
-from kd_det.classification.evaluator import ClassificationEvaluator
+from kd_det.classification.evaluator import MAX_LISTED, ClassificationEvaluator
+from kd_det.config import student_config
+from kd_det.data import CocoEvaluator, class_names
+from kd_det.data.coco_evaluator import distinct
 from kd_det.data.voc_evaluator import VocEvaluator
 from kd_det.errors import InputError
+from kd_det.mutual import MutualStudents
+from kd_det.peers import load_peer_configs
+
+KINDS = ("coco", "pascal_voc", "classification")
+# What Detectron2's evaluators give of each task, besides the AP of each class.
+SIZES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+METRICS = {
+    "bbox": SIZES,
+    "segm": SIZES,
+    "keypoints": ("AP", "AP50", "AP75", "APm", "APl"),
+    "box_proposals": tuple(f"AR{size}@{count}" for count in (100, 1000) for size in ("", "s", "m", "l")),
+}
+# Tasks of Detectron2's detectors; R-CNNs have more with MODEL.MASK_ON and MODEL.KEYPOINT_ON.
+TASKS = {
+    "GeneralizedRCNN": ["bbox"],
+    "PanopticFPN": ["bbox"],
+    "RetinaNet": ["bbox"],
+    "FCOS": ["bbox"],
+    "ProposalNetwork": ["box_proposals"],
+}
+SHOWN = 12
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, *, tasks: Sequence[str] | None = None) -> DatasetEvaluator:
@@ -24,17 +48,89 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, *, tasks: Sequence[str] | N
     Raises:
         InputError: If the data set has no evaluator.
     """
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    kind = check_evaluator(dataset_name)
     if kind == "coco":
-        return COCOEvaluator(dataset_name, tasks=tasks, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return CocoEvaluator(
+            dataset_name,
+            masks=cfg.MODEL.MASK_ON if tasks is None else "segm" in tasks,
+            tasks=tasks,
+            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        )
     if kind == "pascal_voc":
         return VocEvaluator(dataset_name)
+    return ClassificationEvaluator(dataset_name)
+
+
+def check_evaluator(dataset_name: str) -> str:
+    """Return the kind of evaluator that a data set's metadata names.
+
+    Raises:
+        InputError: If it is not one of :data:`KINDS`.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    if kind not in KINDS:
+        raise InputError(
+            f"DATASETS.TEST: {dataset_name} cannot be evaluated: its evaluator_type is {kind!r}; "
+            f"allowed are {', '.join(KINDS)}."
+        )
+    return kind
+
+
+def check_evaluation(cfg: CfgNode) -> None:
+    """Check that every data set of DATASETS.TEST can be evaluated, and gives the TEST.BEST_METRIC.
+
+    Raises:
+        InputError: If one has no evaluator, or the metric is not one of those that the evaluation gives.
+    """
+    for name in cfg.DATASETS.TEST:
+        check_evaluator(name)
+    metric = cfg.TEST.BEST_METRIC
+    if not metric or not cfg.DATASETS.TEST:
+        return
+    names = metric_names(cfg)
+    if names and metric not in names:
+        more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
+        raise InputError(f"TEST.BEST_METRIC: got {metric!r}; the evaluation gives {', '.join(names[:SHOWN])}{more}.")
+
+
+def metric_names(cfg: CfgNode) -> list[str]:
+    """Return the names of all metrics of a run's evaluation; [] if it trains an architecture of a plugin."""
+    mutual = MutualStudents.__name__ == cfg.MODEL.META_ARCHITECTURE
+    students = load_peer_configs(cfg) if mutual else [student_config(cfg)]
+    found = [_student_metrics(student) for student in students]
+    if not all(found):
+        return []
+    averaged = [f"ema/{name}" for name in found[0]] if cfg.SOLVER.EMA_DECAY else []
+    return [*found[0], *averaged, *(f"peer_{i}/{name}" for i, names in enumerate(found[1:], 2) for name in names)]
+
+
+def _student_metrics(cfg: CfgNode) -> list[str]:
+    by_dataset = {name: _dataset_metrics(cfg, name) for name in cfg.DATASETS.TEST}
+    if len(by_dataset) == 1:
+        return next(iter(by_dataset.values()))
+    return [f"{name}/{metric}" for name, metrics in by_dataset.items() for metric in metrics]
+
+
+def _dataset_metrics(cfg: CfgNode, name: str) -> list[str]:
+    kind, classes = check_evaluator(name), class_names(name)
     if kind == "classification":
-        return ClassificationEvaluator(dataset_name)
-    raise InputError(
-        f"DATASETS.TEST: {dataset_name} cannot be evaluated: its evaluator_type is {kind!r}; "
-        "allowed are coco, pascal_voc, classification."
-    )
+        return _classification_metrics(cfg.MODEL.CLASSIFIER.NUM_CLASSES, classes)
+    tasks = list(TASKS.get(cfg.MODEL.META_ARCHITECTURE, ()))
+    if kind == "pascal_voc":
+        return [f"bbox/{metric}" for metric in ("AP", "AP50", "AP75")] if tasks else []
+    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
+        tasks += [task for task, key in (("segm", "MASK_ON"), ("keypoints", "KEYPOINT_ON")) if cfg.MODEL[key]]
+    own = [f"AP-{name}" for name in distinct(classes)] if len(classes) > 1 else []
+    return [
+        f"{task}/{metric}" for task in tasks for metric in (*METRICS[task], *(own if task != "box_proposals" else ()))
+    ]
+
+
+def _classification_metrics(count: int, classes: Sequence[str]) -> list[str]:
+    names = dict(enumerate(classes))
+    own = [f"top1-{names.get(index, index)}" for index in range(count)] if count <= MAX_LISTED else []
+    return [f"classification/{name}" for name in ("top1", *(["top5"] if count > 5 else []), "error", *own)]
 
 
 def share_buffers(model: nn.Module) -> None:

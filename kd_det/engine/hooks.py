@@ -68,6 +68,12 @@ class BestCheckpointer(HookBase):
         found = flatten_results_dict(self.trainer._last_eval_results)
         if self.metric not in found:
             raise InputError(f"TEST.BEST_METRIC: got {self.metric!r}; the evaluation gives {', '.join(found)}.")
+        if math.isnan(found[self.metric]):
+            logger.warning(
+                "TEST.BEST_METRIC: %s is nan, so this evaluation writes no model_best.pth: the test set has no objects "
+                "of this kind, or the model finds nothing.",
+                self.metric,
+            )
         if found[self.metric] > self.best:
             self.best = float(found[self.metric])
             logger.info("The best so far: %s is %.4f.", self.metric, self.best)

@@ -15,8 +15,15 @@ from detectron2.engine import default_setup
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from kd_det.config import DISTILLED, add_kd_config, check_parts, find_config, look_up, merge_file, merge_list
-from kd_det.data import check_files, check_num_classes, count_training_images, register_datasets
+from kd_det.data import (
+    check_annotations,
+    check_files,
+    check_num_classes,
+    count_training_images,
+    register_datasets,
+)
 from kd_det.engine.cli import import_plugin
+from kd_det.engine.evaluation import check_evaluation
 from kd_det.engine.run_log import start_logging
 from kd_det.errors import InputError
 from kd_det.files import write_whole
@@ -70,6 +77,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     register_datasets(cfg)
     check_files(cfg, train=not args.eval_only)
     check_num_classes(cfg, train=not args.eval_only)
+    check_evaluation(cfg)
+    check_annotations(cfg, train=not args.eval_only)
     if cfg.SOLVER.IN_EPOCHS and not args.eval_only:
         epochs_to_iterations(cfg, count_training_images(cfg))
     cfg.freeze()

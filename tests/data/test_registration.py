@@ -34,10 +34,18 @@ def define_shapes(cfg, root):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("a.json", "DATASETS.COCO_FORMAT.x: 'a.json' found; a mapping with the keys JSON, IMAGE_ROOT is needed."),
+        (
+            "a.json",
+            "DATASETS.COCO_FORMAT.x: 'a.json' found; a mapping with the keys JSON, IMAGE_ROOT, FLIP_PAIRS is needed.",
+        ),
         ({"IMAGE_ROOT": "images"}, "DATASETS.COCO_FORMAT.x.JSON: missing; text is needed."),
         (COCO | {"JSON": ""}, "DATASETS.COCO_FORMAT.x.JSON: '' found; text is needed."),
-        (COCO | {"ROOT_": "y"}, "DATASETS.COCO_FORMAT.x.ROOT_: unknown key; allowed are JSON, IMAGE_ROOT."),
+        (COCO | {"ROOT_": "y"}, "DATASETS.COCO_FORMAT.x.ROOT_: unknown key; allowed are JSON, IMAGE_ROOT, FLIP_PAIRS."),
+        (COCO | {"FLIP_PAIRS": ["a", "b"]}, "DATASETS.COCO_FORMAT.x.FLIP_PAIRS: ['a', 'b'] found; a list of pairs of"),
+        (
+            COCO | {"FLIP_PAIRS": [["a", "b", "c"]]},
+            "DATASETS.COCO_FORMAT.x.FLIP_PAIRS: [['a', 'b', 'c']] found; a",
+        ),
         (VOC | {"SPLIT": 7}, "DATASETS.VOC_FORMAT.x.SPLIT: 7 found; text is needed."),
         (VOC | {"CLASSES": "cat"}, "DATASETS.VOC_FORMAT.x.CLASSES: 'cat' found; a list is needed."),
         (VOC | {"CLASSES": []}, "DATASETS.VOC_FORMAT.x.CLASSES: [] found; a list of different names is needed."),
