@@ -77,7 +77,7 @@ def test_an_evaluation_writes_beside_the_run(coco_folder, tmp_path, in_process, 
     assert (run / "config.yaml").read_bytes() == before["config.yaml"]
     assert not (tmp_path / "output").exists()
     out = capsys.readouterr().out
-    assert f"{run}/log.txt" in out
+    assert f"The evaluation writes into {run}, the folder of the run that it evaluates." in out
     assert re.search(r"bbox +[\d.]+", out)
     train_net(*arguments, "OUTPUT_DIR", tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere/inference/coco_instances_results.json").is_file()

@@ -67,8 +67,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         merge_file(cfg, args.config_file)
     apply_distillation_arguments(cfg, args)
     merge_list(cfg, args.opts, "command line")
-    if args.eval_only and not args.resume and "OUTPUT_DIR" not in args.opts[::2]:
-        write_beside_weights(cfg)
+    beside = args.eval_only and not args.resume and "OUTPUT_DIR" not in args.opts[::2] and write_beside_weights(cfg)
     check_run(cfg, f"{args.config_file or 'the config'} with the overrides")
     warning = ""
     if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
@@ -87,19 +86,26 @@ def setup(args: argparse.Namespace) -> CfgNode:
         logger.warning(warning)
     with kept(Path(cfg.OUTPUT_DIR, "config.yaml")):
         default_setup(cfg, args)
+    if beside:
+        logger.info("The evaluation writes into %s, the folder of the run that it evaluates.", cfg.OUTPUT_DIR)
     logger.info("The log with all details, environment and config among them: %s", Path(cfg.OUTPUT_DIR, "log.txt"))
     return cfg
 
 
-def write_beside_weights(cfg: CfgNode) -> None:
-    """Let an evaluation write into the folder of the run whose checkpoint it evaluates, if MODEL.WEIGHTS is of a run.
+def write_beside_weights(cfg: CfgNode) -> bool:
+    """Let an evaluation write into the folder of the run whose checkpoint it evaluates.
 
     Args:
         cfg: The config, whose OUTPUT_DIR is changed.
+
+    Returns:
+        Whether MODEL.WEIGHTS lies in the folder of a run, which can be written to.
     """
     folder = os.path.dirname(cfg.MODEL.WEIGHTS) or "."
-    if os.path.isfile(os.path.join(folder, "config.yaml")) and os.access(folder, os.W_OK):
-        cfg.OUTPUT_DIR = folder
+    if not os.path.isfile(os.path.join(folder, "config.yaml")) or not os.access(folder, os.W_OK):
+        return False
+    cfg.OUTPUT_DIR = folder
+    return True
 
 
 def check_run(cfg: CfgNode, source: str) -> None:
