@@ -6,6 +6,7 @@ import re
 from collections import OrderedDict
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -105,6 +106,13 @@ def test_a_pkl_that_torch_wrote(plain, tmp_path, legacy):
     torch.save({"model": plain.state_dict()}, path, _use_new_zipfile_serialization=not legacy)
     model = build(tiny_cfg())
     load_strictly(model, path, key="K")
+    assert same(model.state_dict(), plain.state_dict())
+
+
+def test_safetensors(plain, tmp_path):
+    safetensors.torch.save_file(plain.state_dict(), tmp_path / "a.safetensors")
+    model = build(tiny_cfg())
+    load_strictly(model, str(tmp_path / "a.safetensors"), key="K")
     assert same(model.state_dict(), plain.state_dict())
 
 
