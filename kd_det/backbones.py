@@ -1,6 +1,5 @@
 """Backbones that Detectron2 lacks: timm's networks, and narrow ResNets of basic blocks."""
 
-import timm
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, ResNet
@@ -10,6 +9,7 @@ from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import Tensor
 
 from kd_det.errors import InputError
+from kd_det.timm_models import create_timm_model
 
 BASIC_BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
@@ -27,10 +27,7 @@ class TimmBackbone(Backbone):
 
     def __init__(self, name: str, *, pretrained: bool, norm: str, in_channels: int, out_features: list[str]):
         super().__init__()
-        try:
-            self.net = timm.create_model(name, pretrained=pretrained, features_only=True, in_chans=in_channels)
-        except RuntimeError as error:
-            raise InputError(f"MODEL.TIMM.NAME: {name!r}: {error}") from error
+        self.net = create_timm_model(name, pretrained=pretrained, features_only=True, in_chans=in_channels)
         stages = {
             f"res{reduction.bit_length() - 1}": (i, ShapeSpec(channels=channels, stride=reduction))
             for i, (channels, reduction) in enumerate(

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from children import same
 from helpers import build, tiny_cfg
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from kd_det import InputError
 from kd_det.checkpoint import KDCheckpointer, load_strictly
@@ -171,6 +172,26 @@ def test_networks_of_timm_start_from_timms_files(tmp_path, name, own, theirs):
     source = timm.create_model(name).state_dict()
     KDCheckpointer(model).load(save(tmp_path / "a.pth", source))
     assert torch.equal(model.backbone.bottom_up.net.state_dict()[own], source[theirs])
+
+
+NETWORKS = {
+    "build_timm_fpn_backbone": {},
+    "build_timm_classifier_backbone": {"MODEL.META_ARCHITECTURE": "ImageClassifier"},
+}
+
+
+@pytest.mark.parametrize("backbone", NETWORKS)
+def test_timms_weights_that_cannot_be_fetched(monkeypatch, backbone):
+    def offline(name, pretrained, **_):
+        raise LocalEntryNotFoundError("An error happened.\nCheck your connection.")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    options = {"MODEL.BACKBONE.NAME": backbone, "MODEL.TIMM.NAME": "resnet18", **NETWORKS[backbone]}
+    with pytest.raises(
+        InputError, match=r"^MODEL\.TIMM\.PRETRAINED: .* cannot be fetched: An error happened\. Set"
+    ) as e:
+        build(tiny_cfg(options=options))
+    assert "\n" not in str(e.value)
 
 
 def test_resnets_of_several_networks(tmp_path):

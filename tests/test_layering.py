@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = {"errors", "lazy", "registry", "signals", "config", "schedules", "files", "fetching"}
-GROUND |= {"checkpoint_files", "unpickling", "formats"}
+GROUND |= {"checkpoint_files", "unpickling", "formats", "timm_models"}
 DISTILS = {"taps", "heads", "losses", "teacher", "gradients", "meta_arch", "peers", "mutual"}
 CHECKPOINTS = {"checkpoint", "checkpoint_folder"}
 BELOW_ENGINE = GROUND | DISTILS | CHECKPOINTS | {"data", "classification", "backbones"}

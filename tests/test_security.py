@@ -256,6 +256,15 @@ def test_weights_run_no_code_with_the_default_of_torch_before_2_6(plain, tmp_pat
             KDCheckpointer(plain).load(str(tmp_path / name))
 
 
+def test_weights_of_timm_run_no_code(tmp_path, canary):
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
+    torch.save({"weight": Hostile(canary)}, tmp_path / "pytorch_model.bin")
+    options = {"MODEL.BACKBONE.NAME": "build_timm_fpn_backbone", "MODEL.TIMM.NAME": f"local-dir:{tmp_path}"}
+    with pytest.raises(InputError, match=r"^MODEL\.TIMM\.\w+: .*weights") as error:
+        build(tiny_cfg(options=options))
+    assert "\n" not in str(error.value)
+
+
 def test_the_canary_works(tmp_path):
     write_hostile(tmp_path / "a.pkl", tmp_path / "made")
     pickle.loads((tmp_path / "a.pkl").read_bytes())

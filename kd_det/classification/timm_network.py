@@ -1,12 +1,12 @@
 """Any network of the timm library as the backbone of an image classifier."""
 
-import timm
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
+from kd_det.timm_models import create_timm_model
 
 
 class TimmClassifierBackbone(Backbone):
@@ -23,10 +23,7 @@ class TimmClassifierBackbone(Backbone):
 
     def __init__(self, name: str, *, pretrained: bool, num_classes: int, in_channels: int):
         super().__init__()
-        try:
-            self.net = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
-        except RuntimeError as error:
-            raise InputError(f"MODEL.TIMM.NAME: {name!r}: {error}") from error
+        self.net = create_timm_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
         if not isinstance(self.net.get_classifier(), nn.Linear) or not hasattr(self.net, "forward_intermediates"):
             raise InputError(f"MODEL.TIMM.NAME: {name!r} does not end with one linear layer behind feature maps.")
         # Of several maps at one stride the last counts.
