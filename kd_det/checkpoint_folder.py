@@ -122,11 +122,15 @@ def find_superseded(folder: str, run: str | None, iteration: int | None, *, keep
 def finished_iterations(folder: str | Path) -> int:
     """Count the iterations of the run in a folder; 0 unless it came to its end and its final checkpoint is whole."""
     path = Path(folder, FINAL)
-    if read_tag(folder) != FINAL or not path.is_file():
-        return 0
+    header = read_whole_header(path) if read_tag(folder) == FINAL and path.is_file() else None
+    return header.iteration + 1 if header else 0
+
+
+def read_whole_header(path: Path) -> Header | None:
+    """Read a checkpoint's header; None, with a warning, if the file is damaged anywhere."""
     try:
         check_damage(path)
-        return read_header(path).iteration + 1
+        return read_header(path)
     except UnreadableError as error:
         logger.warning("%s", error)
-        return 0
+        return None

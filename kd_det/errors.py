@@ -12,7 +12,7 @@ class InputError(ValueError):
 
 
 class UnreadableError(InputError):
-    """A checkpoint that is damaged, or is no checkpoint."""
+    """A file that is missing, or a checkpoint that is damaged or is none."""
 
 
 def reason(error: Exception) -> str:

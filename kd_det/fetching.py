@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 from detectron2.utils.file_io import PathManager
 
-from kd_det.errors import InputError, reason
+from kd_det.errors import InputError, UnreadableError, reason
 
 # Those of Detectron2's path manager.
 SCHEMES = ("http", "https", "ftp", "detectron2", "catalog")
@@ -28,16 +28,17 @@ def fetch(path: str, key: str) -> str:
         key: The config key or argument that names it, for messages.
 
     Raises:
-        InputError: If the URL is refused or cannot be fetched, or if there is no such file.
+        InputError: If the URL is refused.
+        UnreadableError: If it cannot be fetched, or there is no such file.
     """
     if is_url(path):
         _check_url(path, key)
     try:
         local = PathManager.get_local_path(path)
     except Exception as error:  # Each handler of the path manager has its own.
-        raise InputError(f"{key}: {path} cannot be fetched: {reason(error)}") from error
+        raise UnreadableError(f"{key}: {path} cannot be fetched: {reason(error)}") from error
     if not os.path.isfile(local):
-        raise InputError(f"{key}: there is no file {path}.")
+        raise UnreadableError(f"{key}: there is no file {path}.")
     return local
 
 

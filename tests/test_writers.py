@@ -127,6 +127,23 @@ def test_lines_that_are_dropped(tmp_path, start, kept, cut_off):
     assert os.listdir(tmp_path) == ["metrics.json"]
 
 
+@pytest.mark.parametrize(
+    "odd",
+    ["", "no JSON", "5", "[]", '{"lr": 1}', '{"iteration": null}', '{"iteration": "7"}', '{"iteration": NaN}', "\xff"],
+)
+@pytest.mark.parametrize(("start", "kept"), [(40, 2), (20, 1)])
+def test_odd_lines_are_dropped_and_quoted(tmp_path, caplog, odd, start, kept):
+    """Wherever they are among those that are dropped; before these they stay."""
+    path = tmp_path / "metrics.json"
+    path.write_text("".join(f'{{"iteration": {i}}}\n{odd}\n' for i in (19, 39)), encoding="latin-1")
+    before = path.read_bytes().splitlines()
+    drop_lines(str(path), start)
+    assert path.read_bytes().splitlines() == before[: 2 * kept - 1]
+    assert (
+        f"{path}: line 4, which is not one of an iteration, is dropped: {odd.encode('latin-1')!r}"[:-1] in caplog.text
+    )
+
+
 def test_without_a_file_there_is_nothing_to_drop(tmp_path):
     drop_lines(str(tmp_path / "metrics.json"), 5)
     assert not os.listdir(tmp_path)

@@ -1,6 +1,7 @@
 """Where a run's scalars and pictures go: the terminal, ``metrics.json``, Weights & Biases, TensorBoard."""
 
 import json
+import logging
 import math
 import os
 from collections import defaultdict
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from kd_det.errors import InputError
 from kd_det.files import write_whole
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsWriter(EventWriter):
@@ -130,6 +133,8 @@ def as_uint8(image: Tensor | np.ndarray) -> np.ndarray:
 def drop_lines(path: str, start: int) -> None:
     """Drop the lines of ``metrics.json`` that a run will write again, and one that a kill cut off.
 
+    What else among them is not a line of an iteration is dropped too, and quoted in the log.
+
     Args:
         path: The file; nothing happens without one.
         start: The iteration from which the run goes on.
@@ -139,7 +144,27 @@ def drop_lines(path: str, start: int) -> None:
     with open(path, "rb") as file:
         lines = file.readlines()
     kept = len(lines)
-    while kept and not (lines[kept - 1].endswith(b"\n") and json.loads(lines[kept - 1])["iteration"] < start):
+    while kept and not (lines[kept - 1].endswith(b"\n") and -1 < logged_iteration(lines[kept - 1]) < start):
         kept -= 1
+    for number, line in enumerate(lines[kept:], kept + 1):
+        if line.endswith(b"\n") and logged_iteration(line) < 0:
+            logger.warning("%s: line %d, which is not one of an iteration, is dropped: %r", path, number, line[:200])
     if kept < len(lines):
         write_whole(path, lambda file: file.writelines(lines[:kept]))
+
+
+def last_iteration(path: str) -> int:
+    """Find the last iteration in ``metrics.json``; -1 without any."""
+    if not os.path.isfile(path):
+        return -1
+    with open(path, "rb") as file:
+        return next((x for x in map(logged_iteration, reversed(file.readlines())) if x >= 0), -1)
+
+
+def logged_iteration(line: bytes) -> float:
+    """Read the iteration of a line of ``metrics.json``; -1 if it is not such a line."""
+    try:
+        iteration = json.loads(line)["iteration"]
+    except (LookupError, RecursionError, TypeError, ValueError):
+        return -1
+    return iteration if isinstance(iteration, int | float) and iteration >= 0 else -1

@@ -14,11 +14,13 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from kd_det.checkpoint import KDCheckpointer, fits
+from kd_det.checkpoint_folder import FINAL, TAG, finished_iterations, read_tag
 from kd_det.config import save_config, student_config
+from kd_det.engine.event_writers import last_iteration, metrics_path
 from kd_det.engine.summary import log_summary
 from kd_det.engine.teacher_check import check_teacher
 from kd_det.engine.trainer import Trainer
-from kd_det.errors import InputError
+from kd_det.errors import InputError, UnreadableError
 from kd_det.fetching import find_file
 from kd_det.heads.build import has_stage
 from kd_det.meta_arch import TeacherStudent, check_finite
@@ -26,8 +28,6 @@ from kd_det.signals import Batch
 from kd_det.teacher import Teacher, load_teacher_config
 
 logger = logging.getLogger(__name__)
-FINAL = "model_final.pth"
-TAG = "last_checkpoint"
 
 
 def train(cfg: CfgNode, *, resume: bool, begin: Callable[[], None] | None = None) -> None:
@@ -80,10 +80,23 @@ def open_folder(cfg: CfgNode, *, resume: bool) -> None:
     save_config(cfg)
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the run in a folder came to its end."""
-    tag = folder / TAG
-    return tag.is_file() and tag.read_text(encoding="utf-8").strip() == FINAL and (folder / FINAL).is_file()
+def warn_of_length(cfg: CfgNode, done: int, *, key: str) -> None:
+    """Say that a finished run stays as it is, where the config now gives it another number of iterations.
+
+    Args:
+        cfg: The run's own config.
+        done: The iterations that it has done.
+        key: The key that the number comes from.
+    """
+    asked = Trainer.auto_scale_workers(cfg, comm.get_world_size()).SOLVER.MAX_ITER
+    if asked != done:
+        logger.warning(
+            "%s: got %d, but %s is finished after %d iterations and stays so; delete the folder to train it anew.",
+            key,
+            asked,
+            cfg.OUTPUT_DIR,
+            done,
+        )
 
 
 def seed(cfg: CfgNode) -> None:
@@ -154,6 +167,7 @@ class PretrainingTrainer(Trainer):
     """The trainer of the stage, whose loss may end in the middle of the student."""
 
     find_unused_parameters = True
+    rate_key = "KD.PRETRAIN.BASE_LR"
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -200,7 +214,7 @@ def check_stage(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
 
 
 def pretrain(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) -> str:
-    """Train the stage below ``OUTPUT_DIR/pretrain``, unless it is to be resumed and is finished.
+    """Train the stage below ``OUTPUT_DIR/pretrain``, unless a resumed run has finished it.
 
     Args:
         begin: See :func:`train`.
@@ -209,13 +223,24 @@ def pretrain(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) -> str:
         Path of its final checkpoint.
     """
     folder = Path(cfg.OUTPUT_DIR, "pretrain")
-    if resume and is_finished(folder):
+    own = stage_config(cfg, folder)
+    done = finished_iterations(folder) if resume else 0
+    if done:
         logger.info("The stage before the main run is finished: %s", folder / FINAL)
+        warn_of_length(own, done, key="KD.PRETRAIN.MAX_ITER")
+    needed = not (resume and read_tag(cfg.OUTPUT_DIR))
+    if done or not (needed or read_tag(folder)):
         return str(folder / FINAL)
     folder.mkdir(parents=True, exist_ok=True)
     seed(cfg)
-    trainer = PretrainingTrainer(stage_config(cfg, folder))
-    trainer.resume_or_load(resume=resume)
+    trainer = PretrainingTrainer(own)
+    try:
+        trainer.resume_or_load(resume=resume)
+    except UnreadableError as error:
+        if needed:
+            raise
+        logger.warning("The main run has begun, and goes on without what is left of its stage: %s", error)
+        return str(folder / FINAL)
     begin()
     logger.info("The stage before the main run, in %s", folder)
     log_summary(trainer)
@@ -242,23 +267,23 @@ def load_stage(model: TeacherStudent, path: str, *, check_only: bool = False) ->
     """Load what the stage trained: the heads, and the student where a head trained it.
 
     Args:
-        check_only: Load nothing; only its teacher must be the model's, if the file is still there.
+        check_only: Load nothing; only its teacher must be the model's, if the file is still there and whole.
 
     Raises:
         InputError: If the file cannot be read, is that of another teacher, or lacks keys of a student that it trained.
     """
-    try:
-        file = find_file(path, "KD.PRETRAIN.WEIGHTS")
-    except InputError:
-        if not check_only:
-            raise
-        logger.warning("%s is gone; whether the teacher is still that of the stage is not checked.", path)
-        return
     trained = any(getattr(head, "pretrains_student", False) for head in model.heads.values()) and not check_only
     parts = {"kd_teacher": TeacherIdentity(model.teacher), **({} if check_only else model.checkpointables)}
     checkpointer = KDCheckpointer(model.student if trained else copy.deepcopy(model.student), **parts)
-    with fits("KD.PRETRAIN.WEIGHTS", path):
-        checkpointer.load(file)
+    try:
+        with fits("KD.PRETRAIN.WEIGHTS", path):
+            checkpointer.load(find_file(path, "KD.PRETRAIN.WEIGHTS"))
+    except UnreadableError as error:
+        if not check_only:
+            raise
+        state = f"damaged ({error})" if Path(path).is_file() else "gone"
+        logger.warning("%s is %s; whether the teacher is still that of the stage is not checked.", path, state)
+        return
     _, matched, total = checkpointer.loaded
     if trained and matched < total:
         raise InputError(
@@ -299,12 +324,20 @@ def train_generations(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) 
         )
     for generation in range(1, cfg.KD.GENERATIONS + 1):
         own = generation_config(cfg, generation)
-        if resume and is_finished(Path(own.OUTPUT_DIR)):
+        done = finished_iterations(own.OUTPUT_DIR) if resume else 0
+        # The evaluation at the end counts as one more iteration.
+        if done and (not own.DATASETS.TEST or last_iteration(metrics_path(own)) >= done):
             logger.info("Generation %d is finished: %s", generation, own.OUTPUT_DIR)
+            warn_of_length(own, done, key="SOLVER.MAX_ITER")
             continue
         logger.info("Generation %d of %d, in %s", generation, cfg.KD.GENERATIONS, own.OUTPUT_DIR)
         Path(own.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-        train(own, resume=resume, begin=functools.partial(begin_generation, begin, own))
+        try:
+            train(own, resume=resume, begin=functools.partial(begin_generation, begin, own))
+        except UnreadableError as error:
+            if not (resume and finished_iterations(generation_config(cfg, generation + 1).OUTPUT_DIR)):
+                raise
+            logger.warning("Generation %d is damaged, but the one after it is finished: %s", generation, error)
 
 
 def begin_generation(begin: Callable[[], None], cfg: CfgNode) -> None:

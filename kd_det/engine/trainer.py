@@ -4,6 +4,7 @@ import logging
 import uuid
 import weakref
 from contextlib import nullcontext
+from pathlib import Path
 
 import detectron2.utils.comm as comm
 import torch
@@ -15,12 +16,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_det.checkpoint import KDCheckpointer, fits
+from kd_det.checkpoint_folder import FINAL, read_whole_header
 from kd_det.data.loader import seed_everything
+from kd_det.engine.divergence import explaining_divergence
 from kd_det.engine.ema import build_ema
 from kd_det.engine.evaluation import build_evaluator, share_buffers
 from kd_det.engine.event_writers import build_writers, drop_lines, metrics_path
 from kd_det.engine.hooks import BestCheckpointer, with_own_hooks
 from kd_det.engine.loaders import build_test_loader, build_train_loader
+from kd_det.engine.optimizer_state import adapt_state, parameter_names
 from kd_det.engine.results import ClosingTable, log_results
 from kd_det.engine.run_log import printed_to_log
 from kd_det.engine.step_trainer import build_step_trainer
@@ -45,6 +49,8 @@ class Trainer(DefaultTrainer):
     """
 
     find_unused_parameters = False
+    # The config key that the learning rate comes from.
+    rate_key = "SOLVER.BASE_LR"
 
     def __init__(self, cfg: CfgNode):
         # As DefaultTrainer.__init__, but for the checkpointer, which is the student's, and DDP, which may be on CPUs.
@@ -75,13 +81,15 @@ class Trainer(DefaultTrainer):
         # Without DDP around it.
         self.plain_model = model
         self.checkpointer = KDCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **parts)
-        self.checkpointer.keep = cfg.SOLVER.CHECKPOINT_KEEP
+        self.checkpointer.keep, self.checkpointer.run = cfg.SOLVER.CHECKPOINT_KEEP, self.run
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     def train(self) -> dict | None:
+        if self.start_iter >= self.max_iter:
+            self.complete()
         try:
             return super().train()
         finally:
@@ -89,12 +97,33 @@ class Trainer(DefaultTrainer):
             loader = self._trainer.data_loader
             self._trainer.reset_data_loader(lambda: loader)
 
+    def complete(self) -> None:
+        """Write the final checkpoint of a run that has nothing left to train, unless it has been written."""
+        resumed = Path(self.checkpointer.loaded[0])
+        final = resumed.with_name(FINAL)
+        logger.info("%d iterations are done: nothing is left to train.", self.start_iter)
+        # A run that has gone on beyond MAX_ITER keeps what it ended with there.
+        kept = self.start_iter > self.max_iter and final.is_file() and read_whole_header(final)
+        if resumed != final and not (kept and kept.run == self.run):
+            self.checkpointer.save(final.stem, iteration=self.iter)
+        self.max_iter = self.start_iter
+
     def run_step(self) -> None:
         # An iteration draws the same random numbers whether or not the run was interrupted before it.
         seed_everything(self.seed, self.iter, comm.get_rank())
-        super().run_step()
+        with explaining_divergence(self):
+            super().run_step()
         if self.ema is not None:
             self.ema.update_parameters(self.student)
+
+    def after_step(self) -> None:
+        with explaining_divergence(self):
+            super().after_step()
+
+    def after_train(self) -> None:
+        # Where nothing was left to train, Detectron2's loop counts one iteration too many.
+        self.iter = min(self.iter, self.max_iter)
+        super().after_train()
 
     def resume_or_load(self, resume: bool = True) -> None:
         with fits("--resume", self.cfg.OUTPUT_DIR) if resume else nullcontext():
@@ -105,10 +134,21 @@ class Trainer(DefaultTrainer):
             load_peer_weights(self.plain_model.students, self.plain_model.configs)
         batches = self._trainer.data_loader.batch_sampler
         batches.seed, batches.start = self.seed, self.start_iter
+        if self.start_iter > self.max_iter:
+            logger.warning(
+                "SOLVER.MAX_ITER: got %d, but the run in %s has done %d iterations; all of them stay.",
+                self.max_iter,
+                self.cfg.OUTPUT_DIR,
+                self.start_iter,
+            )
         if resume and comm.is_main_process():
-            finished = self.start_iter > 0 and self.checkpointer.get_checkpoint_file().endswith("model_final.pth")
-            # The evaluation at the end of a run counts as one more iteration.
-            drop_lines(metrics_path(self.cfg), self.start_iter + finished)
+            drop_lines(metrics_path(self.cfg), self.start_iter + self._keeps_evaluation())
+
+    def _keeps_evaluation(self) -> bool:
+        """Whether the evaluation before the first iteration, which counts as that one, is not going to be repeated."""
+        if self.start_iter == 0 or Path(self.checkpointer.loaded[0]).name != FINAL:
+            return False
+        return self.start_iter < self.max_iter or not self.cfg.DATASETS.TEST
 
     def build_writers(self) -> list[EventWriter]:
         return build_writers(self.cfg, weakref.proxy(self))
@@ -153,11 +193,29 @@ class Trainer(DefaultTrainer):
             "run": self.run,
             "seed": self.seed,
             "processes": comm.get_world_size(),
+            "parameters": parameter_names(self.plain_model, self.optimizer),
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        self.run, self.seed = state_dict["run"], state_dict["seed"]
+        for key in ("iteration", "seed", "processes"):
+            if not isinstance(state_dict[key], int) or state_dict[key] < 0:
+                raise ValueError(f"the trainer's {key} is {state_dict[key]!r}")
+        if not isinstance(state_dict["run"], str):
+            raise ValueError(f"the trainer's run is {state_dict['run']!r}")
+        saved, rates = state_dict["_trainer"], self.scheduler.base_lrs
+        names = parameter_names(self.plain_model, self.optimizer)
+        optimizer, rates_differ = adapt_state(saved["optimizer"], self.optimizer, names, state_dict.get("parameters"))
+        super().load_state_dict(state_dict | {"_trainer": saved | {"optimizer": optimizer}})
+        # The schedule is a function of the iteration, of what the config says.
+        self.scheduler.base_lrs, self.scheduler.last_epoch = rates, self.iter + 1
+        if rates_differ:
+            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+                group["lr"] = rate
+        self.run = self.checkpointer.run = state_dict["run"]
+        if self.cfg.SEED < 0:
+            self.seed = state_dict["seed"]
+        elif self.seed != state_dict["seed"]:
+            logger.warning("SEED: %d instead of %d from here on, as the config says.", self.seed, state_dict["seed"])
         if state_dict["processes"] != comm.get_world_size():
             logger.warning(
                 "Resumed by %d process(es) instead of %d: the order of the images and the random numbers are others.",

@@ -1,0 +1,65 @@
+"""Resume an optimizer: what it has accumulated comes from the checkpoint, its options come from the config."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from kd_det.checkpoint import shorten
+
+logger = logging.getLogger(__name__)
+
+
+def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Name an optimizer's parameters, in the order in which its state counts them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def adapt_state(
+    saved: dict[str, Any], optimizer: Optimizer, names: Sequence[str], saved_names: Sequence[str] | None
+) -> tuple[dict[str, Any], bool]:
+    """Sort the state of an optimizer into groups that another config has made, which keep their options.
+
+    Args:
+        saved: The state.
+        optimizer: The optimizer that is to load it.
+        names: Those of its parameters, in order.
+        saved_names: Those of the parameters of the state; None in an old checkpoint, whose groups must be the same.
+
+    Returns:
+        The state to load, and whether the learning rates are other ones. If they are not, the groups have those that
+        the schedule had reached.
+
+    Raises:
+        ValueError: If other parameters were trained.
+    """
+    own = optimizer.state_dict()
+    if saved_names is None:
+        saved_names = names
+        if [len(group["params"]) for group in saved["param_groups"]] != [len(x["params"]) for x in own["param_groups"]]:
+            raise ValueError("its optimizer has other groups of parameters")
+    different = set(names) ^ set(saved_names)
+    if different:
+        raise ValueError(f"its optimizer trained other parameters: different are {shorten(sorted(different))}")
+    order = {name: i for i, name in enumerate(saved_names)}
+    saved_groups = {i: group for group in saved["param_groups"] for i in group["params"]}
+    changes: Counter[tuple[str, Any, Any]] = Counter()
+    state = {}
+    for group in own["param_groups"]:
+        for i in group["params"]:
+            before = saved_groups[order[names[i]]]
+            options = (group.keys() & before.keys()) - {"params", "lr"}
+            changes.update((key, before[key], group[key]) for key in options if group[key] != before[key])
+            if order[names[i]] in saved["state"]:
+                state[i] = saved["state"][order[names[i]]]
+        group["lr"] = saved_groups[order[names[group["params"][0]]]]["lr"]
+    for (key, before, now), number in sorted(changes.items(), key=str):
+        name = "learning rate" if key == "initial_lr" else key
+        logger.warning(
+            "%s: %s instead of %s from here on, for %d parameters, as the config says.", name, now, before, number
+        )
+    return {"state": state, "param_groups": own["param_groups"]}, any(key == "initial_lr" for key, *_ in changes)
