@@ -12,6 +12,7 @@ from kd_det.data.builtin import BUILTIN
 from kd_det.data.coco_format import CocoFormat
 from kd_det.data.datasets import class_names
 from kd_det.data.paths import data_root
+from kd_det.data.voc_format import voc_dataset
 from kd_det.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ def check_files(cfg: CfgNode, *, train: bool = True) -> None:
 def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
     """Compare the classes of the data sets with each other and with the number that the config gives the model.
 
-    Reads and validates the annotation files of DATASETS.COCO_FORMAT; call :func:`check_files` first.
+    Reads and validates the annotation files of DATASETS.COCO_FORMAT and of Detectron2's own VOC data sets; call
+    :func:`check_files` first.
 
     Raises:
         InputError: If a data set has more classes than the model, or orders them otherwise than another data set, or
@@ -75,6 +77,8 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
                 f"{place}: the evaluator_type of {name!r} is {kind!r}, which does not fit the model, {architecture}; "
                 f"{'classification' if architecture == 'ImageClassifier' else 'a data set for detection'} is needed."
             )
+        if kind == "pascal_voc" and not hasattr(DatasetCatalog[name], "check_files"):
+            voc_dataset(name).check_files()
     model_classes = look_up(cfg, key)
     classes = {name: class_names(name) for _, name in _used(cfg, train)}
     classes = {name: names for name, names in classes.items() if names}

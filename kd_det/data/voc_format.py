@@ -16,6 +16,8 @@ from detectron2.structures import BoxMode
 from kd_det.data.images import image_size, image_suffixes
 from kd_det.errors import InputError
 
+# What Detectron2's registration of a VOC data set leaves in its metadata.
+METADATA = ("dirname", "split", "thing_classes", "year")
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -53,6 +55,7 @@ class VocFormat:
         split: Name of a file in ImageSets/Main, without its suffix.
         class_names: The classes, in the order of their indices.
         year: 2007 for the 11-point AP, 2012 for the area under the curve.
+        is_stock: Whether Detectron2 or a plugin registered it, not the config.
     """
 
     name: str
@@ -60,6 +63,7 @@ class VocFormat:
     split: str
     class_names: tuple[str, ...]
     year: int
+    is_stock: bool = False
 
     def __str__(self) -> str:
         return f"{self.split} of {self.root} with the classes {', '.join(self.class_names)} and year {self.year}"
@@ -108,14 +112,18 @@ class VocFormat:
         Raises:
             InputError: If the split, an image or an annotation is missing or malformed.
         """
-        key = f"DATASETS.VOC_FORMAT.{self.name}"
         for folder in ("", "Annotations", "JPEGImages"):
             path = os.path.join(self.root, folder)
             if not os.path.isdir(path):
-                raise InputError(f"{path}: folder not found; {key}.ROOT is {self.root}.")
+                raise InputError(f"{path}: folder not found; {self._describe('ROOT')} is {self.root}.")
         if not os.path.isfile(self._split_file):
-            raise InputError(f"{self._split_file}: file not found; {key}.SPLIT names it.")
+            raise InputError(f"{self._split_file}: file not found; {self._describe('SPLIT')} names it.")
         return tuple(self._read_image(name) for name in _read_split(self._split_file))
+
+    def _describe(self, key: str) -> str:
+        if self.is_stock:
+            return f"the {key.lower()} of the data set {self.name!r}"
+        return f"DATASETS.VOC_FORMAT.{self.name}.{key}"
 
     @property
     def _split_file(self) -> str:
@@ -185,12 +193,20 @@ class VocFormat:
 
 
 def voc_dataset(name: str) -> VocFormat:
-    """Return a registered VOC data set; one of Detectron2's, such as ``voc_2007_test``, as if the config defined it."""
+    """Return a registered VOC data set; one of Detectron2's, such as ``voc_2007_test``, as if the config defined it.
+
+    Raises:
+        InputError: If its metadata does not say where it is.
+    """
     dataset = DatasetCatalog[name]
     if isinstance(dataset, VocFormat):
         return dataset
-    metadata = MetadataCatalog.get(name)
-    return VocFormat(name, metadata.dirname, metadata.split, tuple(metadata.thing_classes), metadata.year)
+    metadata = MetadataCatalog.get(name).as_dict()
+    lacking = [key for key in METADATA if key not in metadata]
+    if lacking:
+        raise InputError(f"data set {name!r}: its metadata lacks {', '.join(lacking)}; pascal_voc needs them.")
+    root, split, classes, year = (metadata[key] for key in METADATA)
+    return VocFormat(name, root, split, tuple(classes), year, is_stock=True)
 
 
 def _read_split(path: str) -> list[str]:

@@ -7,12 +7,13 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.config import CfgNode
-from detectron2.data.datasets import load_voc_instances
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_voc_instances, register_pascal_voc
 from PIL import Image
 
-from kd_det.data import check_files, register_datasets
+from kd_det.data import check_files, check_num_classes, register_datasets
 from kd_det.data.annotation_files import write_voc
-from kd_det.data.voc_format import VocFormat
+from kd_det.data.voc_format import VocFormat, voc_dataset
 from kd_det.errors import InputError
 
 CLASSES = ("cat", "dog")
@@ -236,3 +237,35 @@ def test_missing_split_and_folders(dataset, tmp_path):
     shutil.rmtree(tmp_path / "JPEGImages")
     with pytest.raises(InputError, match=f"JPEGImages: folder not found; DATASETS.VOC_FORMAT.mine.ROOT is {tmp_path}"):
         dataset.check_files()
+
+
+# ---- Data sets that Detectron2 registers ----
+def check_stock(cfg, root):
+    """As before a training: a test set that Detectron2 itself would read behind it."""
+    register_pascal_voc("stock", root, "train", 2012, class_names=CLASSES)
+    MetadataCatalog.get("stock").evaluator_type = "pascal_voc"
+    cfg.DATASETS.TEST = ("stock",)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    check_files(cfg)
+    check_num_classes(cfg)
+
+
+def test_stock_data_set_without_its_test_images(cfg, dataset, split):
+    split.unlink()
+    with pytest.raises(InputError, match=f"^{split}: file not found; the split of the data set 'stock' names it"):
+        check_stock(cfg, dataset.root)
+
+
+def test_stock_data_set_with_a_wrong_annotation(cfg, dataset, xml):
+    replace(xml, "<xmin>1<", "<xmin>5.7<")
+    replace(xml, "dog", "dgo")
+    with pytest.raises(InputError, match=f"^{xml}: class 'dgo' found"):
+        check_stock(cfg, dataset.root)
+    replace(xml, "dgo", "dog")
+    assert voc_dataset("stock")() == DatasetCatalog.get("stock")
+
+
+def test_data_set_of_a_plugin_that_does_not_say_where_it_is(cfg):
+    DatasetCatalog.register("own", list)
+    with pytest.raises(InputError, match=r"^data set 'own': its metadata lacks dirname, split, thing_classes, year; "):
+        voc_dataset("own")
