@@ -130,6 +130,7 @@ def test_masks_have_colours_of_their_own(image):
     for annotation in image["annotations"]:
         x0, y0, x1, y1 = annotation["bbox"]
         annotation["segmentation"] = [[x0, y0, x1, y0, x1, y1, x0, y1]]
+    image["annotations"].append(image["annotations"][0] | {"segmentation": []})
     figure = draw_detections([image], NAMES, {"run": [found]}, {"run": choice()})
     for cell in cells(figure):
         scale = cell.shape[1] / 96

@@ -123,16 +123,12 @@ def overlay(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def mark_objects(annotations: Sequence[dict], class_names: Sequence[str], *, masks: bool) -> list[Mark]:
     """Mark the annotated objects of an image, with their masks if these are asked for and there."""
-    return [
-        Mark(
-            box_of(item),
-            OBJECT,
-            short_name(class_names, item["category_id"]),
-            item.get("segmentation") if masks else None,
-        )
-        for item in annotations
-        if not item.get("iscrowd", 0)
-    ]
+    marks = []
+    for item in annotations:
+        if not item.get("iscrowd", 0):
+            mask = item.get("segmentation") if masks else None
+            marks.append(Mark(box_of(item), OBJECT, short_name(class_names, item["category_id"]), mask or None))
+    return marks
 
 
 def mark_outcome(

@@ -22,7 +22,7 @@ from kd_det.analysis import compare_detectors
 from kd_det.analysis.runs import Run, load_runs
 from kd_det.analysis.table import decimals, make_rows, make_table, summarise, without_nan
 from kd_det.classification.image_mapper import ClassificationMapper
-from kd_det.data import choose_images, register_datasets
+from kd_det.data import DetectionMapper, choose_images, register_datasets
 from kd_det.data.shapes import CLASSES
 from kd_det.data.shapes_folder import write_shapes
 from kd_det.engine import pictures, run_tool
@@ -139,6 +139,17 @@ def test_a_data_set_without_objects_has_no_ap(measure):
     metrics = measure(["a", "b", "c"], objects=False)
     assert all(math.isnan(value) for name, value in metrics.items() if name.startswith("bbox AP"))
     assert metrics["F1"] == 0
+
+
+def test_a_model_of_more_classes_than_the_data_set(coco_folder, tmp_path, save_run, run_tool):
+    cfg = with_data(tiny_cfg("retinanet", {"MODEL.RETINANET.NUM_CLASSES": 5}), coco_folder, tmp_path)
+    run = save_run(tmp_path / "run", cfg)
+    dataset, (loaded,) = load_runs([("a", run)], None, "cpu")
+    found = loaded.predict(DetectionMapper(cfg, is_train=False)(DatasetCatalog.get(dataset)[0]))
+    assert found.pred_classes.min() <= 2 < found.pred_classes.max()
+    run_tool("compare", "--run", f"a={run}", "--output", tmp_path / "out", "--images", 1)
+    rows = read_rows((tmp_path / "out/comparison.md").read_text())
+    assert [name for name in rows if "AP-" in name] == ["bbox AP-square", "bbox AP-triangle", "bbox AP-bar"]
 
 
 def test_a_model_that_detects_nothing_is_refused(coco_folder, tmp_path, save_run, run_tool):
