@@ -5,13 +5,16 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
-from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.layers import Format, convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import Tensor
 
 from kd_det.errors import InputError
-from kd_det.timm_models import create_timm_model
+from kd_det.timm_models import create_resizable_timm_model
 
 BASIC_BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+# Detectors give images of many sizes, all multiples of an FPN's 32.
+PROBE = (64, 96)
+STAGES = ("stem", "res2", "res3", "res4", "res5")
 
 
 class TimmBackbone(Backbone):
@@ -27,7 +30,10 @@ class TimmBackbone(Backbone):
 
     def __init__(self, name: str, *, pretrained: bool, norm: str, in_channels: int, out_features: list[str]):
         super().__init__()
-        self.net = create_timm_model(name, pretrained=pretrained, features_only=True, in_chans=in_channels)
+        self.net = create_resizable_timm_model(
+            name, PROBE, pretrained=pretrained, features_only=True, in_chans=in_channels
+        )
+        self._channels_last = getattr(self.net, "output_fmt", None) == Format.NHWC
         stages = {
             f"res{reduction.bit_length() - 1}": (i, ShapeSpec(channels=channels, stride=reduction))
             for i, (channels, reduction) in enumerate(
@@ -44,6 +50,8 @@ class TimmBackbone(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features = self.net(x)
+        if self._channels_last:
+            features = [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
         return {name: features[i] for name, (i, _) in self._stages.items()}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -77,6 +85,10 @@ def build_basic_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Bac
     if node.DEPTH not in BASIC_BLOCKS:
         raise InputError(
             f"MODEL.RESNETS.DEPTH: got {node.DEPTH}; allowed here are {', '.join(map(str, BASIC_BLOCKS))}."
+        )
+    if not cfg.MODEL.FPN.IN_FEATURES or not set(cfg.MODEL.FPN.IN_FEATURES) <= set(STAGES):
+        raise InputError(
+            f"MODEL.FPN.IN_FEATURES: got {cfg.MODEL.FPN.IN_FEATURES}; allowed here are {', '.join(STAGES)}."
         )
     stem = BasicStem(input_shape.channels, node.STEM_OUT_CHANNELS, norm=node.NORM)
     stages, channels = [], node.STEM_OUT_CHANNELS

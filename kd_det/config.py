@@ -1,16 +1,17 @@
 """Every config key that kd_det adds to Detectron2's, and how configs are read."""
 
+import functools
 import os
 import re
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 from detectron2 import model_zoo
-from detectron2.config import CfgNode
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
-from detectron2.utils.registry import Registry
+from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 
+from kd_det.config_kinds import check_kinds, show
 from kd_det.errors import InputError
 from kd_det.fetching import fetch, is_url
 from kd_det.files import write_whole
@@ -18,6 +19,12 @@ from kd_det.registry import KD_HEAD_REGISTRY, config_key
 
 # Meta-architectures around a student, which is KD.STUDENT_ARCHITECTURE.
 DISTILLED = ("TeacherStudent", "MutualStudents")
+# Keys that name a file or a folder.
+PATHS = ("MODEL.WEIGHTS", "OUTPUT_DIR", "KD.TEACHER.WEIGHTS", "KD.PRETRAIN.WEIGHTS")
+# Of a YAML file: with aliases, a few lines can stand for billions.
+MOST_VALUES = 10**6
+# Characters of an error of another library that a message quotes.
+LONGEST = 600
 
 
 def head_node(**keys) -> CfgNode:
@@ -28,6 +35,13 @@ def head_node(**keys) -> CfgNode:
     # DECAY "linear" or "cosine" brings it to 0 at STOP (-1: the end of the run); "constant" keeps it.
     node.SCHEDULE = CfgNode({"START": 0, "WARMUP": 0, "STOP": -1, "DECAY": "constant"})
     return node
+
+
+def default_config() -> CfgNode:
+    """A config with Detectron2's keys and kd_det's, all at their defaults."""
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    return cfg
 
 
 def add_kd_config(cfg: CfgNode) -> None:
@@ -197,7 +211,7 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         InputError: If the file does not exist, is no YAML, or has a key or a value that the config does not know.
     """
     try:
-        cfg.merge_from_other_cfg(_SafeReader(_SafeReader.load_yaml_with_base(path)))
+        _merge_versioned(cfg, _SafeReader(_SafeReader.load_yaml_with_base(path)))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name}, line {mark.line + 1}" if mark else path
@@ -205,26 +219,94 @@ def merge_file(cfg: CfgNode, path: str) -> None:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     except RecursionError as error:
-        raise InputError(f"{path}: its bases (_BASE_), or aliases in it, lead back to themselves.") from error
+        raise InputError(f"{path}: aliases in it lead back to themselves, or it is nested too deeply.") from error
     except (AttributeError, TypeError) as error:
         raise InputError(f"{path}: something else stands where a mapping of keys belongs: {one_line(error)}") from error
     except (AssertionError, KeyError, ValueError) as error:
         raise InputError(f"{path}: {one_line(error)}") from error
+    _check_merged(cfg, path)
+
+
+def _merge_versioned(cfg: CfgNode, loaded: CfgNode) -> None:
+    """Merge a config that was read from a file; as in Detectron2, one of an old VERSION is upgraded."""
+    version = loaded.get("VERSION", cfg.VERSION)
+    if type(version) is not int or not 1 <= version < cfg.VERSION:
+        cfg.merge_from_other_cfg(loaded)
+        return
+    old = downgrade_config(cfg, to_version=version)
+    old.merge_from_other_cfg(loaded)
+    new = upgrade_config(old)
+    cfg.clear()
+    cfg.update(new)
+
+
+def _check_merged(cfg: CfgNode, source: str) -> None:
+    """Check the kinds of all values, and expand ``~`` in paths."""
+    check_kinds(cfg, default_config(), source)
+    for key in PATHS:
+        *parents, name = key.split(".")
+        node = functools.reduce(lambda node, parent: node.get(parent, {}), parents, cfg)
+        if name in node:
+            node[name] = os.path.expanduser(node[name])
 
 
 class _SafeReader(CfgNode):
     """Reads YAML without running code from it, but for Detectron2's own files: Base-RetinaNet.yaml needs that."""
 
+    # The file that is being read, after those whose base it is.
+    _chain: ContextVar[tuple[str, ...]] = ContextVar("chain", default=())
+
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
+        if filename.endswith(".py"):
+            raise InputError(f"{filename} is a LazyConfig (.py); only YAML configs are read.")
+        chain = cls._chain.get()
+        place = filename if is_url(filename) else os.path.realpath(filename)
+        if place in chain:
+            raise InputError(f"its bases (_BASE_) lead back to themselves: {' -> '.join([*chain, place])}.")
         folder = Path(model_zoo.__file__).resolve().parent
         # What a URL names comes from its host, whatever its path looks like.
-        installed = not is_url(filename) and folder in Path(os.path.realpath(filename)).parents
-        return super().load_yaml_with_base(filename, allow_unsafe=installed)
+        installed = not is_url(filename) and folder in Path(place).parents
+        token = cls._chain.set((*chain, place))
+        try:
+            loaded = super().load_yaml_with_base(filename, allow_unsafe=installed)
+        finally:
+            cls._chain.reset(token)
+        if count_values(loaded) > MOST_VALUES:
+            raise InputError(f"the aliases of {filename} stand for more than {MOST_VALUES} values.")
+        _find_beside(loaded, os.path.dirname(filename))
+        return loaded
 
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[str]:
         return open(fetch(filename, "_BASE_"), encoding="utf-8")
+
+
+def count_values(value: Any, counts: dict[int, int] | None = None) -> int:
+    """Count the values in nested lists and mappings; one that has several aliases counts as often.
+
+    Args:
+        counts: Numbers of those that are counted already, by their id.
+    """
+    counts = {} if counts is None else counts
+    if id(value) not in counts:
+        items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        counts[id(value)] = 1 + sum(count_values(item, counts) for item in items)
+    return counts[id(value)]
+
+
+def _find_beside(loaded: Any, folder: str) -> None:
+    """Let a config that a file names, and that lies beside the file, be found from every working folder."""
+
+    def find(name: Any) -> Any:
+        beside = os.path.join(folder, name) if isinstance(name, str) else ""
+        return beside if name and os.path.isfile(beside) and not os.path.isfile(name) else name
+
+    node = loaded.get("KD") if isinstance(loaded, dict) else None
+    for key, name in (("TEACHER", "CONFIG_FILE"), ("MUTUAL", "PEERS")):
+        part = node.get(key) if isinstance(node, dict) else None
+        if isinstance(part, dict) and name in part:
+            part[name] = list(map(find, part[name])) if isinstance(part[name], list) else find(part[name])
 
 
 def merge_list(cfg: CfgNode, options: list, key: str) -> None:
@@ -236,10 +318,16 @@ def merge_list(cfg: CfgNode, options: list, key: str) -> None:
     Raises:
         InputError: If a key is unknown or a value has another type.
     """
+    names = list(options)[::2]
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"{key}: must be KEY VALUE KEY VALUE ..., got {show(list(options))}.")
     try:
         cfg.merge_from_list(list(options))
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{key}: {one_line(error)}") from error
+    except (MemoryError, RecursionError) as error:
+        raise InputError(f"{key}: a value is nested too deeply.") from error
+    _check_merged(cfg, key)
 
 
 def find_config(path: str, key: str = "--config-file") -> str:
@@ -252,6 +340,9 @@ def find_config(path: str, key: str = "--config-file") -> str:
     Raises:
         InputError: If there is none of them, or the URL cannot be fetched.
     """
+    path = os.path.expanduser(path)
+    if path.endswith(".py"):
+        raise InputError(f"{key}: {path} is a LazyConfig (.py); only YAML configs are read.")
     if is_url(path):
         fetch(path, key)
         return path  # Its bases are relative to it.
@@ -270,32 +361,6 @@ def look_up(cfg: CfgNode, key: str) -> Any:
     return cfg
 
 
-def registered_parts(cfg: CfgNode) -> dict[str, tuple[Registry, str]]:
-    """The keys that name a registered class or function, to its registry and its name there."""
-    return {
-        "MODEL.META_ARCHITECTURE": (META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
-        "MODEL.BACKBONE.NAME": (BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
-    }
-
-
-def check_parts(cfg: CfgNode, source: str) -> None:
-    """Check that all of :func:`registered_parts` are registered.
-
-    Args:
-        source: What the config was read from, for messages.
-
-    Raises:
-        InputError: If one is not.
-    """
-    for key, (registry, name) in registered_parts(cfg).items():
-        if name not in registry:
-            known = ", ".join(sorted(known for known, _ in registry))
-            raise InputError(
-                f"{source}: {key} is {name!r}, which nothing registers (--plugin FILE imports what does); there are "
-                f"{known}."
-            )
-
-
 def save_config(cfg: CfgNode) -> None:
     """Write ``config.yaml`` into the output folder."""
     write_whole(str(Path(cfg.OUTPUT_DIR, "config.yaml")), lambda file: file.write(cfg.dump().encode()))
@@ -305,7 +370,11 @@ def one_line(error: Exception) -> str:
     """The message of an error of yacs, which may have several lines, in one; without the node that a value is not."""
     text = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
     found = re.search(r"CfgNode'> vs\. .*vs\. (.*)\) for config key: (\S+)$", text)
-    return f"{found[2]}: got {found[1]} where a mapping of keys belongs" if found else text
+    if found:
+        return f"{found[2]}: got {found[1]} where a mapping of keys belongs"
+    if re.match(r"Type mismatch \(<class '(tuple|list)'> vs\. <class 'str'>\)", text):
+        text += "; a list of one is ['x'], or ('x',) with a comma"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def student_config(cfg: CfgNode) -> CfgNode:

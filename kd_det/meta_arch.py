@@ -6,11 +6,12 @@ from contextlib import nullcontext
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from kd_det.config import DISTILLED, student_config
+from kd_det.construction import build_network
 from kd_det.errors import InputError
 from kd_det.gradients import GradientShares, build_gradient_shares
 from kd_det.heads.build import build_kd_heads, freeze_pretrained, teacher_signals
@@ -181,7 +182,7 @@ def build_student(cfg: CfgNode) -> nn.Module:
         raise InputError(
             f"KD.STUDENT_ARCHITECTURE: {name!r} is not a student's meta-architecture; registered: {', '.join(known)}."
         )
-    return build_model(student_config(cfg))
+    return build_network(student_config(cfg), "the student's config")
 
 
 def check_task_weight(cfg: CfgNode) -> None:

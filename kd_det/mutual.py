@@ -6,11 +6,12 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
 from kd_det.config import is_flipped
+from kd_det.construction import build_network
 from kd_det.errors import InputError
 from kd_det.gradients import GradientShares, build_gradient_shares
 from kd_det.heads import InheritExploreHead
@@ -109,7 +110,7 @@ class MutualStudents(nn.Module):
         students = [build_student(cfg)]
         # With the same seed the first student's training must draw the same random numbers with and without peers.
         with torch.random.fork_rng(devices=[]):
-            students += [build_model(config) for config in configs[1:]]
+            students += [build_network(*peer) for peer in zip(configs[1:], node.PEERS, strict=True)]
             taps = [build_tap(student) for student in students]
             check_classes(node.SOURCE, [tap.spec() for tap in taps], names)
             if node.SOURCE == "roi":

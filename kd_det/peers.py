@@ -9,7 +9,8 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 
 from kd_det.checkpoint import KDCheckpointer
-from kd_det.config import add_kd_config, check_parts, find_config, merge_file, merge_list, save_config, student_config
+from kd_det.config import add_kd_config, find_config, merge_file, merge_list, save_config, student_config
+from kd_det.config_checks import check_network_values
 from kd_det.errors import InputError
 from kd_det.heads import InheritExploreHead
 from kd_det.heads.coders import Feature
@@ -37,7 +38,7 @@ def load_peer_configs(cfg: CfgNode) -> list[CfgNode]:
         merge_file(peer, find_config(name, "KD.MUTUAL.PEERS"))
         merge_list(peer, node.OPTS, "KD.MUTUAL.OPTS")
         peer = student_config(peer)
-        check_parts(peer, f"{name} with KD.MUTUAL.OPTS")
+        check_network_values(peer, f"{name} with KD.MUTUAL.OPTS")
         peer.MODEL.DEVICE = cfg.MODEL.DEVICE
         configs.append(student_config(cfg))
         configs[-1].MODEL, configs[-1].INPUT = peer.MODEL, peer.INPUT

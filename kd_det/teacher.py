@@ -9,11 +9,12 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from kd_det.checkpoint import load_strictly
-from kd_det.config import add_kd_config, check_parts, find_config, is_flipped, merge_file, merge_list, student_config
+from kd_det.config import add_kd_config, find_config, is_flipped, merge_file, merge_list, student_config
+from kd_det.config_checks import check_network_values
+from kd_det.construction import build_network
 from kd_det.errors import InputError
 from kd_det.signals import BOX_SIGNALS, Signals, flipped
 from kd_det.taps import build_tap
@@ -209,7 +210,7 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     options = teacher_options(cfg)
     teacher_cfg, weights = load_teacher_config(cfg)
     flip_channels = is_flipped(cfg, teacher_cfg, ("the student", "the teacher"))
-    model = build_model(teacher_cfg)
+    model = build_network(teacher_cfg, f"{node.CONFIG_FILE} with KD.TEACHER.OPTS")
     load_strictly(model, weights, key="KD.TEACHER.WEIGHTS")
     logging.getLogger(__name__).info("Teacher: %s, weights %s", node.CONFIG_FILE, weights)
     source = f"{node.CONFIG_FILE} with {weights}"
@@ -251,7 +252,7 @@ def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:
     merge_list(teacher_cfg, node.OPTS, "KD.TEACHER.OPTS")
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher_cfg = student_config(teacher_cfg)
-    check_parts(teacher_cfg, f"{node.CONFIG_FILE} with KD.TEACHER.OPTS")
+    check_network_values(teacher_cfg, f"{node.CONFIG_FILE} with KD.TEACHER.OPTS")
     in_zoo = path != os.path.expanduser(node.CONFIG_FILE)
     weights = node.WEIGHTS or (zoo_weights(node.CONFIG_FILE) if in_zoo else teacher_cfg.MODEL.WEIGHTS)
     if not weights:

@@ -1,10 +1,13 @@
 """The creation of timm's networks, with one line for what cannot be."""
 
+from contextlib import suppress
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
+from kd_det.construction import REJECTIONS
 from kd_det.errors import InputError, reason
 
 
@@ -32,3 +35,41 @@ def create_timm_model(name: str, *, pretrained: bool, **options: Any) -> nn.Modu
             "give their file as MODEL.WEIGHTS; on a machine with network, "
             f"torch.save(timm.create_model({name!r}, pretrained=True).state_dict(), FILE) writes it."
         ) from error
+
+
+def create_resizable_timm_model(name: str, size: tuple[int, int], **options: Any) -> nn.Module:
+    """Create a network of the timm library that takes images of a size, even if it was made for another one.
+
+    Args:
+        name: timm's name of the network.
+        size: Height and width of images that it must take.
+        options: Of :func:`create_timm_model`.
+
+    Raises:
+        InputError: As of :func:`create_timm_model`, or if the network takes images of other sizes only.
+    """
+    net = create_timm_model(name, **options)
+    rejection = probe(net, size, options["in_chans"])
+    if rejection is None:
+        return net
+    with suppress(TypeError):  # Not every network has the option.
+        net = create_timm_model(name, dynamic_img_size=True, **options)
+        rejection = probe(net, size, options["in_chans"])
+    if rejection is None:
+        return net
+    raise InputError(
+        f"MODEL.TIMM.NAME: {name!r} does not take images of {size[0]} x {size[1]} pixels: {reason(rejection)}"
+    ) from rejection
+
+
+@torch.no_grad()
+def probe(net: nn.Module, size: tuple[int, int], channels: int) -> Exception | None:
+    """Let a network see a black image; the error with which it rejects the image, or None."""
+    training = net.training
+    try:
+        net.eval()(torch.zeros(1, channels, *size))
+    except REJECTIONS as error:
+        return error
+    finally:
+        net.train(training)
+    return None

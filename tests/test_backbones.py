@@ -148,3 +148,13 @@ def test_narrow_basic_resnet(depth, blocks):
 def test_basic_resnet_of_another_depth_is_refused():
     with pytest.raises(InputError, match=r"MODEL\.RESNETS\.DEPTH: got 50; allowed here are 10, 18, 34"):
         build_backbone(make_cfg("build_basic_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH", 50))
+
+
+def test_timm_networks_of_a_fixed_size_and_with_channels_last():
+    """A Swin is made for 224 x 224 pixels, and its maps have their channels last."""
+    assert_shapes(make_timm(name="swin_tiny_patch4_window7_224", norm="BN"))
+
+
+def test_timm_networks_that_take_no_other_size():
+    with pytest.raises(InputError, match=r"^MODEL.TIMM.NAME: 'levit_128s' does not take images of 64 x 96 pixels: "):
+        make_timm(name="levit_128s", out_features=["res4"])

@@ -98,6 +98,19 @@ def own_data(coco_folder, tmp_path):
             ["SoftTargetHead"],
             "KD.SOFT_TARGET.BACKGROUND_WEIGHT: must be finite and 0 or more, got -1.0.",
         ),
+        ({"KD.TEACHER.OPTS": [1, 2]}, ["HintHead"], "KD.TEACHER.OPTS: must be KEY VALUE KEY VALUE ..., got [1, 2]."),
+        (
+            {"KD.TEACHER.OPTS": ["MODEL.PIXEL_STD", [0.0, 1.0, 1.0]]},
+            ["HintHead"],
+            "teacher.yaml with KD.TEACHER.OPTS: MODEL.PIXEL_STD: must be finite and above 0, got [0.0, 1.0, 1.0].",
+        ),
+        (
+            {"MODEL.ROI_HEADS.IN_FEATURES": ["p9"]},
+            ["HintHead"],
+            "GeneralizedRCNN cannot be built: KeyError: p9; see MODEL.ROI_HEADS.IN_FEATURES (the backbone gives p2",
+        ),
+        ({"TEST.AUG.ENABLED": True, "MODEL.KEYPOINT_ON": True}, [], "TEST.AUG.ENABLED: must be False for "),
+        ({"DATALOADER.SAMPLER_TRAIN": "RandomSubsetTrainingSampler"}, [], "DATALOADER.SAMPLER_TRAIN: got "),
         ({"MODEL.DEVICE": "gpu"}, [], "MODEL.DEVICE: 'gpu' is no device, such as cuda, cuda:1 or cpu."),
         (
             {"MODEL.BACKBONE.NAME": "resnet18"},
@@ -122,6 +135,8 @@ def test_values_that_cannot_be(run, options, heads, told):
         ("\nKD_HEADS: [HintHead]", [], "Non-existent config key: KD_HEADS"),
         ("", ["KD.HINT.WEIGTH", "2"], "command line: Non-existent key: KD.HINT.WEIGTH"),
         ("\nX: !!python/object/apply:os.mkdir [canary]", [], "not a safe YAML file"),
+        ("", ["OUTPUT_DIR", ""], "OUTPUT_DIR: must name a folder, got ''."),
+        ("", ["--kd-heads", "HintHead, SoftHead"], "KD.HEADS: 'SoftHead' is not a distillation head"),
         ("", ["--plugin", "no_such.py"], "--plugin: there is no file no_such.py."),
         ("", ["--plugin", "config.yaml"], "--plugin: config.yaml is no Python file; its name must end in .py."),
         (
@@ -135,6 +150,16 @@ def test_keys_and_files_that_cannot_be(run, tmp_path, monkeypatch, text, argumen
     monkeypatch.chdir(tmp_path)
     assert told in run(text=text, arguments=arguments)
     assert not (tmp_path / "canary").exists()
+
+
+def test_a_panoptic_model_without_segmentations(run):
+    options = {
+        "KD.STUDENT_ARCHITECTURE": "PanopticFPN",
+        "MODEL.SEM_SEG_HEAD.NORM": "",
+        "MODEL.SEM_SEG_HEAD.CONVS_DIM": 8,
+    }
+    told = run(options, heads=[])
+    assert told.startswith("DATASETS.TRAIN: PanopticFPN learns from semantic segmentations, which ")
 
 
 # ---- The teacher ----

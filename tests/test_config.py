@@ -8,7 +8,7 @@ from detectron2.config import get_cfg
 from torch import nn
 
 from kd_det import KD_HEAD_REGISTRY, InputError, add_kd_config
-from kd_det.config import merge_file, merge_list, student_config
+from kd_det.config import find_config, merge_file, merge_list, student_config
 from kd_det.registry import config_key
 
 
@@ -159,3 +159,79 @@ def test_options_that_cannot_be(cfg, options, told):
     with pytest.raises(InputError, match=f"^{re.escape(told)}") as error:
         merge_list(cfg, options, "K")
     assert "\n" not in str(error.value)
+
+
+# ---- Bases, versions and other files that a file names ----
+@pytest.mark.parametrize("bases", ["a.yaml", "[b.yaml, a.yaml]", "b.yaml"])
+def test_bases_that_lead_back_are_told_at_once(cfg, tmp_path, bases):
+    write(tmp_path, "_BASE_: a.yaml\nSEED: 1" if bases == "b.yaml" else "SEED: 1", "b.yaml")
+    with pytest.raises(InputError, match=r"/a\.yaml: its bases \(_BASE_\) lead back to themselves: .*/a\.yaml ->"):
+        merge_file(cfg, write(tmp_path, f"_BASE_: {bases}", "a.yaml"))
+
+
+def test_two_files_may_have_the_same_base(cfg, tmp_path):
+    write(tmp_path, "SEED: 3", "c.yaml")
+    write(tmp_path, "_BASE_: c.yaml", "b.yaml")
+    merge_file(cfg, write(tmp_path, "_BASE_: [b.yaml, c.yaml]", "a.yaml"))
+    assert cfg.SEED == 3
+
+
+def test_aliases_of_aliases(cfg, tmp_path):
+    lines = ["A0: &a0 {x: 1, y: 2}"] + [f"A{i}: &a{i} {{x: *a{i - 1}, y: *a{i - 1}}}" for i in range(1, 40)]
+    with pytest.raises(InputError, match="stand for more than 1000000 values"):
+        merge_file(cfg, write(tmp_path, "\n".join(lines)))
+
+
+def test_an_old_version_is_upgraded(cfg, tmp_path):
+    path = write(tmp_path, "VERSION: 1\nMODEL: {WEIGHT: old.pth, RPN: {NMS_TEST: 0.5}}\nKD: {HEADS: [HintHead]}")
+    with pytest.raises(InputError, match=r"Non-existent config key: MODEL\.RPN\.NMS_TEST"):
+        merge_file(cfg, path)
+    merge_file(cfg, write(tmp_path, "VERSION: 1\nMODEL: {WEIGHT: old.pth}\nKD: {HEADS: [HintHead]}"))
+    assert (cfg.MODEL.WEIGHTS, cfg.VERSION, cfg.KD.HEADS) == ("old.pth", 2, ["HintHead"])
+
+
+@pytest.mark.parametrize("name", ["lazy.py", "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py"])
+def test_lazy_configs_are_told_as_such(cfg, tmp_path, name):
+    (tmp_path / "lazy.py").write_text("model = 1")
+    with pytest.raises(InputError, match=r"^KD.TEACHER.CONFIG_FILE: .*\.py is a LazyConfig \(\.py\); only YAML"):
+        find_config(str(tmp_path / name) if name == "lazy.py" else name, "KD.TEACHER.CONFIG_FILE")
+    with pytest.raises(InputError, match=r"config\.yaml: .*lazy\.py is a LazyConfig"):
+        merge_file(cfg, write(tmp_path, "_BASE_: lazy.py"))
+
+
+def test_configs_beside_the_file_that_names_them_are_found(cfg, tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    for name in ("base/teacher.yaml", "peer.yaml", "here.yaml"):
+        write(tmp_path, "SEED: 1", name)
+    write(tmp_path, "KD: {TEACHER: {CONFIG_FILE: teacher.yaml}}", "base/base.yaml")
+    path = write(tmp_path, "_BASE_: base/base.yaml\nKD: {MUTUAL: {PEERS: [peer.yaml, zoo.yaml]}}")
+    merge_file(cfg, path)
+    assert str(tmp_path / "base/teacher.yaml") == cfg.KD.TEACHER.CONFIG_FILE
+    assert [str(tmp_path / "peer.yaml"), "zoo.yaml"] == cfg.KD.MUTUAL.PEERS
+    monkeypatch.chdir(tmp_path)
+    merge_file(cfg, path)
+    assert cfg.KD.MUTUAL.PEERS[0] == "peer.yaml"  # As it is, where it is found so.
+
+
+def test_home_is_expanded(cfg, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    merge_file(cfg, write(tmp_path, "MODEL: {WEIGHTS: ~/a.pth}\nOUTPUT_DIR: ~/output"))
+    merge_list(cfg, ["KD.TEACHER.WEIGHTS", "~/b.pth"], "K")
+    assert (f"{tmp_path}/a.pth", f"{tmp_path}/output") == (cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
+    assert f"{tmp_path}/b.pth" == cfg.KD.TEACHER.WEIGHTS
+    assert find_config("~/config.yaml") == f"{tmp_path}/config.yaml"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["DATASETS.TEST", "('x')"], "a list of one is ['x'], or ('x',) with a comma"),
+        ([1, 2], "K: must be KEY VALUE KEY VALUE ..., got [1, 2]."),
+        (["OUTPUT_DIR", "-" * 200000 + "1"], "K: a value is nested too deeply."),
+        (["OUTPUT_DIR", ["x"] * 9999], "K: Type mismatch"),
+    ],
+)
+def test_more_options_that_cannot_be(cfg, options, told):
+    with pytest.raises(InputError, match=re.escape(told)) as error:
+        merge_list(cfg, options, "K")
+    assert len(str(error.value)) < 1000

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "lazy", "registry", "signals", "config", "schedules", "files", "fetching"}
+CONFIG = {"config", "config_kinds", "config_checks", "construction"}
+GROUND = CONFIG | {"errors", "lazy", "registry", "signals", "schedules", "files", "fetching"}
 GROUND |= {"checkpoint_files", "unpickling", "formats", "timm_models"}
 DISTILS = {"taps", "heads", "losses", "teacher", "gradients", "meta_arch", "peers", "mutual"}
 CHECKPOINTS = {"checkpoint", "checkpoint_folder"}

@@ -29,6 +29,7 @@ def main(args: argparse.Namespace) -> None:
     from kd_det.engine import Trainer, setup
     from kd_det.engine.interruption import interruptible
     from kd_det.engine.stages import train
+    from kd_det.engine.tta import evaluate_with_tta
     from kd_det.errors import InputError
 
     cfg = setup(args)
@@ -43,6 +44,8 @@ def main(args: argparse.Namespace) -> None:
         else:
             raise InputError("MODEL.WEIGHTS: is empty, but --eval-only needs a trained model.")
         Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            evaluate_with_tta(Trainer.test, cfg, model)
         return
     with interruptible():
         train(cfg, resume=args.resume)

@@ -6,7 +6,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
-from kd_det.timm_models import create_timm_model
+from kd_det.timm_models import create_resizable_timm_model
 
 
 class TimmClassifierBackbone(Backbone):
@@ -19,11 +19,14 @@ class TimmClassifierBackbone(Backbone):
         pretrained: Whether to start from timm's weights, the linear layer included where the classes are as many.
         num_classes: Outputs of the linear layer.
         in_channels: Channels of the image.
+        size: Height and width of the image.
     """
 
-    def __init__(self, name: str, *, pretrained: bool, num_classes: int, in_channels: int):
+    def __init__(self, name: str, *, pretrained: bool, num_classes: int, in_channels: int, size: int):
         super().__init__()
-        self.net = create_timm_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
+        self.net = create_resizable_timm_model(
+            name, (size, size), pretrained=pretrained, num_classes=num_classes, in_chans=in_channels
+        )
         if not isinstance(self.net.get_classifier(), nn.Linear) or not hasattr(self.net, "forward_intermediates"):
             raise InputError(f"MODEL.TIMM.NAME: {name!r} does not end with one linear layer behind feature maps.")
         # Of several maps at one stride the last counts.
@@ -56,4 +59,5 @@ def build_timm_classifier_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Back
         pretrained=cfg.MODEL.TIMM.PRETRAINED,
         num_classes=cfg.MODEL.CLASSIFIER.NUM_CLASSES,
         in_channels=input_shape.channels,
+        size=cfg.INPUT.CLASSIFICATION.SIZE,
     )

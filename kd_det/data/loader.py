@@ -14,11 +14,15 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTr
 from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
+from kd_det.config import student_config
 from kd_det.data.datasets import load_training_images
 from kd_det.data.mapper import DetectionMapper
 from kd_det.data.proposals import proposal_files
 from kd_det.data.workers import end_with_the_run
 from kd_det.errors import InputError
+
+# Meta-architectures that learn from semantic segmentations.
+SEGMENTING = ("PanopticFPN", "SemanticSegmentor")
 
 
 def seed_everything(*key: int, cuda: bool = True) -> None:
@@ -141,9 +145,27 @@ def build_detection_training_loader(cfg: CfgNode) -> DataLoader:
     """
     with proposal_files(cfg, "TRAIN", cfg.DATASETS.TRAIN) as files:
         records = load_training_images(cfg, proposal_files=files)
+    check_segments(cfg, records)
     groups = [int(x["width"] > x["height"]) for x in records] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     dataset = SeededDataset(records, DetectionMapper(cfg, is_train=True))
     return build_training_loader(cfg, dataset, sampler_factory(cfg, records), groups=groups)
+
+
+def check_segments(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:
+    """Check that images have semantic segmentations where the model learns from them.
+
+    Raises:
+        InputError: If one has none.
+    """
+    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
+    if architecture not in SEGMENTING:
+        return
+    for record in records:
+        if "sem_seg_file_name" not in record:
+            raise InputError(
+                f"DATASETS.TRAIN: {architecture} learns from semantic segmentations, which {record['file_name']} lacks "
+                "(sem_seg_file_name); Detectron2's coco_2017_train_panoptic_separated has them."
+            )
 
 
 def sampler_factory(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> Callable[[int], Sampler]:
@@ -160,10 +182,10 @@ def sampler_factory(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> Callable
             records, node.REPEAT_THRESHOLD, sqrt=node.REPEAT_SQRT
         )
         return lambda seed: RepeatFactorTrainingSampler(repeats, seed=seed)
-    if node.SAMPLER_TRAIN == "RandomSubsetTrainingSampler":
+    if node.SAMPLER_TRAIN == "RandomSubsetTrainingSampler" and "RANDOM_SUBSET_RATIO" in node:
         ratio = node.RANDOM_SUBSET_RATIO
         return lambda seed: RandomSubsetTrainingSampler(len(records), ratio, seed_shuffle=seed, seed_subset=seed)
-    raise InputError(
-        f"DATALOADER.SAMPLER_TRAIN: got {node.SAMPLER_TRAIN!r}; allowed are TrainingSampler, "
-        "RepeatFactorTrainingSampler, RandomSubsetTrainingSampler."
-    )
+    # The key of the last one is younger than some Detectron2.
+    last = ["RandomSubsetTrainingSampler"] if "RANDOM_SUBSET_RATIO" in node else []
+    allowed = ", ".join(["TrainingSampler", "RepeatFactorTrainingSampler", *last])
+    raise InputError(f"DATALOADER.SAMPLER_TRAIN: got {node.SAMPLER_TRAIN!r}; allowed are {allowed}.")

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +9,12 @@ from pathlib import Path
 
 import detectron2.utils.comm as comm
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from kd_det.config import DISTILLED, add_kd_config, check_parts, find_config, look_up, merge_file, merge_list
+from kd_det.config import DISTILLED, default_config, find_config, merge_file, merge_list
+from kd_det.config_checks import check_parts, check_run_values
 from kd_det.data import (
     check_annotations,
     check_files,
@@ -31,19 +31,6 @@ from kd_det.registry import KD_HEAD_REGISTRY, config_key
 from kd_det.taps import find_tap
 
 logger = logging.getLogger(__name__)
-# The least value of keys that take numbers.
-LEAST = {
-    "KD.PRETRAIN.MAX_ITER": 0,
-    "SOLVER.IMS_PER_BATCH": 1,
-    "SOLVER.MAX_ITER": 1,
-    "SOLVER.CHECKPOINT_PERIOD": 1,
-    "SOLVER.CHECKPOINT_KEEP": 0,
-    "DATALOADER.NUM_WORKERS": 0,
-    "KD.GENERATIONS": 0,
-}
-# Those of Detectron2.
-WARMUP_METHODS = ("linear", "constant")
-LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -60,8 +47,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise InputError(f"command line: {late[0]} must come before the overrides, {' '.join(args.opts[:2])} ...")
     for path in args.plugin:
         import_plugin(path)
-    cfg = get_cfg()
-    add_kd_config(cfg)
+    cfg = default_config()
     if args.config_file:
         args.config_file = find_config(args.config_file)
         merge_file(cfg, args.config_file)
@@ -89,6 +75,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if beside:
         logger.info("The evaluation writes into %s, the folder of the run that it evaluates.", cfg.OUTPUT_DIR)
     logger.info("The log with all details, environment and config among them: %s", Path(cfg.OUTPUT_DIR, "log.txt"))
+    warn_of_idle_heads(cfg)
     return cfg
 
 
@@ -118,23 +105,32 @@ def check_run(cfg: CfgNode, source: str) -> None:
         InputError: If a value is not allowed.
     """
     check_parts(cfg, source)
-    for key, least in LEAST.items():
-        value = look_up(cfg, key)
-        if value < least:
-            raise InputError(f"{key}: must be {least} or more, got {value}.")
-    for key, rate in (("SOLVER.BASE_LR", cfg.SOLVER.BASE_LR), ("KD.PRETRAIN.BASE_LR", cfg.KD.PRETRAIN.BASE_LR)):
-        if not 0 < rate < math.inf:
-            raise InputError(f"{key}: must be finite and above 0, got {rate}.")
-    for key, steps in (("SOLVER.STEPS", cfg.SOLVER.STEPS), ("KD.PRETRAIN.STEPS", cfg.KD.PRETRAIN.STEPS)):
-        if list(steps) != sorted(steps):
-            raise InputError(f"{key}: must be in increasing order, got {list(steps)}.")
-    for key, allowed in (("LR_SCHEDULER_NAME", LR_SCHEDULERS), ("WARMUP_METHOD", WARMUP_METHODS)):
-        if cfg.SOLVER[key] not in allowed:
-            raise InputError(f"SOLVER.{key}: {cfg.SOLVER[key]!r} is not one of {', '.join(allowed)}.")
+    check_run_values(cfg)
+    if not cfg.OUTPUT_DIR:
+        raise InputError("OUTPUT_DIR: must name a folder, got ''.")
     try:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
         raise InputError(f"MODEL.DEVICE: {cfg.MODEL.DEVICE!r} is no device, such as cuda, cuda:1 or cpu.") from error
+
+
+def warn_of_idle_heads(cfg: CfgNode) -> None:
+    """Warn of heads whose schedule gives them no weight, or never their full weight, before the run ends."""
+    end = cfg.SOLVER.MAX_ITER
+    for name in cfg.KD.HEADS:
+        key = config_key(name)
+        node = cfg.KD.get(key, CfgNode()).get("SCHEDULE")
+        if node is None:
+            continue
+        if end <= node.START:
+            logger.warning("KD.%s.SCHEDULE.START: the head never acts; START is %d, MAX_ITER %d.", key, node.START, end)
+        elif end <= node.START + node.WARMUP:
+            logger.warning(
+                "KD.%s.SCHEDULE.WARMUP: the head never has its full weight; START + WARMUP is %d, MAX_ITER %d.",
+                key,
+                node.START + node.WARMUP,
+                end,
+            )
 
 
 @contextmanager
@@ -149,12 +145,12 @@ def kept(path: Path) -> Iterator[None]:
 def apply_distillation_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Turn a config into that of a distillation run, as ``--teacher``, ``--teacher-weights`` and ``--kd-heads`` say."""
     if args.teacher:
-        cfg.KD.TEACHER.CONFIG_FILE = args.teacher
+        cfg.KD.TEACHER.CONFIG_FILE = os.path.expanduser(args.teacher)
         cfg.KD.TEACHER.WEIGHTS = ""
     if args.teacher_weights:
-        cfg.KD.TEACHER.WEIGHTS = args.teacher_weights
+        cfg.KD.TEACHER.WEIGHTS = os.path.expanduser(args.teacher_weights)
     if args.kd_heads is not None:
-        cfg.KD.HEADS = [name for name in args.kd_heads.split(",") if name]
+        cfg.KD.HEADS = [name.strip() for name in args.kd_heads.split(",") if name.strip()]
     if cfg.MODEL.META_ARCHITECTURE in DISTILLED or not (args.teacher or args.teacher_weights or args.kd_heads):
         return
     if not (cfg.KD.TEACHER.CONFIG_FILE and cfg.KD.HEADS):
@@ -163,8 +159,7 @@ def apply_distillation_arguments(cfg: CfgNode, args: argparse.Namespace) -> None
         )
     check_parts(cfg, args.config_file or "the config")
     cfg.KD.STUDENT_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE, "TeacherStudent"
-    default = get_cfg()
-    add_kd_config(default)
+    default = default_config()
     for name in cfg.KD.HEADS:
         key = config_key(name)
         if key in cfg.KD and key in default.KD:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kd_det.checkpoint import KDCheckpointer, fits
 from kd_det.checkpoint_folder import FINAL, TAG, finished_iterations, read_tag
 from kd_det.config import save_config, student_config
+from kd_det.construction import naming_config
 from kd_det.engine.event_writers import last_iteration, metrics_path
 from kd_det.engine.summary import log_summary
 from kd_det.engine.teacher_check import check_teacher
@@ -171,7 +172,8 @@ class PretrainingTrainer(Trainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        return Pretraining(cfg).to(cfg.MODEL.DEVICE)
+        with naming_config(cfg, "the config"):
+            return Pretraining(cfg).to(cfg.MODEL.DEVICE)
 
 
 class TeacherIdentity:

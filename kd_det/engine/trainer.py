@@ -10,6 +10,7 @@ import detectron2.utils.comm as comm
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
+from detectron2.engine.hooks import PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.events import EventWriter
 from torch import nn
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kd_det.checkpoint import KDCheckpointer, fits
 from kd_det.checkpoint_folder import FINAL, read_whole_header
+from kd_det.construction import naming_config
 from kd_det.data.loader import seed_everything
 from kd_det.engine.divergence import explaining_divergence
 from kd_det.engine.ema import build_ema
@@ -29,6 +31,7 @@ from kd_det.engine.results import ClosingTable, log_results
 from kd_det.engine.run_log import printed_to_log
 from kd_det.engine.step_trainer import build_step_trainer
 from kd_det.engine.teacher_check import check_class_order
+from kd_det.engine.tta import TTAEvaluation
 from kd_det.engine.visualization import build_visualization
 from kd_det.errors import InputError
 from kd_det.meta_arch import TeacherStudent
@@ -150,6 +153,11 @@ class Trainer(DefaultTrainer):
             return False
         return self.start_iter < self.max_iter or not self.cfg.DATASETS.TEST
 
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        with naming_config(cfg, "the config"):
+            return super().build_model(cfg)
+
     def build_writers(self) -> list[EventWriter]:
         return build_writers(self.cfg, weakref.proxy(self))
 
@@ -161,6 +169,9 @@ class Trainer(DefaultTrainer):
         peers = self.plain_model.configs[1:] if isinstance(self.plain_model, MutualStudents) else []
         if peers and comm.is_main_process():
             hooks.insert(0, PeerWriter(self.plain_model.students, self.plain_model.configs))
+        if self.cfg.TEST.AUG.ENABLED and self.cfg.DATASETS.TEST:
+            writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
+            hooks.insert(min(writers, default=len(hooks)), TTAEvaluation(self.cfg, self.student))
         if comm.is_main_process():
             best = next((hook for hook in hooks if isinstance(hook, BestCheckpointer)), None)
             hooks.append(ClosingTable([peer.OUTPUT_DIR for peer in peers], best))

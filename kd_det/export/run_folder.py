@@ -4,13 +4,14 @@ import logging
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from kd_det.checkpoint import load_strictly
 from kd_det.checkpoint_folder import FINAL, read_tag
-from kd_det.config import add_kd_config, check_parts, find_config, merge_file, student_config
+from kd_det.config import add_kd_config, find_config, merge_file, student_config
+from kd_det.config_checks import check_network_values
+from kd_det.construction import build_network
 from kd_det.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def read_student_config(config_file: str, key: str = "--config-file") -> CfgNode
     cfg = student_config(cfg)
     # The checkpoint holds these weights.
     cfg.MODEL.TIMM.PRETRAINED = False
-    check_parts(cfg, config_file)
+    check_network_values(cfg, config_file)
     return cfg
 
 
@@ -67,7 +68,7 @@ def load_student(cfg: CfgNode, weights: str, device: str, *, ema: bool = False) 
     """
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = device
-    model = build_model(cfg)
+    model = build_network(cfg, "the run's config")
     rest = load_strictly(model, weights, key="weights of the run")
     if ema:
         if "ema" not in rest:

@@ -12,7 +12,8 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from kd_det.classification import ImageClassifier
-from kd_det.config import add_kd_config, registered_parts
+from kd_det.config import add_kd_config
+from kd_det.config_checks import registered_parts
 from kd_det.errors import InputError
 from kd_det.export.run_folder import load_student
 from kd_det.export.torchscript import trace

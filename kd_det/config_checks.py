@@ -1,0 +1,411 @@
+"""Checks of config values: bounds, names, and what must fit together, which Detectron2 would tell late or never.
+
+All tables map patterns of keys, as of :mod:`fnmatch`, to what is allowed; the first pattern that matches counts.
+"""
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+)
+from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY
+from detectron2.utils.registry import Registry
+from PIL import ImageMode
+
+from kd_det.config import default_config, look_up, student_config
+from kd_det.config_kinds import first_match, has_lists, leaves, show
+from kd_det.errors import InputError
+from kd_det.registry import KD_HEAD_REGISTRY, config_key
+
+# ---- Bounds ----
+# Whole numbers end here where nothing else is said: torch's sizes do.
+LARGEST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The finite numbers that a key may have.
+
+    Attributes:
+        least: The least one.
+        most: The greatest one.
+        open_below: Whether the least one itself is not allowed.
+        open_above: Whether the greatest one itself is not allowed.
+        infinite: Whether inf is allowed.
+    """
+
+    least: float = 0
+    most: float = math.inf
+    open_below: bool = False
+    open_above: bool = False
+    infinite: bool = False
+
+    def refusal(self, value: float) -> str:
+        """What a value must be; "" if it is."""
+        if not math.isfinite(value):
+            return "" if self.infinite and value == math.inf else f"finite and {self._lower()}"
+        finite = "finite and " if isinstance(value, float) else ""
+        if value < self.least or (self.open_below and value == self.least):
+            return finite + self._lower()
+        most = LARGEST if self.most == math.inf and isinstance(value, int) else self.most
+        if value > most or (self.open_above and value == most):
+            return f"{'below' if self.open_above else 'at most'} {most}"
+        return ""
+
+    def _lower(self) -> str:
+        return f"above {self.least}" if self.open_below else f"{self.least} or more"
+
+
+ANY = Bounds(-LARGEST, LARGEST)
+POSITIVE = Bounds(open_below=True)
+SHARE = Bounds(most=1)
+# Beyond that only a typing error is meant: a million classes, 65536 channels or images per step, images that
+# OpenCV cannot hold. Models of such a size would fill the memory before anything is told.
+COUNT, CLASSES, CHANNELS, DEPTH, PIXELS = (Bounds(1, most) for most in (2**31 - 1, 10**6, 2**16, 1000, 2**15 - 1))
+BOUNDS = {
+    "VERSION": ANY,
+    "GLOBAL.HACK": ANY,
+    # Detectron2 draws a seed where it is negative; numpy's end at 2**32.
+    "SEED": Bounds(-(2**31), 2**32 - 2**16),
+    "*BASE_LR": POSITIVE,
+    "*NUM_CLASSES": CLASSES,
+    "*NUM_KEYPOINTS": CLASSES,
+    "*_CHANNELS": CHANNELS,
+    "MODEL.*_DIM": CHANNELS,
+    "MODEL.*CONVS_DIM": CHANNELS,
+    "MODEL.RPN.CONV_DIMS": Bounds(-1, CHANNELS.most),
+    "MODEL.*CONV_DIMS": CHANNELS,
+    "MODEL.*.NUM_CONV": Bounds(0, DEPTH.most),
+    "MODEL.*.NUM_CONVS": Bounds(0, DEPTH.most),
+    "MODEL.*.NUM_FC": Bounds(0, DEPTH.most),
+    "MODEL.RESNETS.*": CHANNELS,
+    # Detectron2's networks freeze nothing below 1.
+    "MODEL.BACKBONE.FREEZE_AT": Bounds(-1, DEPTH.most),
+    "MODEL.PIXEL_MEAN": ANY,
+    "MODEL.PIXEL_STD": POSITIVE,
+    "MODEL.*.IOU_LABELS": Bounds(-1, 1),
+    "MODEL.*.IOU_THRESHOLDS": SHARE,
+    "MODEL.*.IOUS": SHARE,
+    "MODEL.*POSITIVE_FRACTION": SHARE,
+    "MODEL.*.PRIOR_PROB": Bounds(0, 1, open_below=True, open_above=True),
+    "MODEL.*SCORE_THRESH*": Bounds(-1),
+    "MODEL.RPN.BOUNDARY_THRESH": Bounds(-1),
+    "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": ANY,
+    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": COUNT,
+    "MODEL.ANCHOR_GENERATOR.ANGLES": ANY,
+    "MODEL.ANCHOR_GENERATOR.OFFSET": Bounds(0, 1, open_above=True),
+    "MODEL.ANCHOR_GENERATOR.*": Bounds(0, PIXELS.most, open_below=True),
+    "MODEL.*POOLER_RESOLUTION": Bounds(1, 1024),
+    # torchvision chooses the number of samples itself below 1.
+    "MODEL.*POOLER_SAMPLING_RATIO": Bounds(-1, 1024),
+    "MODEL.*BATCH_SIZE_PER_IMAGE": COUNT,
+    "MODEL.*BBOX_REG_WEIGHTS": POSITIVE,
+    "INPUT.MIN_SIZE_*": Bounds(0, PIXELS.most),
+    "INPUT.MAX_SIZE_*": COUNT,
+    "INPUT.CLASSIFICATION.*": Bounds(0, PIXELS.most),
+    "DATALOADER.NUM_WORKERS": Bounds(0, 1024),
+    "DATALOADER.REPEAT_THRESHOLD": SHARE,
+    "DATALOADER.RANDOM_SUBSET_RATIO": Bounds(0, 1, open_below=True),
+    "SOLVER.IMS_PER_BATCH": Bounds(1, 2**16),
+    "SOLVER.MAX_ITER": COUNT,
+    "SOLVER.CHECKPOINT_PERIOD": COUNT,
+    "SOLVER.NUM_DECAYS": COUNT,
+    "SOLVER.MOMENTUM": SHARE,
+    "SOLVER.GAMMA": Bounds(0, 1000),
+    "SOLVER.WEIGHT_DECAY*": Bounds(0, 1000),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": Bounds(open_below=True, infinite=True),
+    # All detections are kept below 0.
+    "TEST.DETECTIONS_PER_IMAGE": Bounds(-1),
+    "TEST.AUG.MIN_SIZES": PIXELS,
+    "TEST.AUG.MAX_SIZE": COUNT,
+    "TEST.PRECISE_BN.NUM_ITER": COUNT,
+    "KD.*.SCHEDULE.STOP": Bounds(-1),
+    "KD.ATTENTION_TRANSFER.POWER": Bounds(1, 100),
+    "KD.*.FACTOR_RATE": Bounds(0, 100, open_below=True),
+    "*": Bounds(),
+}
+# ---- Names ----
+NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+# Those of Detectron2.
+CHOICES = {
+    "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+    "MODEL.TIMM.NORM": ("BN", "FrozenBN", "SyncBN"),
+    "MODEL.*NORM": NORMS,
+    "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "MODEL.*POOLER_TYPE": ("ROIAlignV2", "ROIAlign", "ROIPool", "ROIAlignRotated"),
+    "MODEL.*BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou", "diou", "ciou"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
+}
+# Formats that Detectron2 makes of RGB itself, beside Pillow's modes.
+FORMATS = {"BGR": 3, "YUV-BT.601": 3}
+# Lists in which each name may stand once.
+UNIQUE = ("*IN_FEATURES", "*OUT_FEATURES", "*.SOURCES", "DATASETS.TRAIN", "DATASETS.TEST")
+
+# ---- Registered parts ----
+RPN = {"MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY, "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY}
+PROPOSALS = {"MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY}
+ROI_HEADS = {"MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY}
+SEM_SEG = {"MODEL.SEM_SEG_HEAD.NAME": SEM_SEG_HEADS_REGISTRY}
+# Keys that name a registered class of each of Detectron2's meta-architectures; others may leave them aside.
+PARTS = {
+    "GeneralizedRCNN": PROPOSALS | ROI_HEADS,
+    "PanopticFPN": PROPOSALS | ROI_HEADS | SEM_SEG,
+    "ProposalNetwork": PROPOSALS,
+    "SemanticSegmentor": SEM_SEG,
+    "RetinaNet": {"MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY},
+}
+# The keys of the feature maps that each of them predicts from with anchors.
+ANCHORED = {
+    "GeneralizedRCNN": "MODEL.RPN.IN_FEATURES",
+    "PanopticFPN": "MODEL.RPN.IN_FEATURES",
+    "ProposalNetwork": "MODEL.RPN.IN_FEATURES",
+    "RetinaNet": "MODEL.RETINANET.IN_FEATURES",
+}
+
+
+# ---- Values ----
+def check_run_values(cfg: CfgNode) -> None:
+    """Check what Detectron2 would reject late, without naming the key, or take for something else.
+
+    Args:
+        cfg: A config of the right kinds; see :mod:`kd_det.config_kinds`.
+
+    Raises:
+        InputError: Naming the key, its value and what is allowed.
+    """
+    check_each(cfg)
+    check_solver(cfg)
+    check_network(cfg)
+    check_augmentation(cfg)
+    check_tta(cfg)
+
+
+def check_network_values(cfg: CfgNode, source: str) -> None:
+    """Check what a config says of a network and its images, as :func:`check_run_values` does of all else, too.
+
+    Args:
+        source: What the config was read from, for messages.
+
+    Raises:
+        InputError: If something is not allowed, or not registered.
+    """
+    check_parts(cfg, source)
+    try:
+        check_each(cfg, sections=("MODEL.", "INPUT."))
+        check_network(cfg)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def check_each(cfg: CfgNode, *, sections: tuple[str, ...] = ("",)) -> None:
+    """Check each value alone, of keys that begin with one of the sections."""
+    defaults = default_config()
+    # What a head of a user's own may have, the head knows.
+    foreign = tuple(f"KD.{config_key(name)}." for name, head in KD_HEAD_REGISTRY if not is_own(head))
+    for key, value, _ in leaves(cfg, defaults):
+        if key.startswith(sections) and not key.startswith(foreign):
+            check_bounds(key, value)
+            check_choice(key, value)
+            check_unique(key, value)
+    if cfg.VERSION != defaults.VERSION:
+        raise InputError(f"VERSION: must be {defaults.VERSION}, got {cfg.VERSION}.")
+
+
+def is_own(head: type) -> bool:
+    """Whether a head is one of this package."""
+    return head.__module__.split(".")[0] == __package__
+
+
+def check_bounds(key: str, value: Any) -> None:
+    """Check a number, or all numbers of a list, by ``BOUNDS``."""
+    for number in numbers(value):
+        refusal = first_match(BOUNDS, key).refusal(number)
+        if refusal:
+            raise InputError(f"{key}: must be {refusal}, got {show(value)}.")
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """All numbers of a value, which may be a list of lists."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from numbers(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+def check_choice(key: str, value: Any) -> None:
+    """Check a name by ``CHOICES``."""
+    allowed = first_match(CHOICES, key)
+    if allowed and value not in allowed:
+        names = ", ".join(name or repr(name) for name in allowed)
+        raise InputError(f"{key}: {value!r} is not one of {names}.")
+
+
+def check_unique(key: str, value: Any) -> None:
+    """Check that a list of names has none twice."""
+    if not any(fnmatchcase(key, pattern) for pattern in UNIQUE):
+        return
+    twice = next((name for i, name in enumerate(value) if name in value[:i]), None)
+    if twice is not None:
+        raise InputError(f"{key}: {twice!r} is named twice, got {list(value)}; a name may stand there once.")
+
+
+def check_solver(cfg: CfgNode) -> None:
+    """Check what must fit within SOLVER and KD.PRETRAIN."""
+    node = cfg.SOLVER
+    for key in ("SOLVER.STEPS", "KD.PRETRAIN.STEPS"):
+        steps = list(look_up(cfg, key))
+        if steps != sorted(steps):
+            raise InputError(f"{key}: must be in increasing order, got {steps}.")
+    if node.CLIP_GRADIENTS.ENABLED and node.CLIP_GRADIENTS.CLIP_TYPE not in ("value", "norm"):
+        raise InputError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE: {node.CLIP_GRADIENTS.CLIP_TYPE!r} is not one of value, norm."
+        )
+    if node.NESTEROV and not node.MOMENTUM:
+        raise InputError("SOLVER.MOMENTUM: must be above 0 where SOLVER.NESTEROV is True, got 0.")
+    if node.LR_SCHEDULER_NAME == "WarmupCosineLR" and node.BASE_LR_END > node.BASE_LR:
+        raise InputError(f"SOLVER.BASE_LR_END: must be at most SOLVER.BASE_LR, {node.BASE_LR}, got {node.BASE_LR_END}.")
+
+
+def check_network(cfg: CfgNode) -> None:
+    """Check what must fit within MODEL, and the channels of the images."""
+    channels = image_channels(cfg.INPUT.FORMAT)
+    if not channels:
+        names = ", ".join([*FORMATS, "RGB", "L"])
+        raise InputError(f"INPUT.FORMAT: {cfg.INPUT.FORMAT!r} is neither one of {names}, nor another mode of Pillow.")
+    mean, std = list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)
+    # A grey image is repeated for each of several means.
+    if len(mean) != len(std) or not mean or (channels > 1 and len(mean) != channels):
+        raise InputError(
+            f"MODEL.PIXEL_MEAN, MODEL.PIXEL_STD: must have one number for each of the {channels} channel(s) of "
+            f"INPUT.FORMAT {cfg.INPUT.FORMAT}, got {mean} and {std}."
+        )
+    check_box_weights(cfg)
+    check_anchors(cfg)
+
+
+def check_augmentation(cfg: CfgNode) -> None:
+    """Check the sizes that training images are resized to and cropped to."""
+    node, crop = cfg.INPUT, cfg.INPUT.CROP
+    sizes = list(node.MIN_SIZE_TRAIN)
+    if not sizes or (node.MIN_SIZE_TRAIN_SAMPLING == "range" and (len(sizes) != 2 or sizes[0] > sizes[1])):
+        raise InputError(f"INPUT.MIN_SIZE_TRAIN: must be sizes, for a range the least and the greatest, got {sizes}.")
+    if not crop.ENABLED:
+        return
+    relative = crop.TYPE.startswith("relative")
+    if len(crop.SIZE) != 2 or not all((0 < x <= 1) if relative else (x >= 1 and x == int(x)) for x in crop.SIZE):
+        allowed = "shares above 0 and at most 1" if relative else "whole numbers of pixels"
+        raise InputError(f"INPUT.CROP.SIZE: must be two {allowed} for INPUT.CROP.TYPE {crop.TYPE}, got {crop.SIZE}.")
+    if crop.TYPE == "absolute_range" and crop.SIZE[0] > crop.SIZE[1]:
+        raise InputError(f"INPUT.CROP.SIZE: must be the least and the greatest, got {crop.SIZE}.")
+    if cfg.MODEL.MASK_ON and node.MASK_FORMAT == "polygon" and not importlib.util.find_spec("shapely"):
+        raise InputError(
+            "INPUT.CROP.ENABLED: cropping polygons needs the package shapely (pip install shapely); without it set "
+            "INPUT.MASK_FORMAT to bitmask, or INPUT.CROP.ENABLED to False."
+        )
+
+
+def check_tta(cfg: CfgNode) -> None:
+    """Check that Detectron2 can augment the images of the evaluation, where it is to."""
+    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
+    if cfg.MODEL.META_ARCHITECTURE == "MutualStudents":
+        architecture = cfg.MODEL.META_ARCHITECTURE
+    if cfg.TEST.AUG.ENABLED and (
+        architecture != "GeneralizedRCNN" or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS
+    ):
+        raise InputError(
+            f"TEST.AUG.ENABLED: must be False for {architecture}, or with keypoints or loaded proposals; Detectron2 "
+            "augments the test images of GeneralizedRCNN only."
+        )
+
+
+def image_channels(image_format: str) -> int:
+    """The channels of an image in a format of Detectron2 or Pillow; 0 if there is no such format."""
+    try:
+        return FORMATS.get(image_format) or len(ImageMode.getmode(image_format).bands)
+    except KeyError:
+        return 0
+
+
+def check_box_weights(cfg: CfgNode) -> None:
+    """Check the lengths of BBOX_REG_WEIGHTS, which Detectron2 relies on."""
+    node = cfg.MODEL
+    found = {f"MODEL.{key}": [node[key].BBOX_REG_WEIGHTS] for key in ("RPN", "ROI_BOX_HEAD", "RETINANET")}
+    found["MODEL.ROI_BOX_CASCADE_HEAD"] = node.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
+    for key, lists in found.items():
+        for weights in lists:
+            if len(weights) not in (4, 5):
+                raise InputError(
+                    f"{key}.BBOX_REG_WEIGHTS: must be four numbers, of rotated boxes five, got {list(weights)}."
+                )
+
+
+def check_anchors(cfg: CfgNode) -> None:
+    """Check that there are anchors for each feature map that the model predicts from."""
+    key = ANCHORED.get(student_config(cfg).MODEL.META_ARCHITECTURE)
+    if key is None:
+        return
+    levels = look_up(cfg, key)
+    for name in ("SIZES", "ASPECT_RATIOS"):
+        lists = cfg.MODEL.ANCHOR_GENERATOR[name]
+        if not lists or (has_lists(lists) and not (all(lists) and len(lists) in (1, len(levels)))):
+            raise InputError(
+                f"MODEL.ANCHOR_GENERATOR.{name}: must have one list, or one for each of the {len(levels)} features of "
+                f"{key}, got {lists}."
+            )
+
+
+def check_parts(cfg: CfgNode, source: str) -> None:
+    """Check that all that the config names for its model is registered.
+
+    Args:
+        source: What the config was read from, for messages.
+
+    Raises:
+        InputError: If it is not.
+    """
+    for key, (registry, name) in registered_parts(cfg).items():
+        if name not in registry:
+            known = ", ".join(sorted(known for known, _ in registry))
+            raise InputError(
+                f"{source}: {key} is {name!r}, which nothing registers (--plugin FILE imports what does); there are "
+                f"{known}."
+            )
+
+
+def registered_parts(cfg: CfgNode) -> dict[str, tuple[Registry, str]]:
+    """The keys that name a registered class or function which the model needs, to its registry and its name there."""
+    node = cfg.MODEL
+    parts = {"MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY, "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY}
+    parts |= PARTS.get(student_config(cfg).MODEL.META_ARCHITECTURE, {})
+    if node.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals":
+        parts.pop("MODEL.PROPOSAL_GENERATOR.NAME", None)
+    elif "MODEL.PROPOSAL_GENERATOR.NAME" in parts and node.PROPOSAL_GENERATOR.NAME in ("RPN", "RRPN"):
+        parts |= RPN
+    if "MODEL.ROI_HEADS.NAME" in parts:
+        if node.ROI_BOX_HEAD.NAME:
+            parts["MODEL.ROI_BOX_HEAD.NAME"] = ROI_BOX_HEAD_REGISTRY
+        if node.MASK_ON:
+            parts["MODEL.ROI_MASK_HEAD.NAME"] = ROI_MASK_HEAD_REGISTRY
+        if node.KEYPOINT_ON:
+            parts["MODEL.ROI_KEYPOINT_HEAD.NAME"] = ROI_KEYPOINT_HEAD_REGISTRY
+    return {key: (registry, look_up(cfg, key)) for key, registry in parts.items()}

@@ -1,0 +1,101 @@
+"""The kinds of config values, which follow from the defaults."""
+
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from kd_det.errors import InputError
+
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list", tuple: "a list"}
+# Patterns of keys whose default is an empty list, to an example of an element; None: anything.
+ELEMENTS = {
+    "*.OPTS": None,
+    "TEST.EXPECTED_RESULTS": [],
+    "TEST.KEYPOINT_OKS_SIGMAS": 0.0,
+    "*.STEPS": 0,
+    "*": "",
+}
+# Keys whose default is None, to an example of the other values.
+OPTIONAL = {"SOLVER.WEIGHT_DECAY_BIAS": 0.0}
+
+
+def first_match(table: Mapping[str, Any], key: str) -> Any:
+    """Return the value of the first pattern, as of :mod:`fnmatch`, that matches a key; None where none does."""
+    return next((value for pattern, value in table.items() if fnmatchcase(key, pattern)), None)
+
+
+def leaves(cfg: CfgNode, defaults: CfgNode, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Iterate over the keys of a config that the defaults have: name, value and default."""
+    for key, default in defaults.items():
+        if key not in cfg:
+            continue
+        if isinstance(default, CfgNode):
+            yield from leaves(cfg[key], default, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", cfg[key], default
+
+
+def check_kinds(cfg: CfgNode, defaults: CfgNode, source: str) -> None:
+    """Check that each value is of its default's kind, and each element of a list of that of the default's elements.
+
+    Args:
+        source: What the config was read from, for messages.
+
+    Raises:
+        InputError: If one is not.
+    """
+    for key, value, default in leaves(cfg, defaults):
+        if default is None:
+            if value is None or key not in OPTIONAL:
+                continue
+            default = OPTIONAL[key]
+        check_kind(f"{source}: {key}", value, default, first_match(ELEMENTS, key))
+
+
+def check_kind(key: str, value: Any, default: Any, element: Any) -> None:
+    """Check one value, and what is in it.
+
+    Args:
+        default: An example of what is right.
+        element: An example of an element, where the default is an empty list; None: anything.
+    """
+    if not is_like(value, default):
+        raise InputError(f"{key}: must be {KINDS[type(default)]}, got {show(value)}.")
+    if isinstance(value, str) and not is_text(value):
+        raise InputError(f"{key}: has characters that no name and no path has, got {show(value)}.")
+    if isinstance(value, list | tuple):
+        example = default[0] if default else element
+        if isinstance(example, list | tuple) and "ANCHOR_GENERATOR" in key and not has_lists(value):
+            example = example[0]  # One list for all feature maps.
+        if isinstance(example, int) and not isinstance(example, bool):
+            example = 0.0  # Of a list both kinds of numbers are right.
+        for item in value if example is not None else ():
+            check_kind(f"{key}: each element", item, example, None)
+
+
+def show(value: Any) -> str:
+    """Show a value in a message, the beginning of what is long."""
+    short = reprlib.Repr()
+    short.maxlist = short.maxtuple = short.maxdict = 12
+    short.maxstring = short.maxother = short.maxlong = 100
+    return short.repr(value)
+
+
+def is_like(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind of a default."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    kind = next((kind for kind in ((list, tuple), str, int, (int, float)) if isinstance(default, kind)), object)
+    return isinstance(value, kind)
+
+
+def has_lists(value: Sequence) -> bool:
+    return any(isinstance(item, list | tuple) for item in value)
+
+
+def is_text(value: str) -> bool:
+    """Whether a file can have this name, and a line show it."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
