@@ -1,18 +1,49 @@
-"""Files that a reader sees whole, or not at all."""
+"""Files that a reader sees whole or not at all, folders with one writer, and errors of file systems in plain words."""
 
+import errno
+import fcntl
 import os
-from collections.abc import Callable
-from contextlib import suppress
-from typing import BinaryIO
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, ClassVar
 
 from kd_det.errors import InputError
 
+# What to do about an error of a file system. Errors with other numbers are about sockets, processes and the like.
+REMEDIES = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room: the quota is used up",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "change the permissions, or choose another place",
+    errno.EPERM: "change the permissions, or choose another place",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path: a part of it is a file, not a folder",
+    errno.EISDIR: "check the path: it is a folder",
+    errno.EEXIST: "choose another place, or remove what is there",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "check the path: its symbolic links form a circle",
+    errno.ENODEV: "choose another place",
+    errno.ENXIO: "choose another place",
+    errno.EIO: "check the disk or the file server",
+    errno.ESTALE: "check the file server",
+    errno.ENFILE: "close other programs: the machine has too many files open",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+LOCK = ".lock"
+# What `flock` says where a file system does not support locks.
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
+
+# ---- Writing ----
 def write_whole(path: str, write: Callable[[BinaryIO], object]) -> None:
     """Write a file beside its place, flush it to the disk, and rename it.
 
     Whenever the process or the machine dies, the path holds all of the file, or what it held before. What was written
-    till then is ``unfinished.partial`` in the same folder, which the next file overwrites.
+    until then stays in the folder, in a file of a name of its own: see :func:`remove_unfinished`.
 
     Args:
         path: Path of the file.
@@ -22,9 +53,9 @@ def write_whole(path: str, write: Callable[[BinaryIO], object]) -> None:
         InputError: If the disk is full or the file cannot be written; the path still holds what it held before.
     """
     folder = os.path.dirname(path)
-    partial = os.path.join(folder, "unfinished.partial")
+    partial = os.path.join(folder, f"unfinished-{uuid.uuid4().hex}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -32,12 +63,11 @@ def write_whole(path: str, write: Callable[[BinaryIO], object]) -> None:
     except BaseException as error:
         with suppress(OSError):
             os.remove(partial)
-        # torch.save may hide it behind an error of its own.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+        cause = find_file_error(error)
+        if cause is None:
             raise
         raise InputError(
-            f"{path}: cannot be written: {cause.strerror or cause}; what was saved before is still there."
+            f"{path}: cannot be written: {explain(cause)}. What was saved before is still there."
         ) from error
     with suppress(OSError):  # Some file systems cannot flush a folder.
         handle = os.open(folder or ".", os.O_RDONLY)
@@ -45,3 +75,95 @@ def write_whole(path: str, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove what :func:`write_whole` left behind in processes that were killed; none may be writing there now."""
+    for path in Path(folder).glob("unfinished*.partial"):
+        path.unlink(missing_ok=True)
+
+
+# ---- Errors ----
+def is_file_error(error: BaseException) -> bool:
+    """Whether an error comes from a file system: it names a file, or has one of the numbers of such errors."""
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in REMEDIES)
+
+
+def find_file_error(error: BaseException) -> OSError | None:
+    """The error of a file system that an error is, or that torch.save hides behind one of its own."""
+    cause = error.__context__ if isinstance(error, RuntimeError) else error
+    return cause if is_file_error(cause) else None
+
+
+def explain(error: OSError) -> str:
+    """The reason of a file system's error, and what to do about it."""
+    return "; ".join(filter(None, (error.strerror or str(error), REMEDIES.get(error.errno))))
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let a file system's errors inside that name no file, such as that of a full disk, name this file or folder."""
+    try:
+        yield
+    except Exception as error:
+        cause = find_file_error(error)
+        if cause is None or cause.filename is not None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
+
+
+# ---- One writer ----
+class Lock:
+    """Keeps a folder for one process, among those of all machines that share it, until it is released.
+
+    The kernel releases it when the process ends, however it ends: the file that is left behind locks nothing. Processes
+    that are forked meanwhile do not hold it.
+
+    Args:
+        folder: The folder, which must exist.
+
+    Attributes:
+        doubt: Why the file system may not keep others from writing there, too; empty where it does.
+
+    Raises:
+        BlockingIOError: If another process holds it; the message names process and host.
+        OSError: If the folder cannot be written to.
+    """
+
+    _held: ClassVar[set["Lock"]] = set()
+
+    def __init__(self, folder: str | Path):
+        self._file = os.open(os.path.join(folder, LOCK), os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self.doubt = self._acquire()
+        except OSError:
+            os.close(self._file)
+            raise
+        self._held.add(self)
+
+    def _acquire(self) -> str:
+        doubt = ""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(self._file, 1000).decode(errors="replace").strip()
+            raise BlockingIOError(error.errno, holder or "another process") from error
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            doubt = error.strerror
+        os.ftruncate(self._file, 0)
+        os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return doubt
+
+    def release(self) -> None:
+        self._held.remove(self)
+        os.close(self._file)
+
+    @classmethod
+    def _forget(cls) -> None:
+        for lock in tuple(cls._held):
+            lock.release()
+
+
+os.register_at_fork(after_in_child=Lock._forget)

@@ -214,7 +214,7 @@ def end(*processes: multiprocessing.Process) -> list[int]:
 def final_state(folder: Path) -> dict:
     """All that a run ended with, but for what tells the run itself from others."""
     data = torch.load(folder / "model_final.pth", weights_only=True)
-    del data["trainer"]["run"]
+    data.get("trainer", {}).pop("run", None)  # A peer's file has no trainer.
     return data
 
 

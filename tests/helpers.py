@@ -222,6 +222,10 @@ def train_net(*arguments: str) -> None:
     run_tool(lambda: launch_workers(module.main, parse(*arguments)))
 
 
+class Cut(BaseException):
+    """Ends a run as nothing does that it would report."""
+
+
 @contextmanager
 def interrupted_at(iteration: int, kind: type[Trainer] = Trainer) -> Iterator[None]:
     """Inside, a run ends before an iteration of a trainer of just this kind, as an error ends it; and so it must."""
@@ -229,12 +233,12 @@ def interrupted_at(iteration: int, kind: type[Trainer] = Trainer) -> Iterator[No
 
     def run_step(trainer):
         if trainer.iter == iteration and type(trainer) is kind:
-            raise KeyboardInterrupt
+            raise Cut
         step(trainer)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "run_step", run_step)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Cut):
             yield
 
 

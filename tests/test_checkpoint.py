@@ -1,5 +1,6 @@
 """Checkpoints: the plain student key for key, whatever it started from; nothing in a file is executed."""
 
+import errno
 import os
 import pickle
 import re
@@ -73,10 +74,14 @@ def test_a_write_that_fails_leaves_the_file_before_it(model, tmp_path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model_final.pth"]
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(model, tmp_path):
+def test_a_full_disk_leaves_the_checkpoint_before(model, tmp_path, monkeypatch):
     own = checkpointer(model, tmp_path)
     own.save("model_0000001")
-    (tmp_path / "unfinished.partial").symlink_to("/dev/full")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(
         InputError, match=rf"^{tmp_path}/model_0000003.pth: cannot be written: No space left on device;"
     ):

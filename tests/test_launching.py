@@ -1,6 +1,9 @@
 """Processes of a run: under SLURM's srun they find each other; whatever else SLURM starts is a run of one process."""
 
+import functools
 import os
+import signal
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +12,7 @@ from children import Task, end, two_ranks
 from classification.models import classifier_cfg
 from detectron2.utils import comm
 from helpers import parse, write_yaml
+from torch.multiprocessing import start_processes
 
 from kd_det import InputError
 from kd_det.engine import launching
@@ -77,15 +81,110 @@ def test_more_gpus_than_there_are():
         launch_workers(lambda args: None, parse("--num-gpus", "99"))
 
 
+def pretend_gpus(monkeypatch, *, gpus, processes, rank=0):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+    monkeypatch.setattr(comm, "get_local_size", lambda: processes)
+    monkeypatch.setattr(comm, "get_local_rank", lambda: rank)
+
+
 def test_more_processes_than_gpus(monkeypatch):
     """So it is, too, where SLURM shows each task its own GPU alone."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in {"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(name, value)
+    pretend_gpus(monkeypatch, gpus=1, processes=4)
     with pytest.raises(
         InputError, match=r"^4 processes of this machine see 1 GPU\(s\); each needs one, .*gpus-per-node"
     ):
-        launch_workers(lambda args: None, parse())
+        launching.use_own_gpu("cuda")
+
+
+def test_gpus_matter_only_where_the_model_runs_on_them(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    pretend_gpus(monkeypatch, gpus=1, processes=4)
+    launching.use_own_gpu("cpu")
+    pretend_gpus(monkeypatch, gpus=1, processes=1)
+    launching.use_own_gpu("cuda")
+    assert chosen == []
+    pretend_gpus(monkeypatch, gpus=4, processes=4, rank=2)
+    launching.use_own_gpu("cuda")
+    assert chosen == [2]
+
+
+@dataclass(frozen=True)
+class PretendOneGpu:
+    """Shows a rank one GPU, to whose backend gloo stands in."""
+
+    def __call__(self):
+        init = torch.distributed.init_process_group
+        torch.cuda.device_count = lambda: 1
+
+        def pretend(backend, **options):
+            assert backend == "gloo"  # There is no GPU but in `device_count`.
+            init("cpu:gloo,cuda:gloo", **options)
+
+        torch.distributed.init_process_group = pretend
+
+
+@pytest.mark.parametrize(("available", "backends"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_tensors_are_exchanged_where_they_are(monkeypatch, available, backends):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: asked.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: asked.append("end"))
+    monkeypatch.setattr(comm, "create_local_process_group", asked.append)
+    launching.run_rank(lambda args: asked.append(args), parse("--config-file", "x"))
+    assert asked[:2] + asked[3:] == [backends, 2, "end"]
+
+
+@pytest.mark.parametrize(
+    ("error", "together"), [(None, True), (SystemExit(75), True), (InputError("KD.X: wrong"), False)]
+)
+def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch, error, together):
+    """They may wait for it in turn, in an exchange of tensors; its error must be told."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    ended = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append(True))
+    monkeypatch.setattr(comm, "create_local_process_group", lambda size: None)
+
+    def main(args):
+        if error is not None:
+            raise error
+
+    with pytest.raises(type(error)) if error is not None else nullcontext():
+        launching.run_rank(main, parse())
+    assert bool(ended) is together
+
+
+def refuse(args):
+    raise InputError("KD.HEADS: this rank cannot")
+
+
+def break_down(args):
+    raise KeyError("a defect")
+
+
+def be_killed(args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("main", "error", "message"),
+    [
+        (refuse, InputError, r"^KD.HEADS: this rank cannot$"),
+        (break_down, torch.multiprocessing.ProcessRaisedException, "a defect"),
+        (be_killed, InputError, r"^process \d terminated with signal SIGKILL; what it said before tells why"),
+    ],
+)
+def test_how_a_spawned_rank_ends(monkeypatch, main, error, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    forks = functools.partial(start_processes, start_method="forkserver")
+    monkeypatch.setattr(launching, "start_processes", forks)
+    with pytest.raises(error, match=message):
+        launch_workers(main, parse("--num-gpus", "2", "--dist-url", "auto"))
 
 
 @dataclass(frozen=True)
@@ -103,11 +202,13 @@ class SrunTask:
 
 
 def test_two_tasks_of_srun_train_one_model(tmp_path):
+    """On CPUs, of a machine with a single GPU."""
     options = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8, "SOLVER.MAX_ITER": 2, "SEED": 1}
     cfg = classifier_cfg(options=options)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("digits_train",), ()
     task = Task(write_yaml(tmp_path / "config.yaml", cfg), tmp_path)
     tasks = [SrunTask(x.rank, x.port) for x in two_ranks()]
-    assert end(*[task.start("run", prepare=(x,), log=f"task_{x.rank}") for x in tasks]) == [0, 0]
+    prepare = [(PretendOneGpu(), x) for x in tasks]
+    assert end(*[task.start("run", prepare=x, log=f"task_{i}") for i, x in enumerate(prepare)]) == [0, 0]
     assert torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["trainer"]["processes"] == 2
     assert (tmp_path / "run" / "log.txt.rank1").is_file()

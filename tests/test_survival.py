@@ -1,5 +1,6 @@
 """Runs that are killed, or that meet a full disk, a broken image or a loss that is no number: they go on, or tell."""
 
+import errno
 import random
 import resource
 import shutil
@@ -14,6 +15,7 @@ from children import Event, Task, end, final_state, same, two_ranks
 from classification.models import classifier_cfg
 from helpers import distilled_cfg, run_train_net, save_teacher, tiny_cfg, with_data, write_yaml
 
+from kd_det import files
 from kd_det.engine import Trainer
 
 ITERATIONS = 8
@@ -156,7 +158,7 @@ def test_when_no_checkpoint_can_be_read_the_run_does_not_begin_anew(main_run, tm
 
 @dataclass(frozen=True)
 class FullDisk:
-    """The disk is full when the checkpoint of iteration 5 is written, at its first byte or in the middle."""
+    """The disk is full when the checkpoint of iteration 5 is written, at its end or in the middle."""
 
     output: Path
     at_once: bool
@@ -166,7 +168,7 @@ class FullDisk:
 
         def run_step(trainer):
             if trainer.iter == 5 and self.at_once:
-                (self.output / "unfinished.partial").symlink_to("/dev/full")
+                files.os.fsync = fail_for_want_of_space
             elif trainer.iter == 5:
                 size = (self.output / "model_0000003.pth").stat().st_size
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, resource.RLIM_INFINITY))
@@ -175,10 +177,20 @@ class FullDisk:
         Trainer.run_step = run_step
 
 
-@pytest.mark.parametrize(("at_once", "reason"), [(True, "No space left on device"), (False, "File too large")])
+def fail_for_want_of_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("at_once", "reason"),
+    [
+        (True, "No space left on device; make room on the disk"),
+        (False, "File too large; raise the limit of file sizes (ulimit -f)"),
+    ],
+)
 def test_a_full_disk_leaves_the_last_checkpoint(main_run, tmp_path, at_once, reason):
     assert main_run.run("cut", prepare=(FullDisk(tmp_path / "cut", at_once),)) == 1
-    told = f"{tmp_path}/cut/model_0000005.pth: cannot be written: {reason}; what was saved before is still there."
+    told = f"{tmp_path}/cut/model_0000005.pth: cannot be written: {reason}. What was saved before is still there."
     assert main_run.error("cut") == told
     assert not list((tmp_path / "cut").glob("*.partial"))
     assert (tmp_path / "cut" / "last_checkpoint").read_text() == "model_0000003.pth"

@@ -31,6 +31,7 @@ def main(args: argparse.Namespace) -> None:
     from kd_det.engine.stages import train
     from kd_det.engine.tta import evaluate_with_tta
     from kd_det.errors import InputError
+    from kd_det.files import naming
 
     cfg = setup(args)
     if args.eval_only:
@@ -43,9 +44,10 @@ def main(args: argparse.Namespace) -> None:
             load_strictly(model, cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
         else:
             raise InputError("MODEL.WEIGHTS: is empty, but --eval-only needs a trained model.")
-        Trainer.test(cfg, model)
-        if cfg.TEST.AUG.ENABLED:
-            evaluate_with_tta(Trainer.test, cfg, model)
+        with naming(cfg.OUTPUT_DIR):
+            Trainer.test(cfg, model)
+            if cfg.TEST.AUG.ENABLED:
+                evaluate_with_tta(Trainer.test, cfg, model)
         return
     with interruptible():
         train(cfg, resume=args.resume)

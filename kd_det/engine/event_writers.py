@@ -17,7 +17,7 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter, Tensorboar
 from torch import Tensor
 
 from kd_det.errors import InputError
-from kd_det.files import write_whole
+from kd_det.files import naming, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +37,27 @@ class MetricsWriter(EventWriter):
         self.last = -1
 
     def write(self) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             for iteration, scalars in new_scalars(self.last).items():
                 finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
                 file.write(json.dumps(finite | {"iteration": iteration}, sort_keys=True) + "\n")
                 self.last = iteration
+
+
+class TensorBoardWriter(TensorboardXWriter):
+    """Detectron2's, whose errors name its file, for example on a full disk."""
+
+    def __init__(self, folder: str):
+        super().__init__(folder)
+        self.path = os.path.join(folder, "events.out.tfevents.*")
+
+    def write(self) -> None:
+        with naming(self.path):
+            super().write()
+
+    def close(self) -> None:
+        with naming(self.path):
+            super().close()
 
 
 class WandbWriter(EventWriter):
@@ -50,7 +66,7 @@ class WandbWriter(EventWriter):
     A resumed run goes on there, too: its id is that of the run, which checkpoints hold. Of iterations that are computed
     again, Weights & Biases keeps what it has.
 
-    It must write before :class:`TensorboardXWriter`, which clears the pictures.
+    It must write before :class:`TensorBoardWriter`, which clears the pictures.
 
     Args:
         cfg: The run's config.
@@ -107,7 +123,7 @@ def build_writers(cfg: CfgNode, trainer: TrainerBase) -> list[EventWriter]:
         CommonMetricPrinter(cfg.SOLVER.MAX_ITER),
         MetricsWriter(metrics_path(cfg)),
         *([WandbWriter(cfg, trainer)] if cfg.WANDB.PROJECT else []),
-        TensorboardXWriter(cfg.OUTPUT_DIR),
+        TensorBoardWriter(cfg.OUTPUT_DIR),
     ]
 
 

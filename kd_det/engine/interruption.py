@@ -11,19 +11,17 @@ not end within ``--shutdown-timeout``, 30 seconds by default.
 """
 
 import logging
-import multiprocessing
 import os
 import signal
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from kd_det.engine.processes import INTERRUPTED, handled
+
 logger = logging.getLogger(__name__)
-INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Those that came inside of `interruptible`.
 _received: list[int] = []
 
@@ -38,29 +36,6 @@ def interruptible() -> Iterator[None]:
             _received.clear()
 
 
-@contextmanager
-def passing_on() -> Iterator[None]:
-    """Inside, the signals are passed on to the child processes, and do not end this one."""
-
-    def pass_on(number: int, frame: object) -> None:
-        for child in multiprocessing.active_children():
-            os.kill(child.pid, number)
-
-    with handled(pass_on):
-        yield
-
-
-@contextmanager
-def handled(handler) -> Iterator[None]:
-    """Inside, a function handles the signals."""
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler_before in before.items():
-            signal.signal(number, handler_before)
-
-
 def _note(number: int, frame: object) -> None:
     if not _received and comm.is_main_process():
         # Not by `logging`, which the signal may have interrupted.
@@ -68,12 +43,6 @@ def _note(number: int, frame: object) -> None:
     _received.append(number)
     if number == signal.SIGINT:
         signal.signal(number, signal.SIG_DFL)
-
-
-def in_own_session(main: Callable[[Namespace], None], args: Namespace) -> None:
-    """Run a process that :func:`passing_on` passes signals to; a terminal's Ctrl-C reaches it that way alone."""
-    os.setsid()
-    main(args)
 
 
 class Interruption(HookBase):

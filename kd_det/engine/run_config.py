@@ -24,6 +24,8 @@ from kd_det.data import (
 )
 from kd_det.engine.cli import import_plugin
 from kd_det.engine.evaluation import check_evaluation
+from kd_det.engine.launching import use_own_gpu
+from kd_det.engine.output_folder import claim
 from kd_det.engine.run_log import start_logging
 from kd_det.errors import InputError
 from kd_det.files import write_whole
@@ -40,7 +42,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args: Of Detectron2's ``default_argument_parser`` with :func:`add_distillation_arguments`.
 
     Raises:
-        InputError: If a file, a key or a data set is wrong.
+        InputError: If a file, a key or a data set is wrong, or another run writes into the output folder.
     """
     late = [option for option in args.opts if option.startswith("--")]
     if late:
@@ -59,6 +61,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
         warning = f"MODEL.DEVICE: this machine has no GPU, going on with cpu instead of {cfg.MODEL.DEVICE}."
         cfg.MODEL.DEVICE = "cpu"
+    use_own_gpu(cfg.MODEL.DEVICE)
     register_datasets(cfg)
     check_files(cfg, train=not args.eval_only)
     check_num_classes(cfg, train=not args.eval_only)
@@ -67,6 +70,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if cfg.SOLVER.IN_EPOCHS and not args.eval_only:
         epochs_to_iterations(cfg, count_training_images(cfg))
     cfg.freeze()
+    if not args.eval_only:
+        claim(cfg.OUTPUT_DIR)
     start_logging(cfg.OUTPUT_DIR)
     if warning:
         logger.warning(warning)
@@ -106,8 +111,8 @@ def check_run(cfg: CfgNode, source: str) -> None:
     """
     check_parts(cfg, source)
     check_run_values(cfg)
-    if not cfg.OUTPUT_DIR:
-        raise InputError("OUTPUT_DIR: must name a folder, got ''.")
+    if not cfg.OUTPUT_DIR.strip():
+        raise InputError(f"OUTPUT_DIR: must name a folder, got {cfg.OUTPUT_DIR!r}.")
     try:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:

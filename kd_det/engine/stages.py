@@ -18,6 +18,7 @@ from kd_det.checkpoint_folder import FINAL, TAG, finished_iterations, read_tag
 from kd_det.config import save_config, student_config
 from kd_det.construction import naming_config
 from kd_det.engine.event_writers import last_iteration, metrics_path
+from kd_det.engine.output_folder import claiming
 from kd_det.engine.summary import log_summary
 from kd_det.engine.teacher_check import check_teacher
 from kd_det.engine.trainer import Trainer
@@ -31,6 +32,7 @@ from kd_det.teacher import Teacher, load_teacher_config
 logger = logging.getLogger(__name__)
 
 
+@claiming
 def train(cfg: CfgNode, *, resume: bool, begin: Callable[[], None] | None = None) -> None:
     """Train what a config describes: the stage of its heads, where they have one, and the main run; or generations.
 
@@ -42,7 +44,8 @@ def train(cfg: CfgNode, *, resume: bool, begin: Callable[[], None] | None = None
             output folder this run's, once.
 
     Raises:
-        InputError: If a head needs a stage that the config gives no iterations, or a checkpoint does not fit.
+        InputError: If a head needs a stage that the config gives no iterations, a checkpoint does not fit, or another
+            run writes into the output folder.
         FloatingPointError: If a loss is not finite.
     """
     begin = begin or functools.cache(lambda: open_folder(cfg, resume=resume))
