@@ -10,18 +10,24 @@ Run again after an interruption, it goes on where it was. Every step is a comman
 import argparse
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
+
+from kd_det.engine.cli import run_tool
+from kd_det.engine.processes import INTERRUPTED, running_commands
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", default=["1"], help="one student of each kind per seed (1)")
     parser.add_argument("--jobs", default="2", help="students trained at a time (%(default)s)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     os.environ.setdefault("DETECTRON2_DATASETS", "datasets")
     shapes = Path(os.environ["DETECTRON2_DATASETS"], "shapes")
     configs = {
@@ -29,19 +35,22 @@ def main() -> None:
         for name, file in {"teacher": "teacher", "plain": "student", "distilled": "distilled"}.items()
     }
     students = [x for name in ("plain", "distilled") for x in ("--student", f"{name}={configs[name]}")]
-    for command in (
-        ["datasets/prepare_shapes.py", "--output", str(shapes)],
-        [
-            *("tools/repeat.py", "--output", "output/quickstart", "--jobs", args.jobs, "--seeds", *args.seeds),
-            *("--teacher", configs["teacher"], *students),
-        ],
-    ):
-        print(f"$ python {shlex.join(command)}", flush=True)
-        status = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=ROOT).returncode
-        if status:
-            sys.exit(status)
+    with running_commands() as commands:
+        for command in (
+            ["datasets/prepare_shapes.py", "--output", str(shapes)],
+            [
+                *("tools/repeat.py", "--output", "output/quickstart", "--jobs", args.jobs, "--seeds", *args.seeds),
+                *("--teacher", configs["teacher"], *students),
+            ],
+        ):
+            print(f"$ python {shlex.join(command)}", flush=True)
+            status = commands.wait(commands.start([sys.executable, "-W", "ignore", *command], cwd=ROOT))
+            if commands.interrupted:
+                sys.exit(INTERRUPTED)
+            if status:
+                sys.exit(status)
     print("The same images, seen by all: output/quickstart/comparison/")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -1,8 +1,18 @@
-"""tools/repeat.py: what each run is told."""
+"""tools/repeat.py: what each run is told, what becomes of it, and what is said of it meanwhile."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
 from helpers import ROOT
 
+from kd_det.engine.processes import INTERRUPTED
 from kd_det.errors import InputError
 
 
@@ -33,7 +43,112 @@ VALID = ["--teacher", f"{ROOT}/configs/BCCD/teacher.yaml", "--student", STUDENT,
 def test_mistakes_are_found_before_the_first_run(arguments, told, load_tool, monkeypatch, capsys):
     repeat = load_tool("repeat")
     monkeypatch.setattr("sys.argv", ["repeat.py", *VALID, *arguments])
-    monkeypatch.setattr(repeat, "call", lambda *_, **__: pytest.fail("a run began"))
+    monkeypatch.setattr(repeat.Call, "start", lambda *_: pytest.fail("a run began"))
     with pytest.raises((InputError, SystemExit)) as error:
         repeat.main()
     assert told in f"{error.value} {capsys.readouterr().err}"
+
+
+# ---- Runs, by a tool that stands in for the trainings ----
+# At its first call it waits for a signal that asks it to end, at the next one it comes to its end.
+TRAIN_NET = """
+import shutil, signal, sys, time
+from pathlib import Path
+from kd_det.engine.processes import end_with_tool
+
+output = Path(sys.argv[sys.argv.index("OUTPUT_DIR") + 1])
+output.mkdir(parents=True, exist_ok=True)
+received = []
+signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+end_with_tool()
+if output.name != "teacher" and not (output / "begun").exists():
+    (output / "begun").touch()
+    while not received:
+        time.sleep(0.05)
+    (output / "asked").touch()
+    sys.exit(75)
+shutil.copy(Path(__file__).with_name("model_final.pth"), output)
+(output / "last_checkpoint").write_text("model_final.pth")
+"""
+COMPARE = "print('compared')"
+
+
+@pytest.fixture
+def repeat(tmp_path):
+    """Start tools/repeat.py with two students that train at a time."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    shutil.copy(ROOT / "tools" / "repeat.py", tools)
+    (tools / "train_net.py").write_text(TRAIN_NET)
+    (tools / "compare.py").write_text(COMPARE)
+    torch.save({"model": {}, "iteration": 1}, tools / "model_final.pth")
+    students = [x for name in ("a", "b") for x in ("--student", f"{name}={ROOT}/configs/BCCD/student.yaml")]
+    command = [sys.executable, tools / "repeat.py", "--teacher", ROOT / "configs/BCCD/teacher.yaml", *students]
+    command += ["--seeds", "1", "--jobs", "2", "--output", tmp_path / "output"]
+
+    def start():
+        return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return start
+
+
+def wait_for(*paths):
+    limit = time.monotonic() + 60
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < limit, paths
+        time.sleep(0.05)
+
+
+def test_a_signal_reaches_the_trainings_and_the_same_command_goes_on(repeat, tmp_path):
+    students = [tmp_path / "output" / name for name in ("a_seed1", "b_seed1")]
+    process = repeat()
+    wait_for(*(x / "begun" for x in students))
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == INTERRUPTED
+    assert printed.splitlines()[-1] == "Interrupted; the same command goes on."
+    assert all((x / "asked").exists() for x in students)
+    # The teacher is damaged since.
+    final = tmp_path / "output" / "teacher" / "model_final.pth"
+    final.write_bytes(final.read_bytes()[:-100])
+    process = repeat()
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, printed
+    assert "compared" in printed
+    assert final.read_bytes() == (tmp_path / "tools" / "model_final.pth").read_bytes()
+
+
+def test_trainings_end_when_it_is_killed(repeat, tmp_path):
+    students = [tmp_path / "output" / name for name in ("a_seed1", "b_seed1")]
+    process = repeat()
+    wait_for(*(x / "begun" for x in students))
+    process.kill()
+    process.communicate(timeout=120)
+    wait_for(*(x / "asked" for x in students))
+
+
+# ---- Progress ----
+def write_metrics(path, *rows, rest=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + rest)
+
+
+def test_progress_of_a_training(load_tool, tmp_path):
+    training = load_tool("repeat").Training("x.yaml", tmp_path / "a_seed1", ())
+    assert training.progress() == "a_seed1 begins"
+    write_metrics(tmp_path / "a_seed1/pretrain/metrics.json", {"iteration": 19, "eta_seconds": 61.7})
+    assert training.progress() == "a_seed1/pretrain 19 (0:01:01)"
+    path = tmp_path / "a_seed1/metrics.json"
+    write_metrics(path, {"iteration": 19, "eta_seconds": 90}, {"iteration": 39, "eta_seconds": 60}, rest='{"iter')
+    os.utime(path, (time.time() + 9,) * 2)
+    assert training.progress() == "a_seed1 39 (0:01:00)"
+
+
+def test_a_log_file_is_not_flooded(load_tool, capsys, monkeypatch):
+    repeat = load_tool("repeat")
+    progress = repeat.Progress()
+    now = time.monotonic()
+    for second in range(2 * repeat.TELL + 9):
+        monkeypatch.setattr(repeat.time, "monotonic", lambda second=second: now + second)
+        progress.show(f"after {second} s")
+    assert len(capsys.readouterr().out.splitlines()) == 2
