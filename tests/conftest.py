@@ -8,6 +8,11 @@ from helpers import WIDE, save_teacher, tiny_cfg, tiny_inputs, write_coco_folder
 from kd_det import add_kd_config
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, help="how often test_soak.py kills runs in all (8), and print what it did")
+    parser.addoption("--kill-seed", default="0", help="when and how (%(default)s)")
+
+
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
     """Options that name the config and the weights of a Mask R-CNN, wider than the students."""

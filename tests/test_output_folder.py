@@ -81,7 +81,6 @@ def test_a_folder_without_locks_is_written_to_and_the_log_says_so(tmp_path, monk
         ("{tmp}/file/x", "OUTPUT_DIR: {tmp}/file/x: cannot be written to: Not a directory; check the path: a part of"),
         ("{tmp}/file", "OUTPUT_DIR: {tmp}/file: cannot be written to: File exists; choose another place, or remove"),
         ("x" * 300, f"OUTPUT_DIR: {'x' * 300}: cannot be written to: File name too long; choose a shorter path."),
-        ("a\0b", "OUTPUT_DIR: a\0b: cannot be written to: embedded null byte."),
     ],
 )
 def test_folders_that_cannot_be_made(folder, reason, tmp_path):
