@@ -12,6 +12,7 @@ from collections import OrderedDict
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,11 +136,12 @@ def with_option(key, url):
     return cfg
 
 
+STAGED = SimpleNamespace(heads={}, student=torch.nn.Linear(1, 1), teacher=None, checkpointables={})
 # How the file that a key names is fetched.
 WAYS = {
     "MODEL.WEIGHTS": lambda key, url: KDCheckpointer(torch.nn.Linear(1, 1)).load(url),
     "KD.TEACHER.WEIGHTS": lambda key, url: load_strictly(torch.nn.Linear(1, 1), url, key=key),
-    "KD.PRETRAIN.WEIGHTS": lambda key, url: load_stage(None, url),
+    "KD.PRETRAIN.WEIGHTS": lambda key, url: load_stage(STAGED, url),
     "--config-file": lambda key, url: find_config(url),
     "KD.TEACHER.CONFIG_FILE": lambda key, url: build_teacher(with_option(key, url)),
     "KD.MUTUAL.PEERS": lambda key, url: load_peer_configs(with_option(key, [url])),
