@@ -26,7 +26,7 @@ from kd_det.engine.cli import import_plugin
 from kd_det.engine.evaluation import check_evaluation
 from kd_det.engine.launching import use_own_gpu
 from kd_det.engine.output_folder import claim
-from kd_det.engine.run_log import start_logging
+from kd_det.engine.run_log import kept_back, log_again, start_logging
 from kd_det.errors import InputError
 from kd_det.files import write_whole
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
@@ -57,24 +57,23 @@ def setup(args: argparse.Namespace) -> CfgNode:
     merge_list(cfg, args.opts, "command line")
     beside = args.eval_only and not args.resume and "OUTPUT_DIR" not in args.opts[::2] and write_beside_weights(cfg)
     check_run(cfg, f"{args.config_file or 'the config'} with the overrides")
-    warning = ""
-    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
-        warning = f"MODEL.DEVICE: this machine has no GPU, going on with cpu instead of {cfg.MODEL.DEVICE}."
-        cfg.MODEL.DEVICE = "cpu"
-    use_own_gpu(cfg.MODEL.DEVICE)
-    register_datasets(cfg)
-    check_files(cfg, train=not args.eval_only)
-    check_num_classes(cfg, train=not args.eval_only)
-    check_evaluation(cfg)
-    check_annotations(cfg, train=not args.eval_only)
-    if cfg.SOLVER.IN_EPOCHS and not args.eval_only:
-        epochs_to_iterations(cfg, count_training_images(cfg))
+    with kept_back() as messages:
+        if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+            logger.warning("MODEL.DEVICE: this machine has no GPU, going on with cpu instead of %s.", cfg.MODEL.DEVICE)
+            cfg.MODEL.DEVICE = "cpu"
+        use_own_gpu(cfg.MODEL.DEVICE)
+        register_datasets(cfg)
+        check_files(cfg, train=not args.eval_only)
+        check_num_classes(cfg, train=not args.eval_only)
+        check_evaluation(cfg)
+        check_annotations(cfg, train=not args.eval_only)
+        if cfg.SOLVER.IN_EPOCHS and not args.eval_only:
+            epochs_to_iterations(cfg, count_training_images(cfg))
     cfg.freeze()
     if not args.eval_only:
         claim(cfg.OUTPUT_DIR)
     start_logging(cfg.OUTPUT_DIR)
-    if warning:
-        logger.warning(warning)
+    log_again(messages)
     with kept(Path(cfg.OUTPUT_DIR, "config.yaml")):
         default_setup(cfg, args)
     if beside:

@@ -4,8 +4,9 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from logging.handlers import MemoryHandler
 
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -42,6 +43,29 @@ def is_for_terminal(record: logging.LogRecord) -> bool:
     if record.name.startswith("kd_det"):
         return record.levelno >= logging.INFO
     return record.name in SHOWN and bool(SHOWN[record.name].match(record.getMessage()))
+
+
+@contextmanager
+def kept_back() -> Iterator[list[logging.LogRecord]]:
+    """Collect what is logged inside, before the log is started, instead of showing it; pass it to :func:`log_again`."""
+    handler = MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize)
+    loggers = [logging.getLogger(name) for name in ("detectron2", "kd_det")]
+    before = [logger.propagate for logger in loggers]
+    for logger in loggers:
+        logger.propagate = False
+        logger.addHandler(handler)
+    try:
+        yield handler.buffer
+    finally:
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.propagate = propagate
+            logger.removeHandler(handler)
+
+
+def log_again(records: Iterable[logging.LogRecord]) -> None:
+    """Log what was kept back."""
+    for record in records:
+        logging.getLogger(record.name).handle(record)
 
 
 @contextmanager

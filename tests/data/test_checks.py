@@ -311,3 +311,10 @@ def test_keypoints_that_keep_their_names(set_up, caplog):
 )
 def test_mirrored_pairs(names, pairs):
     assert list(mirrored_pairs(names)) == pairs
+
+
+def test_warnings_are_in_the_log_file(set_up, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    set_up(lambda data: data["annotations"][0].update(area="x"))
+    log = (tmp_path / "output" / "log.txt").read_text()
+    assert log.count("instances.json: area of 1 of the annotations (first: annotations[0]) is not a number") == 1
