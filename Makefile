@@ -7,7 +7,7 @@ fail = { echo "setup: $(1)" >&2; exit 1; }
 RETRY := pip failed for the reason above. It needs network access and room for 6 GB and the downloads. Run make again \
 to go on; if that does not help, delete .venv first
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint docs
 
 quickstart: .venv/.ready
 	.venv/bin/python tools/quickstart.py
@@ -19,6 +19,11 @@ test: .venv/.ready
 lint: .venv/.ready
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
+
+# Warnings, such as a link that leads nowhere, are errors.
+docs: .venv/.ready
+	.venv/bin/python -W ignore -m sphinx -q -W --keep-going -b html docs docs/_build
+	@echo "docs: docs/_build/index.html"
 
 # Without build isolation, fvcore and kd_det are built with the setuptools of constraints.txt, not with the newest.
 .venv/.ready: constraints.txt setup.py tools/install_detectron2.py

@@ -23,6 +23,7 @@ DETECTRON2 = [
 ENSEMBLE = ["ensemble-boxes>=1.0.9"]
 # scikit-learn brings the images of the data sets digits_train and digits_test.
 TOOLS = ["pytest>=7", "pytest-xdist>=3", "ruff", "scikit-learn"]
+DOCS = ["furo", "myst-parser>=4", "sphinx>=8"]
 
 readme = Path(__file__).with_name("README.md")
 
@@ -50,5 +51,5 @@ setup(
         "torchvision>=0.21",
         "tqdm",
     ],
-    extras_require={"dev": DETECTRON2 + ENSEMBLE + TOOLS, "ensemble": ENSEMBLE, "wandb": ["wandb"]},
+    extras_require={"dev": DETECTRON2 + ENSEMBLE + TOOLS + DOCS, "ensemble": ENSEMBLE, "wandb": ["wandb"]},
 )

@@ -13,9 +13,9 @@ from .numerics import check_choice, check_maps, check_mask, check_same_shape, in
 def attention_map(f: Tensor, *, power: float = 2, mask: Tensor | None = None) -> Tensor:
     """Reduces a feature map to one unit vector of spatial attention per sample.
 
-    Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1612.03928. Mean of |f|^power over the channels, flattened and
-    L2-normalised with eps 1e-12. The published code writes f^power, which is the same for even powers; the paper's sum
-    over the channels is the same after normalisation.
+    Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1612.03928. Mean of ``|f|^power`` over the channels, flattened
+    and L2-normalised with eps 1e-12. The published code writes f^power, which is the same for even powers; the paper's
+    sum over the channels is the same after normalisation.
 
     Args:
         f: (N, C, H, W) features.
@@ -84,9 +84,9 @@ def attention_transfer_loss(
 def input_gradient_loss(s: Tensor, t: Tensor) -> Tensor:
     """Halves the distance of two input gradients, averaged over samples.
 
-    Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1612.03928, section 3.2: || J_s - J_t ||_2 / 2, where J is the
-    gradient of a sample's own task loss with respect to the network's input. The norm is taken per sample, so the loss
-    does not depend on the batch size.
+    Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1612.03928, section 3.2: ``|| J_s - J_t ||_2 / 2``, where J is
+    the gradient of a sample's own task loss with respect to the network's input. The norm is taken per sample, so the
+    loss does not depend on the batch size.
 
     Args:
         s: (N, ...) gradients of the student, part of its graph.

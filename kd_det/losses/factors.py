@@ -14,7 +14,7 @@ from .numerics import check_choice, check_maps, check_same_shape, in_float32, me
 def factor_transfer_loss(s_factor: Tensor, t_factor: Tensor, *, p: float = 1) -> Tensor:
     """Measures the mean distance of two factors, each scaled to unit length per sample.
 
-    FT: Kim et al., 2018, https://arxiv.org/abs/1802.04977. (mean |u - v|^p)^(1/p) over all N * C * H * W elements,
+    FT: Kim et al., 2018, https://arxiv.org/abs/1802.04977. ``(mean |u - v|^p)^(1/p)`` over all N * C * H * W elements,
     where u and v are the flattened factors divided by their L2 norm (eps 1e-12). The paper writes the unreduced norm;
     this is the published code's mean for p = 1. It falls with the size of the factor: at most 2 / sqrt(C * H * W).
 
@@ -114,5 +114,5 @@ def _units(name: str, s: Tensor, t: Tensor, *, kind: str) -> tuple[Tensor, Tenso
 
 
 def _mean_distance(u: Tensor, v: Tensor, p: float) -> Tensor:
-    """(mean |u - v|^p)^(1/p), with gradient 0 instead of NaN where u equals v."""
+    """``(mean |u - v|^p)^(1/p)``, with gradient 0 instead of NaN where u equals v."""
     return torch.linalg.vector_norm(u - v, ord=p) / max(u.numel(), 1) ** (1 / p)

@@ -146,9 +146,10 @@ def overhaul_loss(s: Tensor, t_pre: Tensor, *, margin: Tensor) -> Tensor:
 def margin_from_batch_norm(weight: Tensor, bias: Tensor) -> Tensor:
     """Computes the mean negative response of each channel of a batch norm.
 
-    OFD: Heo et al., 2019, https://arxiv.org/abs/1904.01866. E[x | x < 0] for x ~ N(bias, weight^2); as in the published
-    code, -3 |weight| where x is negative with a probability of 0.001 or less. Not valid for a frozen batch norm into
-    which the running statistics were folded (Detectron2's converted weights): estimate the margins from data there.
+    OFD: Heo et al., 2019, https://arxiv.org/abs/1904.01866. ``E[x | x < 0]`` for x ~ N(bias, weight^2); as in the
+    published code, ``-3 |weight|`` where x is negative with a probability of 0.001 or less. Not valid for a frozen
+    batch norm into which the running statistics were folded (Detectron2's converted weights): estimate the margins
+    from data there.
 
     Args:
         weight: (C,) scale of the batch norm.
