@@ -215,6 +215,7 @@ def final_state(folder: Path) -> dict:
     """All that a run ended with, but for what tells the run itself from others."""
     data = torch.load(folder / "model_final.pth", weights_only=True)
     data.get("trainer", {}).pop("run", None)  # A peer's file has no trainer.
+    data.get("kd_teacher", {}).pop("source", None)  # A path, below the run's own folder in a chain of generations.
     return data
 
 

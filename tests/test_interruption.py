@@ -164,6 +164,22 @@ def test_under_torchrun(task, tmp_path, plugin):
     assert saved_before_the_end(tmp_path / "output")
 
 
+KILL_PARENT = TELL_PARENT.replace("signal.SIGTERM", "signal.SIGKILL")
+
+
+def test_ranks_end_when_their_launcher_is_killed(task, tmp_path, plugin):
+    """They save, as when they are asked to end."""
+    plugin.write_text(KILL_PARENT, encoding="utf-8")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    arguments = ["--config-file", task.config, "--plugin", plugin, "OUTPUT_DIR", tmp_path / "output"]
+    arguments += ["KD.PRETRAIN.MAX_ITER", 1, "SOLVER.MAX_ITER", 500]
+    # Its output comes to an end with the last process that writes there.
+    done = run_train_net(*arguments, launcher=launcher)
+    assert done.returncode == -signal.SIGKILL
+    assert "Interrupted after iteration" in done.stdout + done.stderr
+    assert saved_before_the_end(tmp_path / "output")
+
+
 # As on a machine of two GPUs; the ranks themselves find none and go on with the CPU.
 TWO_GPUS = """
 import runpy, sys, torch
@@ -173,12 +189,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_under_num_gpus(task, tmp_path, plugin):
+@pytest.mark.parametrize(
+    ("told", "status"), [(TELL_PARENT, INTERRUPTED), (KILL_PARENT, -signal.SIGKILL)], ids=["SIGTERM", "SIGKILL"]
+)
+def test_under_num_gpus(task, tmp_path, plugin, told, status):
     """The process that launches the ranks passes on what it is told, and ends with their status."""
+    plugin.write_text(told, encoding="utf-8")
     arguments = ["--config-file", task.config, "--plugin", plugin, "--num-gpus", 2, "OUTPUT_DIR", tmp_path / "output"]
     arguments += ["KD.PRETRAIN.MAX_ITER", 1, "SOLVER.MAX_ITER", 500]
     (tmp_path / "two_gpus.py").write_text(TWO_GPUS, encoding="utf-8")
     done = run_train_net(*arguments, launcher=(tmp_path / "two_gpus.py",))
-    assert done.returncode == INTERRUPTED, done.stderr
+    assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert saved_before_the_end(tmp_path / "output")

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from kd_det.engine.cli import run_tool
 from kd_det.errors import InputError
+from kd_det.files import naming
 
 COMBINATIONS = [
     "none",
@@ -113,8 +114,9 @@ def main() -> None:
         table = benchmarking.combinations_table(results)
     print(table)
     if args.output:
-        Path(args.output, "benchmark.md").write_text(table + "\n", encoding="utf-8")
-        Path(args.output, "benchmark.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        with naming(args.output):
+            Path(args.output, "benchmark.md").write_text(table + "\n", encoding="utf-8")
+            Path(args.output, "benchmark.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

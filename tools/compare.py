@@ -13,6 +13,7 @@ import argparse
 
 from kd_det.engine.arguments import add_plugin_argument
 from kd_det.engine.cli import import_plugin, run_tool
+from kd_det.files import naming
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,7 +41,8 @@ def main() -> None:
     for path in args.plugin:
         import_plugin(path)
     runs = [split_run(run) for run in args.run]
-    results = compare(runs, args.output, dataset=args.dataset, images=args.images, threshold=args.threshold)
+    with naming(args.output):
+        results = compare(runs, args.output, dataset=args.dataset, images=args.images, threshold=args.threshold)
     print(results["table"])
     print(f"\n{args.output}: comparison.json, comparison.md, comparison.png")
 

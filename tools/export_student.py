@@ -23,6 +23,7 @@ import argparse
 from kd_det.engine.arguments import add_plugin_argument
 from kd_det.engine.cli import import_plugin, run_tool
 from kd_det.errors import InputError
+from kd_det.files import naming
 
 
 def parse_args() -> argparse.Namespace:
@@ -60,7 +61,8 @@ def main() -> None:
     config_file, weights = find_run(args.run) if args.run else (args.config_file, args.weights)
     cfg = read_student_config(config_file)
     sample = None if args.no_torchscript else read_sample(cfg, args.image, args.size)
-    done = export_student(cfg, weights, args.output, ema=args.ema, sample=sample, device=args.device)
+    with naming(args.output):
+        done = export_student(cfg, weights, args.output, ema=args.ema, sample=sample, device=args.device)
     print(f"{args.output}: {', '.join(done.files)}")
     print(header(done.needs).replace("# ", ""), end="")
     if done.tried:
