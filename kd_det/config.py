@@ -12,7 +12,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 
 from kd_det.config_kinds import check_kinds, show
-from kd_det.errors import InputError
+from kd_det.errors import InputError, reason
 from kd_det.fetching import fetch, is_url
 from kd_det.files import write_whole
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
@@ -215,7 +215,9 @@ def merge_file(cfg: CfgNode, path: str) -> None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name}, line {mark.line + 1}" if mark else path
-        raise InputError(f"{place}: not a safe YAML file: {getattr(error, 'problem', one_line(error))}") from error
+        raise InputError(
+            f"{place}: not a safe YAML file: {getattr(error, 'problem', None) or reason(error)}"
+        ) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     except RecursionError as error:

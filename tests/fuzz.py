@@ -149,8 +149,10 @@ def with_data(cfg: CfgNode, layout: str) -> CfgNode:
 # ---- Damage ----
 def damage_value(rng: random.Random, value: Any) -> Any:
     """Another value, of any kind or close to what was there."""
-    if rng.random() < 0.6:
-        return copy.deepcopy(rng.choice(VALUES))
+    chance = rng.random()
+    if chance < 0.6:
+        alike = [other for other in VALUES if type(other) is type(value)] if chance < 0.35 else []
+        return copy.deepcopy(rng.choice(alike or VALUES))
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
