@@ -1,6 +1,7 @@
 """Share what the command-line tools have in common: plugins, errors in one line."""
 
 import importlib.util
+import io
 import logging
 import os
 import re
@@ -51,7 +52,8 @@ def run_tool(main: Callable[[], None]) -> None:
     see :mod:`kd_det.engine.interruption`.
     """
     silence_third_parties()
-    sys.stdout.reconfigure(errors="backslashreplace")  # Its encoding may lack a letter of what is printed.
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A notebook's is not.
+        sys.stdout.reconfigure(errors="backslashreplace")  # Its encoding may lack a letter of what is printed.
     end_with_tool()
     try:
         with plain_errors():
