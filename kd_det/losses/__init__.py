@@ -1,8 +1,8 @@
-"""Distillation losses as pure functions: tensors in, a scalar out, no weights inside.
+"""Implements distillation losses as pure functions: tensors in, a scalar out, no weights inside.
 
-The student comes first, the teacher second, everything else by keyword. Every function computes in float32 at least,
-with autocast switched off, and sends no gradient into the teacher. Empty inputs, such as no ROIs, give 0 with a
-gradient. Shapes that do not fit, and options out of range, raise ValueError.
+The student comes first, the teacher second, and everything else is passed by keyword. Every function computes in
+float32 or wider, with autocast switched off, and sends no gradient into the teacher. Empty inputs, such as no ROIs,
+give 0 with a gradient. Mismatched shapes and options out of range raise ValueError.
 """
 
 from .attention import attention_map, attention_transfer_loss, input_gradient_loss

@@ -1,4 +1,4 @@
-"""Losses on spatial attention maps: where a network is active, whatever its channels mean."""
+"""Compares spatial attention maps: where a network is active, whatever its channels mean."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from .numerics import check_choice, check_maps, check_mask, check_same_shape, in
 def attention_map(f: Tensor, *, power: float = 2, mask: Tensor | None = None) -> Tensor:
     """Reduces a feature map to one unit vector of spatial attention per sample.
 
-    Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1612.03928. Mean of ``|f|^power`` over the channels, flattened
-    and L2-normalised with eps 1e-12. The published code writes f^power, which is the same for even powers; the paper's
-    sum over the channels is the same after normalisation.
+    Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1612.03928. The map is the mean of ``|f|^power`` over the
+    channels, flattened and L2-normalised with eps 1e-12. The published code writes f^power, which is the same for even
+    powers; the paper sums over the channels, which is the same after normalisation.
 
     Args:
         f: (N, C, H, W) features.
-        power: exponent, at least 1; below, the gradient at 0 would be infinite.
-        mask: (N, 1, H, W) boolean, true where a cell is valid; the others are set to zero before the normalisation.
+        power: exponent, at least 1; a smaller one would have an infinite gradient at 0.
+        mask: (N, 1, H, W) boolean, true where a cell is valid; invalid cells are set to zero before the normalisation.
 
     Returns:
         (N, H * W) maps. A map that is zero everywhere stays zero.
+
+    Example:
+        >>> attention_map(torch.tensor([[[[3.0, 0.0], [0.0, 4.0]]]]), power=1)
+        tensor([[0.6000, 0.0000, 0.0000, 0.8000]])
     """
     check_maps("attention_map", f)
     check_mask("attention_map", mask, f)
@@ -39,26 +43,32 @@ def attention_map(f: Tensor, *, power: float = 2, mask: Tensor | None = None) ->
 def attention_transfer_loss(
     s: Tensor, t: Tensor, *, power: float = 2, reduction: str = "mean", mask: Tensor | None = None
 ) -> Tensor:
-    """Averages the squared difference of the two attention maps, or its root.
+    """Measures the distance between the attention maps of student and teacher.
 
-    Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1612.03928. The published code takes the mean of squares, the
-    paper's equation 2 an unsquared norm per sample and the weight beta / 2, so a beta of one is none of the other.
+    Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1612.03928. The published code takes the mean of squared
+    differences; equation 2 of the paper takes an unsquared norm per sample, with the weight beta / 2. A beta that was
+    chosen for one of them does not suit the other.
 
     If the sizes differ, both features are average-pooled to the smaller height and the smaller width before the power
-    is taken. Published code pools to a square; here height and width are kept apart.
+    is taken. The published code pools to a square; here height and width are treated separately.
 
     Args:
         s: (N, C_s, H_s, W_s) features of the student.
         t: (N, C_t, H_t, W_t) features of the teacher; no gradient flows into them.
         power: exponent of the map.
-        reduction: "mean" over samples and cells (published code), whose size falls with 1 / (H * W); or "sum_hw", the
-            sum over cells and mean over samples, which does not depend on the size of the map; or "norm", the mean over
-            samples of the root of that sum (the paper's equation 2 without its weight).
+        reduction: "mean" over samples and cells (published code), which shrinks as 1 / (H * W); "sum_hw", the sum over
+            cells and mean over samples, which does not depend on the size of the map; or "norm", the mean over samples
+            of the root of that sum (equation 2 of the paper without its weight).
         mask: (N, 1, H, W) boolean at the common size, true where a cell is valid. Invalid cells are set to zero before
             the normalisation, and the mean is taken over the valid ones.
 
     Returns:
         Scalar; 0 without samples or valid cells.
+
+    Example:
+        >>> s = torch.tensor([[[[1.0, 0.0]]]])
+        >>> attention_transfer_loss(s, s.flip(3), reduction="sum_hw")
+        tensor(2.)
     """
     name = "attention_transfer_loss"
     check_choice(name, "reduction", reduction, ("mean", "sum_hw", "norm"))
@@ -82,7 +92,7 @@ def attention_transfer_loss(
 
 @in_float32
 def input_gradient_loss(s: Tensor, t: Tensor) -> Tensor:
-    """Halves the distance of two input gradients, averaged over samples.
+    """Computes half the distance between two input gradients, averaged over samples.
 
     Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1612.03928, section 3.2: ``|| J_s - J_t ||_2 / 2``, where J is
     the gradient of a sample's own task loss with respect to the network's input. The norm is taken per sample, so the
@@ -94,6 +104,10 @@ def input_gradient_loss(s: Tensor, t: Tensor) -> Tensor:
 
     Returns:
         Scalar; 0 without samples.
+
+    Example:
+        >>> input_gradient_loss(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
+        tensor(2.5000)
     """
     check_same_shape("input_gradient_loss", s, t)
     return 0.5 * mean(torch.linalg.vector_norm((s - t.detach()).flatten(1), dim=1))

@@ -1,4 +1,4 @@
-"""Losses on factors, the compact features that small learned encoders extract: factor transfer, inherit and explore."""
+"""Compares factors, the compact features that small learned encoders extract, for factor transfer and IE-KD."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from .numerics import check_choice, check_maps, check_same_shape, in_float32, me
 
 @in_float32
 def factor_transfer_loss(s_factor: Tensor, t_factor: Tensor, *, p: float = 1) -> Tensor:
-    """Measures the mean distance of two factors, each scaled to unit length per sample.
+    """Measures the mean distance between two factors, each scaled to unit length per sample.
 
-    FT: Kim et al., 2018, https://arxiv.org/abs/1802.04977. ``(mean |u - v|^p)^(1/p)`` over all N * C * H * W elements,
-    where u and v are the flattened factors divided by their L2 norm (eps 1e-12). The paper writes the unreduced norm;
-    this is the published code's mean for p = 1. It falls with the size of the factor: at most 2 / sqrt(C * H * W).
+    FT: Kim et al., 2018, https://arxiv.org/abs/1802.04977. The distance is ``(mean |u - v|^p)^(1/p)`` over all
+    N * C * H * W elements, where u and v are the flattened factors divided by their L2 norm (eps 1e-12). The paper
+    writes the unreduced norm; for p = 1 this is the published code's mean. It shrinks as the factor grows: it is at
+    most 2 / sqrt(C * H * W).
 
     Args:
         s_factor: (N, ...) factors of the student.
@@ -25,6 +26,10 @@ def factor_transfer_loss(s_factor: Tensor, t_factor: Tensor, *, p: float = 1) ->
 
     Returns:
         Scalar; 0 without samples.
+
+    Example:
+        >>> factor_transfer_loss(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]]))
+        tensor(0.2000)
     """
     return _distance("factor_transfer_loss", s_factor, t_factor, kind="ft", p=p)
 
@@ -36,20 +41,25 @@ def inheritance_loss(
     """Measures how far the inheriting half of the student is from the teacher's factor.
 
     IE-KD: Huang et al., 2021, https://arxiv.org/abs/2107.00181. The paper writes unreduced norms. The mean for "ft"
-    and the cosine follow the published code, which has neither "at" nor "od"; the mean for "at" is made alike.
+    and the cosine follow the published code, which has neither "at" nor "od"; "at" takes the same mean as "ft".
 
     Args:
         s_factor: (N, C, H, W) factors of the student.
         t_factor: (N, C, H, W) factors of the teacher; no gradient flows into them.
         kind: "ft", the distance of `factor_transfer_loss`; "at", the same distance between the attention maps, for
-            which the channels may differ; "od", the L2 norm per sample of the difference of the ReLUs, averaged over
-            samples.
-        p: exponent of the distance for "ft" and "at", 1 or more; "od" takes none.
-        cosine: whether, for "ft" and "at", 1 less the cosine of student and teacher takes the distance's place; p then
-            has no part.
+            which the channels may differ; "od", the L2 norm per sample of the difference between the rectified factors,
+            averaged over samples.
+        p: exponent of the distance for "ft" and "at", 1 or more; "od" does not use it.
+        cosine: replace the distance for "ft" and "at" with 1 minus the cosine between student and teacher, which does
+            not use p.
 
     Returns:
         Scalar; 0 without samples.
+
+    Example:
+        >>> s, t = torch.tensor([3.0, -1.0]).view(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)
+        >>> inheritance_loss(s, t, kind="od")
+        tensor(3.)
     """
     if cosine:
         return mean(1 - _cosine("inheritance_loss", s_factor, t_factor, kind=kind))
@@ -60,21 +70,26 @@ def inheritance_loss(
 def exploration_loss(
     s_factor: Tensor, t_factor: Tensor, *, kind: str = "ft", p: float = 1, cosine: bool = False
 ) -> Tensor:
-    """Measures how close the exploring half of the student is to the teacher's factor: the negated distance.
+    """Computes the negated distance of the student's exploring half from the teacher's factor.
 
-    IE-KD: Huang et al., 2021, https://arxiv.org/abs/2107.00181. The sign is already in the value: weigh it positively.
-    "at" and "ft" are bounded; "od" is unbounded below, so its factors need a bounded length.
+    IE-KD: Huang et al., 2021, https://arxiv.org/abs/2107.00181. The value already has its sign, so give it a positive
+    weight. "at" and "ft" are bounded; "od" is unbounded below, so its factors need a bounded length.
 
     Args:
         s_factor: (N, C, H, W) factors of the student.
         t_factor: (N, C, H, W) factors of the teacher; no gradient flows into them.
         kind: "at", "ft" or "od", as for `inheritance_loss`.
         p: exponent of the distance, as for `inheritance_loss`.
-        cosine: whether, for "ft" and "at", the absolute cosine of student and teacher takes the negated distance's
-            place; it is least, 0, where they are orthogonal. p then has no part.
+        cosine: replace the negated distance for "ft" and "at" with the absolute cosine between student and teacher,
+            which does not use p and is smallest, 0, where they are orthogonal.
 
     Returns:
-        Scalar, never positive but for the cosine; 0 without samples.
+        Scalar, never positive except for the cosine; 0 without samples.
+
+    Example:
+        >>> s, t = torch.tensor([3.0, -1.0]).view(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)
+        >>> exploration_loss(s, t, kind="od")
+        tensor(-3.)
     """
     if cosine:
         return mean(_cosine("exploration_loss", s_factor, t_factor, kind=kind).abs())
@@ -92,27 +107,27 @@ def _distance(name: str, s: Tensor, t: Tensor, *, kind: str, p: float) -> Tensor
 
 
 def _cosine(name: str, s: Tensor, t: Tensor, *, kind: str) -> Tensor:
-    """Cosine of each sample, (N,)."""
+    """Computes the cosine between student and teacher for each sample, (N,)."""
     check_choice(name, "kind", kind, ("at", "ft"))
     u, v = _units(name, s, t, kind=kind)
     return (u * v).sum(dim=1)
 
 
 def _units(name: str, s: Tensor, t: Tensor, *, kind: str) -> tuple[Tensor, Tensor]:
-    """What is compared of both sides, flattened and of unit length per sample: factors or attention maps."""
+    """Flattens both sides to unit vectors per sample: the factors themselves, or their attention maps."""
     t = t.detach()
     if kind == "ft":
         check_same_shape(name, s, t)
         return F.normalize(s.flatten(1), eps=1e-12), F.normalize(t.flatten(1), eps=1e-12)
     check_maps(name, s, t)
     if s[:, 0].shape != t[:, 0].shape:
-        found = f"{tuple(s.shape)} and {tuple(t.shape)}"
+        shapes = f"{tuple(s.shape)} and {tuple(t.shape)}"
         raise ValueError(
-            f"{name}: student and teacher must have the same number of samples, height and width, got {found}"
+            f"{name}: student and teacher must have the same number of samples, height and width, got {shapes}"
         )
     return attention_map(s), attention_map(t)
 
 
 def _mean_distance(u: Tensor, v: Tensor, p: float) -> Tensor:
-    """``(mean |u - v|^p)^(1/p)``, with gradient 0 instead of NaN where u equals v."""
+    """Computes ``(mean |u - v|^p)^(1/p)``, with gradient 0 instead of NaN where u equals v."""
     return torch.linalg.vector_norm(u - v, ord=p) / max(u.numel(), 1) ** (1 / p)

@@ -1,6 +1,6 @@
-"""Losses on class scores, and the targets, weights and temperatures that go into them.
+"""Compares class scores, and computes the targets, weights and temperatures that go into the comparison.
 
-Log-probabilities are logits: probabilities p that were made from a teacher, such as those of
+Log-probabilities serve as logits: probabilities p that were derived from a teacher's, such as those of
 `adjust_probability_shift`, enter a loss at temperature T as `T * p.log()`.
 """
 
@@ -19,17 +19,22 @@ def soft_target_loss(
 ) -> Tensor:
     """Computes T^2 times the Kullback-Leibler divergence of the student's softened probabilities from the teacher's.
 
-    Hinton et al., 2015, https://arxiv.org/abs/1503.02531: its soft cross-entropy less the teacher's entropy, which has
-    the same gradient. T^2 keeps the gradient's size when T changes.
+    Hinton et al., 2015, https://arxiv.org/abs/1503.02531. This is the paper's soft cross-entropy minus the teacher's
+    entropy, which has the same gradient. The factor T^2 keeps the size of the gradient when T changes.
 
     Args:
         s_logits: (..., K) logits of the student.
         t_logits: (..., K) logits of the teacher; no gradient flows into them.
-        temperature: T, above 0: one for all rows, or a tensor (...) with one for each, see `dynamic_temperature`.
-        weights: (...) factors of the rows' divergences, which the mean does not divide by again; None for 1.
+        temperature: T, above 0: a number for all rows, or a tensor (...) with one per row, see `dynamic_temperature`.
+        weights: (...) factor of each row's divergence, None for 1. The mean divides by the number of rows, not by the
+            sum of the weights.
 
     Returns:
         Scalar: sum over classes, mean over rows; 0 without rows.
+
+    Example:
+        >>> soft_target_loss(torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log(), temperature=1)
+        tensor(0.1308)
     """
     name = "soft_target_loss"
     check_same_shape(name, s_logits, t_logits)
@@ -49,8 +54,8 @@ def soft_target_loss(
 def binary_soft_target_loss(s_logits: Tensor, t_logits: Tensor, *, weights: Tensor | None = None) -> Tensor:
     """Computes the divergence between the Bernoulli distributions of a sigmoid head, element by element.
 
-    Soft targets (Hinton et al., 2015, https://arxiv.org/abs/1503.02531) for objectness, masks and dense class scores:
-    binary cross-entropy less the teacher's entropy, so 0 where both agree. No temperature.
+    These are the soft targets (Hinton et al., 2015, https://arxiv.org/abs/1503.02531) for objectness, masks and dense
+    class scores: binary cross-entropy minus the teacher's entropy, so 0 where both agree. There is no temperature.
 
     Args:
         s_logits: logits of the student, of any shape.
@@ -59,6 +64,10 @@ def binary_soft_target_loss(s_logits: Tensor, t_logits: Tensor, *, weights: Tens
 
     Returns:
         Scalar; 0 without elements, or if all weights are 0.
+
+    Example:
+        >>> binary_soft_target_loss(torch.zeros(1), torch.tensor([3.0]).log())
+        tensor(0.1308)
     """
     name = "binary_soft_target_loss"
     check_same_shape(name, s_logits, t_logits)
@@ -77,8 +86,8 @@ def binary_soft_target_loss(s_logits: Tensor, t_logits: Tensor, *, weights: Tens
 def mutual_loss(own_logits: Tensor, peer_logits: Tensor) -> Tensor:
     """Computes the Kullback-Leibler divergence of a network's probabilities from those of its peer.
 
-    DML: Zhang et al., 2017, https://arxiv.org/abs/1706.00384. KL(peer || own) at temperature 1. With several peers the
-    paper takes the mean over them and the published code the sum: that is the caller's.
+    DML: Zhang et al., 2017, https://arxiv.org/abs/1706.00384. The loss is KL(peer || own) at temperature 1. With
+    several peers the paper takes the mean over them and the published code the sum; this is left to the caller.
 
     Args:
         own_logits: (..., K) logits of the network that learns.
@@ -86,6 +95,10 @@ def mutual_loss(own_logits: Tensor, peer_logits: Tensor) -> Tensor:
 
     Returns:
         Scalar: sum over classes, mean over rows; 0 without rows.
+
+    Example:
+        >>> mutual_loss(torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log())
+        tensor(0.1308)
     """
     check_same_shape("mutual_loss", own_logits, peer_logits)
     return mean(_divergence(own_logits, peer_logits))
@@ -95,10 +108,10 @@ def mutual_loss(own_logits: Tensor, peer_logits: Tensor) -> Tensor:
 def softmax_regression_loss(
     s_logits: Tensor, t_logits: Tensor, *, kind: str = "mse", temperature: float = 1.0
 ) -> Tensor:
-    """Compares what the teacher's classifier makes of the student's features with what it makes of the teacher's.
+    """Compares the logits that the teacher's classifier gives for the student's and for the teacher's features.
 
-    SRRL: Yang et al., 2021, https://openreview.net/forum?id=ZzwDy_wiWv. Gradient has to reach the student through the
-    frozen classifier: do not wrap that in no_grad.
+    SRRL: Yang et al., 2021, https://openreview.net/forum?id=ZzwDy_wiWv. The gradient must reach the student through the
+    frozen classifier, so do not run the classifier under no_grad.
 
     Args:
         s_logits: (N, K) output of the teacher's classifier on the student's connected features.
@@ -109,6 +122,10 @@ def softmax_regression_loss(
 
     Returns:
         Scalar; 0 without rows.
+
+    Example:
+        >>> softmax_regression_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
+        tensor(2.)
     """
     name = "softmax_regression_loss"
     if temperature <= 0:
@@ -124,9 +141,9 @@ def softmax_regression_loss(
 def born_again_loss(s_logits: Tensor, t_logits: Tensor) -> Tensor:
     """Computes the cross-entropy of the student with the previous generation's probabilities.
 
-    BAN: Furlanello et al., 2018, https://arxiv.org/abs/1805.04770. Temperature 1, no labels. For DKPP give the
-    logarithm of `permute_dark_knowledge` as the teacher's logits; for CWTM multiply the labels' cross-entropy by
-    `confidence_weights` and sum.
+    BAN: Furlanello et al., 2018, https://arxiv.org/abs/1805.04770. The temperature is 1, and labels are not used. For
+    DKPP pass the logarithm of `permute_dark_knowledge` as the teacher's logits; for CWTM multiply the cross-entropy
+    with the labels by `confidence_weights` and sum.
 
     Args:
         s_logits: (..., K) logits of the student.
@@ -134,6 +151,10 @@ def born_again_loss(s_logits: Tensor, t_logits: Tensor) -> Tensor:
 
     Returns:
         Scalar: sum over classes, mean over rows; 0 without rows.
+
+    Example:
+        >>> born_again_loss(torch.zeros(1, 4), torch.zeros(1, 4))
+        tensor(1.3863)
     """
     check_same_shape("born_again_loss", s_logits, t_logits)
     return mean(_cross_entropy(s_logits, t_logits))
@@ -141,16 +162,20 @@ def born_again_loss(s_logits: Tensor, t_logits: Tensor) -> Tensor:
 
 @in_float32
 def confidence_weights(t_logits: Tensor) -> Tensor:
-    """Weighs samples by the teacher's confidence.
+    """Computes a weight for each sample from the teacher's confidence.
 
-    CWTM of BAN: Furlanello et al., 2018, https://arxiv.org/abs/1805.04770. The weights sum to 1 over the batch: sum the
-    weighted losses, do not average them.
+    CWTM of BAN: Furlanello et al., 2018, https://arxiv.org/abs/1805.04770. The weights sum to 1 over the batch, so sum
+    the weighted losses instead of averaging them.
 
     Args:
         t_logits: (N, K) logits of the teacher.
 
     Returns:
         (N,) highest probability of each row divided by the sum of these over the rows, without gradient.
+
+    Example:
+        >>> confidence_weights(torch.tensor([[0.9, 0.1], [0.6, 0.4]]).log())
+        tensor([0.6000, 0.4000])
     """
     check_logits("confidence_weights", t_logits)
     confidence = t_logits.detach().softmax(dim=1).amax(dim=1)
@@ -161,18 +186,22 @@ def confidence_weights(t_logits: Tensor) -> Tensor:
 def permute_dark_knowledge(
     t_probs: Tensor, *, generator: torch.Generator | None = None, permutations: Tensor | None = None
 ) -> Tensor:
-    """Permutes each row's probabilities among all classes but the most probable one.
+    """Permutes each row's probabilities among all classes except the most probable one.
 
-    DKPP of BAN: Furlanello et al., 2018, https://arxiv.org/abs/1805.04770. Every row gets a fresh permutation.
+    DKPP of BAN: Furlanello et al., 2018, https://arxiv.org/abs/1805.04770. Every row gets a permutation of its own.
 
     Args:
         t_probs: (N, K) probabilities of the teacher.
         generator: source of the random permutations, on the device of `t_probs`; None for the global one.
-        permutations: (N, K - 1) given permutations instead of random ones: the classes from which the classes other
-            than the most probable one, in increasing order, take their probabilities.
+        permutations: (N, K - 1) permutations to use instead of random ones. Of the classes other than the most probable
+            one, in increasing order, the i-th takes the probability of the class that is the row's i-th entry.
 
     Returns:
         (N, K) new probabilities, without gradient.
+
+    Example:
+        >>> permute_dark_knowledge(torch.tensor([[0.7, 0.2, 0.1]]), permutations=torch.tensor([[2, 1]]))
+        tensor([[0.7000, 0.1000, 0.2000]])
     """
     name = "permute_dark_knowledge"
     check_logits(name, t_probs)
@@ -181,7 +210,7 @@ def permute_dark_knowledge(
     others = torch.arange(k - 1, device=t_probs.device).repeat(n, 1)
     others += others >= t_probs.argmax(dim=1, keepdim=True)
     if permutations is None:
-        # torch.compile cannot trace the argument, not even None.
+        # torch.compile cannot trace the argument `generator`, not even if it is None.
         source = {} if generator is None else {"generator": generator}
         keys = torch.rand(n, k - 1, device=t_probs.device, dtype=torch.float64, **source)
         permutations = others.gather(1, keys.argsort(dim=1))
@@ -197,7 +226,7 @@ def adjust_probability_shift(t_probs: Tensor, labels: Tensor) -> Tensor:
     """Corrects a mistaken teacher by swapping the probabilities of its answer and of the label.
 
     KA by probability shift: Wen et al., 2019, https://arxiv.org/abs/1911.07471. Rows that the teacher gets right are
-    kept.
+    unchanged.
 
     Args:
         t_probs: (N, K) probabilities of the teacher, usually softened.
@@ -205,6 +234,10 @@ def adjust_probability_shift(t_probs: Tensor, labels: Tensor) -> Tensor:
 
     Returns:
         (N, K) new probabilities, without gradient; in a loss at temperature T use `T * probs.log()` as logits.
+
+    Example:
+        >>> adjust_probability_shift(torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([1]))
+        tensor([[0.2000, 0.7000, 0.1000]])
     """
     check_logits("adjust_probability_shift", t_probs)
     check_shape("adjust_probability_shift", "labels", labels, tuple(t_probs.shape[:1]))
@@ -218,7 +251,7 @@ def adjust_label_smoothing(t_probs: Tensor, labels: Tensor, *, correct_prob: flo
     """Corrects a mistaken teacher by replacing its row with a smoothed label.
 
     KA by label smoothing: Wen et al., 2019, https://arxiv.org/abs/1911.07471. Rows that the teacher gets right are
-    kept. The new rows are not softened, so at a high temperature they outweigh the others.
+    unchanged. The new rows are not softened, so at a high temperature they outweigh the others.
 
     Args:
         t_probs: (N, K) probabilities of the teacher, usually softened; K of 2 or more.
@@ -227,6 +260,10 @@ def adjust_label_smoothing(t_probs: Tensor, labels: Tensor, *, correct_prob: flo
 
     Returns:
         (N, K) new probabilities, without gradient; in a loss at temperature T use `T * probs.log()` as logits.
+
+    Example:
+        >>> adjust_label_smoothing(torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([1]), correct_prob=0.8)
+        tensor([[0.1000, 0.8000, 0.1000]])
     """
     name = "adjust_label_smoothing"
     check_logits(name, t_probs)
@@ -252,11 +289,11 @@ def dynamic_temperature(
     gamma: float = 2.0,
     bounds: tuple[float, float] | None = None,
 ) -> Tensor:
-    """Gives each sample its own temperature, lower for the confusing ones.
+    """Gives each sample its own temperature, lower for confusing samples.
 
-    DTD: Wen et al., 2019, https://arxiv.org/abs/1911.07471. base + beta * (mean(w) - w) with a weight w per sample,
-    whose mean is taken over the rows given (on several GPUs: over each GPU's own). The bounds are an addition: nothing
-    else keeps the formula above zero.
+    DTD: Wen et al., 2019, https://arxiv.org/abs/1911.07471. The temperature is base + beta * (mean(w) - w), with a
+    weight w per sample; the mean is taken over the given rows (on several GPUs, over the rows of each GPU). The bounds
+    are not in the paper: nothing else keeps the formula above zero.
 
     Args:
         s_logits: (N, K) logits of the student.
@@ -265,11 +302,16 @@ def dynamic_temperature(
             student.
         base: temperature of a sample of average weight.
         beta: strength of the change.
-        gamma: exponent of "flsw"; "cwsm" has none.
+        gamma: exponent of "flsw"; "cwsm" does not use it.
         bounds: lowest and highest temperature; None for min(1, base / 2) and 2 * base.
 
     Returns:
         (N,) temperatures, without gradient.
+
+    Example:
+        >>> s_logits = torch.tensor([[0.5, 0.5], [0.8, 0.2]]).log()
+        >>> dynamic_temperature(s_logits, torch.zeros(2, 2), kind="cwsm", base=3, beta=1)
+        tensor([2.6250, 3.3750])
     """
     name = "dynamic_temperature"
     check_choice(name, "kind", kind, ("flsw", "cwsm"))
@@ -287,7 +329,7 @@ def dynamic_temperature(
 
 
 def _divergence(s_logits: Tensor, t_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """T^2 * KL(teacher || student) of each row."""
+    """Computes T^2 * KL(teacher || student) for each row."""
     divisor = temperature[..., None] if isinstance(temperature, Tensor) else temperature
     log_p = (t_logits.detach() / divisor).log_softmax(dim=-1)
     log_q = (s_logits / divisor).log_softmax(dim=-1)
@@ -295,9 +337,10 @@ def _divergence(s_logits: Tensor, t_logits: Tensor, temperature: float | Tensor 
 
 
 def _divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p log(p / q) + q - p of each class, whose sum is the Kullback-Leibler divergence, since q - p sums to 0.
+    """Computes p log(p / q) + q - p for each class; their sum is the Kullback-Leibler divergence, as q - p sums to 0.
 
-    Near q = p the terms p log(p / q) alone cancel each other, and in float32 little is left of a small divergence.
+    Near q = p the terms p log(p / q) alone would nearly cancel each other, and float32 would lose most digits of a
+    small divergence.
     """
     p, q = log_p.exp(), log_q.exp()
     ratio = (log_p - log_q).masked_fill(p == 0, 0)  # 0 * log 0 = 0
@@ -306,5 +349,5 @@ def _divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _cross_entropy(s_logits: Tensor, t_logits: Tensor) -> Tensor:
-    """Cross-entropy of each row with the teacher's probabilities."""
+    """Computes the cross-entropy of each row with the teacher's probabilities."""
     return -(t_logits.detach().softmax(dim=-1) * s_logits.log_softmax(dim=-1)).sum(dim=-1)

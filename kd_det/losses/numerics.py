@@ -1,4 +1,4 @@
-"""What every loss shares: float32 at least, means that survive empty inputs, and checks with readable messages."""
+"""Serves every loss: casts to float32 or wider, means that survive empty inputs, and checks with readable messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 def in_float32(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs a function in float32 at least: half precision is cast up, float64 stays, autocast is off inside."""
+    """Runs a function in float32 or wider: half precision is cast up, float64 stays, and autocast is off inside."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -28,24 +28,24 @@ def in_float32(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def cast_up(value: Any) -> Any:
-    """Casts a floating tensor of fewer than 32 bits to float32; anything else, float64 too, is returned as it is."""
+    """Casts a floating-point tensor of fewer than 32 bits to float32; returns anything else, float64 too, unchanged."""
     if isinstance(value, Tensor) and value.is_floating_point() and value.element_size() < 4:
         return value.float()
     return value
 
 
 def cast_for_layers(x: Tensor) -> Tensor:
-    """Casts up what layers in float32 take: under autocast they cast by themselves, and the copy would cost."""
+    """Casts up the input of float32 layers, except under autocast, which casts inside each layer: a copy would cost."""
     return x if torch.is_autocast_enabled(x.device.type) else cast_up(x)
 
 
 def mean(x: Tensor) -> Tensor:
-    """Averages all elements; without elements the result is 0, still attached to the graph, where `x.mean()` is NaN."""
+    """Averages all elements; an empty tensor gives 0, still attached to the graph, where `x.mean()` gives NaN."""
     return x.sum() / max(x.numel(), 1)
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Averages x (N, C, H, W) over the channels of the cells that are true in mask (N, 1, H, W); 0 if none is."""
+    """Averages x (N, C, H, W) over all channels of the cells where mask (N, 1, H, W) is true; 0 if there are none."""
     if mask is None:
         return mean(x)
     return x.masked_fill(~mask, 0).sum() / (mask.sum() * x.shape[1]).clamp(min=1)
@@ -54,14 +54,14 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 def check_same_shape(name: str, student: Tensor, teacher: Tensor) -> None:
     """Raises ValueError unless both tensors have the same shape."""
     if student.shape != teacher.shape:
-        found = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        raise ValueError(f"{name}: student and teacher must have the same shape, got {found}")
+        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        raise ValueError(f"{name}: student and teacher must have the same shape, got {shapes}")
 
 
-def check_shape(name: str, what: str, found: Tensor, allowed: tuple[int, ...]) -> None:
-    """Raises ValueError unless the tensor called `what` has exactly the shape `allowed`."""
-    if tuple(found.shape) != tuple(allowed):
-        raise ValueError(f"{name}: {what} must have the shape {tuple(allowed)}, got {tuple(found.shape)}")
+def check_shape(name: str, argument: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the tensor passed as `argument` has exactly the given shape."""
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: {argument} must have the shape {tuple(shape)}, got {tuple(x.shape)}")
 
 
 def check_logits(name: str, *logits: Tensor) -> None:
@@ -79,7 +79,7 @@ def check_maps(name: str, *maps: Tensor) -> None:
 
 
 def check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
-    """Raises ValueError unless mask is None or boolean with one value for each cell of the map `like` (N, C, H, W)."""
+    """Raises ValueError unless the mask is None, or boolean with one value per cell of the map `like` (N, C, H, W)."""
     if mask is None:
         return
     check_maps(name, like)
@@ -88,7 +88,7 @@ def check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
         raise ValueError(f"{name}: mask must be boolean, true where a cell is valid, got {mask.dtype}")
 
 
-def check_choice(name: str, key: str, found: str, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, key: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises ValueError unless the option `key` has one of the allowed values."""
-    if found not in allowed:
-        raise ValueError(f"{name}: {key} must be one of {', '.join(map(repr, allowed))}, got {found!r}")
+    if value not in allowed:
+        raise ValueError(f"{name}: {key} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
