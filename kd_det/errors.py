@@ -1,6 +1,7 @@
 """The exceptions that stand for a user's mistake."""
 
 import textwrap
+from collections.abc import Collection
 
 
 class InputError(ValueError):
@@ -13,6 +14,17 @@ class InputError(ValueError):
 
 class UnreadableError(InputError):
     """A file that is missing, or a checkpoint that is damaged or is none."""
+
+
+def check_choice(key: str, value: object, allowed: Collection[object]) -> None:
+    """Checks that a config key has one of the allowed values.
+
+    Raises:
+        InputError: If it has another one.
+    """
+    if value not in allowed:
+        choices = ", ".join(str(choice) or "''" for choice in allowed)
+        raise InputError(f"{key}: {value!r} is not one of {choices}.")
 
 
 def reason(error: Exception) -> str:

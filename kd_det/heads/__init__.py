@@ -1,4 +1,4 @@
-"""Distillation heads, one file per paper."""
+"""Implements the distillation heads, one file per paper."""
 
 from kd_det.heads.activation_boundary import ActivationBoundaryHead
 from kd_det.heads.attention_transfer import AttentionTransferHead

@@ -1,4 +1,4 @@
-"""Activation boundaries: before its run the student learns where the teacher's neurons are active."""
+"""Implements activation boundaries: in a stage before the run, the student learns where the teacher's neurons fire."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -23,24 +23,27 @@ from kd_det.signals import Batch, Signals
 
 @KD_HEAD_REGISTRY.register()
 class ActivationBoundaryHead(nn.Module):
-    """Activation boundaries (AB, Heo et al., AAAI 2019, https://arxiv.org/abs/1811.03233).
+    """Trains the student to activate the same neurons as the teacher, in a stage before the run.
 
-    A stage before the run trains the student on this loss alone; the run then starts from it and has no loss of this
-    head. Each stage's values before its last ReLU, of the student through a connector (1x1 convolution and batch norm,
-    where the channels differ), are to have the sign of the teacher's by a margin of 1: squared shortfalls, summed over
-    elements, mean over images. The deepest stage weighs 1, each finer one half of the next. The weight 0.003 is that of
-    the published code on CIFAR, which multiplies the sum by 3 / 1000.
+    Activation boundaries (AB, Heo et al., AAAI 2019, https://arxiv.org/abs/1811.03233). The stage trains the student on
+    this loss alone; the run then starts from the result and has no loss of this head. Before the last ReLU of each
+    backbone stage, the student's values shall have the sign of the teacher's, with a margin of 1. A connector (1x1
+    convolution and batch norm) brings the student's channels to the teacher's where they differ. The loss is the sum of
+    the squared shortfalls over elements, averaged over images. The deepest backbone stage has weight 1, each finer one
+    half the weight of the next. The default weight 0.003 is that of the published code on CIFAR, which multiplies the
+    sum by 3 / 1000.
 
-    The sum grows with the size of the map. "map_invariant" scales it to a deepest map of 8x8 cells, the one of CIFAR;
-    "code" leaves it as published.
+    The sum grows with the size of the map. "map_invariant" scales it to a deepest map of 8x8 cells, as on CIFAR; "code"
+    leaves it as published.
 
-    The scalar ``kd/ab_disagreement`` is the share of neurons that are active in one network alone, mean over stages.
+    The scalar ``kd/ab_disagreement`` is the share of neurons that are active in only one of the two networks, averaged
+    over backbone stages.
 
     Args:
-        student_spec: Name to shape of each stage's ``<name>_preact`` in the student, finest first.
-        teacher_spec: The same of the teacher.
-        norm: Of the connectors: "BN" (published code), "SyncBN", "GN" or "LN".
-        weight: Factor of the loss in the stage.
+        student_spec: Maps each backbone stage's ``<name>_preact`` to its shape in the student, finest first.
+        teacher_spec: Maps the same names to the shapes in the teacher.
+        norm: Normalisation in the connectors: "BN" (published code), "SyncBN", "GN" or "LN".
+        weight: Factor of the loss in the stage before the run.
         scale: "map_invariant" or "code".
     """
 
@@ -51,7 +54,7 @@ class ActivationBoundaryHead(nn.Module):
         "IN_FEATURES": ["res2", "res3", "res4", "res5"],
         # Normalisation in the connectors, where the channels differ: BN (published), SyncBN, GN or LN.
         "NORM": "BN",
-        # "map_invariant": the strength it has on CIFAR, at every map size. "code": the published sum over cells.
+        # "map_invariant": equally strong at every map size, as on CIFAR. "code": the published sum over cells.
         "SCALE": "map_invariant",
     }
 
@@ -76,8 +79,9 @@ class ActivationBoundaryHead(nn.Module):
         self.scale = scale
         self.connectors = nn.ModuleDict()
         for name, shape in student_spec.items():
-            own, other = shape.channels, teacher_spec[name].channels
-            self.connectors[name] = nn.Identity() if own == other else build_connector(own, other, norm=norm)
+            channels = shape.channels, teacher_spec[name].channels
+            same = channels[0] == channels[1]
+            self.connectors[name] = nn.Identity() if same else build_connector(*channels, norm=norm)
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
@@ -96,13 +100,14 @@ class ActivationBoundaryHead(nn.Module):
     def pretrain(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
         losses, disagreements = [], []
         for name, stride in self.strides.items():
-            own = connect(self.connectors[name], student[name])
-            mask = batch.valid_mask(own, stride)
-            losses.append(sum_over_cells(activation_boundary_loss, own, teacher[name], mask))
-            disagreements.append(activation_disagreement(own, teacher[name], mask=mask))
+            connected = connect(self.connectors[name], student[name])
+            mask = batch.valid_mask(connected, stride)
+            losses.append(sum_over_cells(activation_boundary_loss, connected, teacher[name], mask))
+            disagreements.append(activation_disagreement(connected, teacher[name], mask=mask))
         if has_event_storage():
             get_event_storage().put_scalar("kd/ab_disagreement", sum(disagreements) / len(disagreements))
-        return {"loss_kd_activation_boundary": self.weight * sum_over_stages(losses, own, mask, scale=self.scale)}
+        loss = sum_over_stages(losses, connected, mask, scale=self.scale)
+        return {"loss_kd_activation_boundary": self.weight * loss}
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
         return {}

@@ -1,4 +1,4 @@
-"""Attention transfer: the student attends to the places that the teacher attends to."""
+"""Implements attention transfer: the student learns to attend to the same places as the teacher."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -6,7 +6,7 @@ from typing import ClassVar
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from kd_det.errors import InputError
+from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_feature_maps
 from kd_det.losses import attention_transfer_loss, input_gradient_loss
 from kd_det.registry import KD_HEAD_REGISTRY
@@ -18,32 +18,33 @@ REDUCTIONS = ("sum_hw", "mean", "norm")
 
 @KD_HEAD_REGISTRY.register()
 class AttentionTransferHead(nn.Module):
-    """Attention transfer (Zagoruyko & Komodakis, ICLR 2017, https://arxiv.org/abs/1612.03928).
+    """Teaches the student to attend to the same places as the teacher.
 
-    The activation-based form compares normalised maps of the channels' mean power, so the networks' channel counts may
-    differ; the loss is summed over features. With ``reduction="mean"`` it is that of the published code, whose weight
-    is 1000 on CIFAR; the default sums over cells instead, since a mean over an FPN level's thousands of cells has next
-    to no gradient. With "norm" it is the paper's, without the factor beta / 2.
+    Attention transfer (Zagoruyko & Komodakis, ICLR 2017, https://arxiv.org/abs/1612.03928). The activation-based form
+    compares normalised maps of the channels' mean power, so the two networks may differ in their number of channels;
+    the loss is summed over features. ``reduction="mean"`` gives the loss of the published code, whose weight is 1000 on
+    CIFAR. The default sums over cells instead, since a mean over the thousands of cells of an FPN level has almost no
+    gradient. "norm" gives the loss of the paper, without the factor beta / 2.
 
     The gradient-based form compares how each image's loss changes with its pixels. It differentiates twice, which ROI
-    pooling cannot, so it is for image classifiers only.
+    pooling does not support, so it is for image classifiers only.
 
     Args:
-        strides: Name of each compared feature map to its stride; empty for the gradient-based form.
+        strides: Maps each compared feature map to its stride; empty for the gradient-based form.
         power: Exponent of the activations, at least 1.
         reduction: "sum_hw", "mean" or "norm".
     """
 
     config: ClassVar = {
         "WEIGHT": 15.0,
-        # "activation", or "gradient": input gradients, for classifiers only, which ignores the keys below.
+        # "activation", or "gradient": compares input gradients, for classifiers only, and ignores the keys below.
         "KIND": "activation",
         # Feature maps of the backbone.
         "IN_FEATURES": ["p2", "p3", "p4", "p5"],
         # Exponent of the activations in the attention map.
         "POWER": 2,
-        # "sum_hw": sum over cells, equally strong at every map size. "mean": the published code, whose strength falls
-        # with the number of cells (weight 1000 on CIFAR). "norm": the paper's unsquared distance.
+        # "sum_hw": sum over cells, equally strong at every map size. "mean": the published code, which gets weaker with
+        # the number of cells (weight 1000 on CIFAR). "norm": the paper's unsquared distance.
         "REDUCTION": "sum_hw",
     }
 
@@ -60,8 +61,7 @@ class AttentionTransferHead(nn.Module):
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         node = cfg.KD.ATTENTION_TRANSFER
-        if node.KIND not in KINDS:
-            raise InputError(f"KD.ATTENTION_TRANSFER.KIND: {node.KIND!r} is not one of {', '.join(KINDS)}.")
+        check_choice("KD.ATTENTION_TRANSFER.KIND", node.KIND, KINDS)
         if node.KIND == "gradient":
             if "input_gradient" not in student_spec:
                 raise InputError(
@@ -70,10 +70,7 @@ class AttentionTransferHead(nn.Module):
                 )
             return {"strides": {}}
         check_feature_maps("KD.ATTENTION_TRANSFER.IN_FEATURES", node.IN_FEATURES, student_spec, teacher_spec)
-        if node.REDUCTION not in REDUCTIONS:
-            raise InputError(
-                f"KD.ATTENTION_TRANSFER.REDUCTION: {node.REDUCTION!r} is not one of {', '.join(REDUCTIONS)}."
-            )
+        check_choice("KD.ATTENTION_TRANSFER.REDUCTION", node.REDUCTION, REDUCTIONS)
         if node.POWER < 1:
             raise InputError(f"KD.ATTENTION_TRANSFER.POWER: must be at least 1, got {node.POWER}.")
         return {

@@ -1,4 +1,4 @@
-"""Born-again networks: a student of the teacher's own kind learns from its class probabilities."""
+"""Implements born-again networks: a student learns from the class probabilities of a teacher of the same kind."""
 
 from typing import ClassVar
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from kd_det.errors import InputError
+from kd_det.errors import check_choice
 from kd_det.heads.build import check_class_counts
 from kd_det.losses import born_again_loss, confidence_weights, permute_dark_knowledge
 from kd_det.losses.numerics import cast_up
@@ -20,31 +20,32 @@ SOURCES = {"roi": "roi_logits", "cls": "logits"}
 
 @KD_HEAD_REGISTRY.register()
 class BornAgainHead(nn.Module):
-    """Born-again networks (Furlanello et al., ICML 2018, https://arxiv.org/abs/1805.04770).
+    """Teaches the student the class probabilities of the previous generation.
 
-    The teacher is the previous generation: the same network from another seed. Temperature 1, one of:
+    Born-again networks (Furlanello et al., ICML 2018, https://arxiv.org/abs/1805.04770). The teacher is the previous
+    generation: the same network from another seed. The temperature is 1, and the loss is one of:
 
     * ``ban``: cross-entropy with the teacher's probabilities, mean over rows;
-    * ``dkpp``: the same, after the probabilities of all but the teacher's most probable class were permuted, anew for
-      every row;
-    * ``cwtm``: cross-entropy with the labels, each row weighted by the teacher's highest probability over the sum of
-      these. On boxes the foreground's share of the mean is handed out like this, and background rows keep weight 1 / R:
-      nearly all teachers are sure of background, which would leave no weight for objects.
+    * ``dkpp``: the same, after the probabilities of all classes except the teacher's most probable one were permuted,
+      separately for every row;
+    * ``cwtm``: cross-entropy with the labels, each row weighted by the teacher's highest probability divided by the sum
+      of these. On boxes only the foreground's share of the mean is distributed like this, and background rows keep
+      the weight 1 / R: nearly all teachers are sure of background, which would leave no weight for objects.
 
-    As published there are no labels beside it: this loss takes the place of the student's own ``loss_cls``, and of
-    nothing else; on a detector the losses of the RPN, the boxes and the masks stay. With ``labels`` ``loss_cls`` stays
-    too. (``KD.TASK_WEIGHT`` is another thing: it scales all of the student's own losses, on a detector also those.)
+    As published, this is the only loss on classes: it replaces the student's own ``loss_cls`` and nothing else, so a
+    detector keeps the losses of its RPN, boxes and masks. With ``labels``, ``loss_cls`` is kept alongside. (This is
+    independent of ``KD.TASK_WEIGHT``, which scales all of the student's own losses, on a detector also those.)
 
     Args:
         kind: "ban", "cwtm" or "dkpp".
         source: "roi", the sampled boxes of an R-CNN, or "cls", images.
-        labels: Whether the student's own ``loss_cls`` stays.
+        labels: Whether the student's own ``loss_cls`` is kept.
     """
 
     config: ClassVar = {
         "WEIGHT": 1.0,
-        # "ban": cross-entropy with the teacher's probabilities. "dkpp": the same with all but its most probable class
-        # permuted. "cwtm": cross-entropy with the labels, weighted by the teacher's confidence.
+        # "ban": cross-entropy with the teacher's probabilities. "dkpp": the same, with all classes except its most
+        # probable one permuted. "cwtm": cross-entropy with the labels, weighted by the teacher's confidence.
         "KIND": "ban",
         # roi (classes of the sampled boxes) or cls (image classifiers).
         "SOURCE": "roi",
@@ -63,27 +64,27 @@ class BornAgainHead(nn.Module):
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         node = cfg.KD.BORN_AGAIN
-        for key, allowed in (("KIND", KINDS), ("SOURCE", SOURCES)):
-            if node[key] not in allowed:
-                raise InputError(f"KD.BORN_AGAIN.{key}: {node[key]!r} is not one of {', '.join(allowed)}.")
+        check_choice("KD.BORN_AGAIN.KIND", node.KIND, KINDS)
+        check_choice("KD.BORN_AGAIN.SOURCE", node.SOURCE, SOURCES)
         check_class_counts("KD.BORN_AGAIN.SOURCE", SOURCES[node.SOURCE], student_spec, teacher_spec)
         return {"kind": node.KIND, "source": node.SOURCE, "labels": node.LABELS}
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
-        own, other = student[self.signals[0]], teacher[self.signals[0]]
+        s_logits, t_logits = student[self.signals[0]], teacher[self.signals[0]]
         if self.kind == "cwtm":
             labels = student["roi_classes" if self.source == "roi" else "labels"]
-            losses = F.cross_entropy(cast_up(own), labels, reduction="none")
-            return {"loss_kd_born_again": (self._weights(other, labels) * losses).sum()}
+            losses = F.cross_entropy(cast_up(s_logits), labels, reduction="none")
+            return {"loss_kd_born_again": (self._weights(t_logits, labels) * losses).sum()}
         if self.kind == "dkpp":
-            other = permute_dark_knowledge(cast_up(other).softmax(dim=1)).log()
-        return {"loss_kd_born_again": born_again_loss(own, other)}
+            t_logits = permute_dark_knowledge(cast_up(t_logits).softmax(dim=1)).log()
+        return {"loss_kd_born_again": born_again_loss(s_logits, t_logits)}
 
-    def _weights(self, other: Tensor, labels: Tensor) -> Tensor:
-        """Weight of each row in the sum, (N,); they sum to 1."""
+    def _weights(self, t_logits: Tensor, labels: Tensor) -> Tensor:
+        """Computes the weight of each row, (N,); the weights sum to 1."""
         if self.source == "cls":
-            return confidence_weights(other)
-        weights = torch.full(labels.shape, 1 / max(len(labels), 1), dtype=cast_up(other).dtype, device=other.device)
-        foreground = labels < other.shape[1] - 1
-        weights[foreground] *= foreground.sum() * confidence_weights(other[foreground])
+            return confidence_weights(t_logits)
+        dtype, device = cast_up(t_logits).dtype, t_logits.device
+        weights = torch.full(labels.shape, 1 / max(len(labels), 1), dtype=dtype, device=device)
+        foreground = labels < t_logits.shape[1] - 1
+        weights[foreground] *= foreground.sum() * confidence_weights(t_logits[foreground])
         return weights

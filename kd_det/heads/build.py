@@ -1,4 +1,4 @@
-"""Construction of the distillation heads that a config names."""
+"""Builds the distillation heads that a config names, and checks the signals that they need."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,18 +13,29 @@ from kd_det.registry import KD_HEAD_REGISTRY
 def build_kd_heads(
     cfg: CfgNode, student_spec: Mapping[str, ShapeSpec], teacher_spec: Mapping[str, ShapeSpec]
 ) -> nn.ModuleDict:
-    """Build the heads that ``KD.HEADS`` names.
+    """Builds the heads that ``KD.HEADS`` names.
 
     Args:
         cfg: The whole config.
-        student_spec: Name to shape of each signal that the student has.
-        teacher_spec: The same of the teacher.
+        student_spec: Maps each signal that the student has to its shape.
+        teacher_spec: Maps each signal that the teacher has to its shape.
 
     Returns:
-        Name to head, in the order of ``KD.HEADS``.
+        The heads by their names, in the order of ``KD.HEADS``.
 
     Raises:
         InputError: If a head is unknown or named twice, or asks for a signal that one side lacks.
+
+    Example:
+        >>> from detectron2.config import get_cfg
+        >>> from kd_det import add_kd_config
+        >>> cfg = get_cfg()
+        >>> add_kd_config(cfg)
+        >>> cfg.KD.HEADS, cfg.KD.HINT.IN_FEATURES = ["HintHead"], ["p3"]
+        >>> spec = {"p3": ShapeSpec(channels=8, stride=8)}
+        >>> heads = build_kd_heads(cfg, student_spec=spec, teacher_spec=spec)
+        >>> heads["HintHead"].signals
+        ('p3',)
     """
     heads = nn.ModuleDict()
     for name in cfg.KD.HEADS:
@@ -45,17 +56,17 @@ def build_kd_heads(
 
 
 def teacher_signals(head: nn.Module) -> Sequence[str]:
-    """What a head needs of the teacher: its ``teacher_signals``, or the same signals as of the student."""
+    """Returns the signals that a head needs from the teacher; by default those that it needs from the student."""
     return getattr(head, "teacher_signals", head.signals)
 
 
 def has_stage(head: nn.Module) -> bool:
-    """Whether a head has something to train before the main run."""
+    """Reports whether a head has something to train in a stage before the main run."""
     return bool(getattr(head, "pretrained", ())) or getattr(head, "pretrains_student", False)
 
 
 def freeze_pretrained(head: nn.Module) -> None:
-    """Freeze what a stage before the run trains: no gradient, and in evaluation mode whatever ``head.train()`` says."""
+    """Freezes what a stage before the run trains: no gradients, and evaluation mode whatever ``head.train()`` asks."""
     for name in getattr(head, "pretrained", ()):
         module = head.get_submodule(name).requires_grad_(False).eval()
         module.train = lambda mode=True, module=module: module
@@ -68,14 +79,14 @@ def check_feature_maps(
     teacher_spec: Mapping[str, ShapeSpec],
     teacher_names: Sequence[str] | None = None,
 ) -> None:
-    """Check that names are given, and that both networks have feature maps of these names, at equal strides.
+    """Checks that names are given, and that both networks have feature maps of these names, at equal strides.
 
     Args:
         key: The config key that holds the names, for messages.
         teacher_names: Names of the teacher's maps, where they differ from the student's.
 
     Raises:
-        InputError: If not.
+        InputError: If no name is given, a side lacks a map, or the strides differ.
     """
     maps = [name for name, shape in student_spec.items() if shape.stride is not None]
     if not names:
@@ -87,7 +98,7 @@ def check_feature_maps(
 
 
 def without_relu(names: Sequence[str], spec: Mapping[str, ShapeSpec]) -> list[str]:
-    """Those of the names that a network has, but not as they are before a ReLU."""
+    """Selects the named features that a network has, but not as they are before a ReLU."""
     return [name for name in names if name in spec and f"{name}_preact" not in spec]
 
 
@@ -98,12 +109,12 @@ def check_signals(
     teacher_spec: Mapping[str, ShapeSpec],
     teacher_names: Sequence[str] | None = None,
 ) -> None:
-    """Check that both networks have the named signals, and maps of both at equal strides.
+    """Checks that both networks have the named signals, and that their maps have equal strides.
 
     Args:
         key: The config key that names the signals, for messages.
-        teacher_names: Names of the teacher's signals, where they differ from the student's: those that are compared, in
-            the same order, then others.
+        teacher_names: Names of the teacher's signals, where they differ from the student's: first the signals that are
+            compared, in the same order, then any others.
 
     Raises:
         InputError: If a side lacks one of them, or the strides differ.
@@ -112,11 +123,11 @@ def check_signals(
     for side, spec, needed in (("student", student_spec, names), ("teacher", teacher_spec, teacher_names)):
         for name in needed:
             if name not in spec:
-                # Without weights of layers, which nobody names in a config.
+                # Weights of layers are left out, since nobody names them in a config.
                 known = ", ".join(x for x in spec if not x.endswith(("_weight", "_bias")))
                 raise InputError(f"{key}: {name!r} is not a signal of the {side}, which has {known}.")
-    for name, other in zip(names, teacher_names, strict=False):
-        strides = student_spec[name].stride, teacher_spec[other].stride
+    for name, teacher_name in zip(names, teacher_names, strict=False):
+        strides = student_spec[name].stride, teacher_spec[teacher_name].stride
         if None not in strides and strides[0] != strides[1]:
             raise InputError(
                 f"{key}: {name!r} has stride {strides[0]} in the student but {strides[1]} in the teacher; "
@@ -125,10 +136,10 @@ def check_signals(
 
 
 def check_class_counts(key: str, name: str, student_spec, teacher_spec) -> None:
-    """Check that a signal of logits exists on both sides, for equally many classes.
+    """Checks that both networks have a signal of logits, for the same number of classes.
 
     Raises:
-        InputError: Naming both sides' number of channels.
+        InputError: If a side lacks it, or the numbers of classes differ; the message names both.
     """
     check_signals(key, [name], student_spec, teacher_spec)
     channels = student_spec[name].channels, teacher_spec[name].channels

@@ -1,4 +1,4 @@
-"""What the heads on factors share: their features, padding set to zero, reconstruction, and the scale of a distance."""
+"""Serves the heads on factors: their features, padding set to zero, reconstruction, and the scale of a distance."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from kd_det.errors import InputError
+from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_signals
 from kd_det.losses.numerics import cast_up, masked_mean
 from kd_det.signals import Batch, Signals
@@ -19,7 +19,7 @@ BOXES = "roi_features"
 
 
 class Feature(NamedTuple):
-    """One compared feature: channels in the student, in the teacher and of the factor; stride, None of boxes."""
+    """Describes a compared feature: its channels in student, teacher and factor, and its stride (None for boxes)."""
 
     student_channels: int
     teacher_channels: int
@@ -28,7 +28,7 @@ class Feature(NamedTuple):
 
 
 class AutoEncoder(nn.Module):
-    """An encoder, whose output (N, m, H, W) is the factor of a feature (N, C, H, W), and a decoder that inverts it."""
+    """Encodes a feature (N, C, H, W) to its factor (N, m, H, W), and decodes that to the feature again."""
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module):
         super().__init__()
@@ -42,17 +42,17 @@ class AutoEncoder(nn.Module):
 def check_factor_options(
     key: str, node, student_spec: Mapping[str, ShapeSpec], teacher_spec: Mapping[str, ShapeSpec]
 ) -> dict[str, Feature]:
-    """Check IN_FEATURES, BOXES, FACTOR_RATE, SCALE and RECONSTRUCTION of a head's node.
+    """Checks IN_FEATURES, BOXES, FACTOR_RATE, SCALE and RECONSTRUCTION of a head's node.
 
     Args:
         key: Name of the node, for messages.
         node: The node.
 
     Returns:
-        Name to description of each compared feature.
+        The descriptions of the compared features by their names.
 
     Raises:
-        InputError: If a value is not allowed, or a feature does not fit.
+        InputError: If a value is not allowed, or a network does not have a feature in the form that is needed.
     """
     allowed = [name for name, shape in student_spec.items() if shape.stride is not None or name == BOXES]
     if not node.IN_FEATURES:
@@ -67,9 +67,8 @@ def check_factor_options(
                 f"{key}.IN_FEATURES: roi_features have {sizes[0]} cells in the student but {sizes[1]} in the teacher "
                 "(MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION); the sizes must be equal."
             )
-    for option, values in (("SCALE", SCALES), ("RECONSTRUCTION", RECONSTRUCTIONS)):
-        if node[option] not in values:
-            raise InputError(f"{key}.{option}: {node[option]!r} is not one of {', '.join(values)}.")
+    check_choice(f"{key}.SCALE", node.SCALE, SCALES)
+    check_choice(f"{key}.RECONSTRUCTION", node.RECONSTRUCTION, RECONSTRUCTIONS)
     if node.BOXES < 0:
         raise InputError(f"{key}.BOXES: must be 0 (all) or a number of boxes per image, got {node.BOXES}.")
     if node.FACTOR_RATE <= 0:
@@ -83,37 +82,37 @@ def check_factor_options(
 
 
 def first_boxes(number: int, student: Signals, *others: Signals) -> list[Signals]:
-    """The same signals, but for ``roi_features``, of which the first boxes of each image stay.
+    """Limits ``roi_features`` to the first boxes of each image, and leaves all other signals as they are.
 
     Detectron2 samples the boxes of objects first, then background.
 
     Args:
-        number: Of boxes per image; 0: all.
-        student: The signals that tell the boxes; where there is no ``roi_boxes`` among them, all stay.
+        number: Number of boxes per image; 0 leaves all of them.
+        student: The signals that define the boxes by ``roi_boxes``; without it, nothing is left out.
         others: Other networks' signals on the same boxes.
     """
     signals = [student, *others]
     if not number or BOXES not in student or "roi_boxes" not in student:
         return signals
     images = student["roi_boxes"][:, 0].contiguous()
-    # Rows of an image follow each other: so many are before a row in its own image.
+    # The rows of an image are consecutive, so this counts the rows before each one in the same image.
     before = torch.arange(len(images), device=images.device) - torch.searchsorted(images, images)
     return [x | {BOXES: x[BOXES][before < number]} for x in signals]
 
 
 def valid_cells(batch: Batch, x: Tensor, stride: int | None) -> Tensor | None:
-    """Booleans (N, 1, H, W) of the cells that count, or None for all; features of boxes have no padding."""
+    """Marks the cells that count with booleans (N, 1, H, W), None for all; features of boxes have no padding."""
     return None if stride is None else batch.valid_mask(x, stride)
 
 
-def blank(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Set the cells that do not count to zero."""
+def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Sets the cells that do not count to zero."""
     return x if mask is None else x.masked_fill(~mask, 0)
 
 
 def encode(encoder: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The factor of a feature, which depends on the cells that count and is zero at all others."""
-    return blank(encoder(blank(cast_up(x), mask)), mask)
+    """Computes the factor of a feature; it depends only on the cells that count and is zero at all others."""
+    return zero_padding(encoder(zero_padding(cast_up(x), mask)), mask)
 
 
 def reconstruction_loss(
@@ -124,7 +123,7 @@ def reconstruction_loss(
     *,
     kind: str,
 ) -> Tensor:
-    """How far auto-encoders are from giving back the teacher's features: the mean over elements, summed over features.
+    """Measures the reconstruction error of the teacher's features: the mean over elements, summed over features.
 
     Args:
         kind: "l1" (absolute differences) or "l2" (squared ones).
@@ -132,24 +131,25 @@ def reconstruction_loss(
     losses = []
     for name, feature in features.items():
         mask = valid_cells(batch, teacher[name], feature.stride)
-        x = blank(cast_up(teacher[name].detach()), mask)
+        x = zero_padding(cast_up(teacher[name].detach()), mask)
         rebuilt = cast_up(auto_encoders[name](x))
         losses.append(masked_mean((F.l1_loss if kind == "l1" else F.mse_loss)(rebuilt, x, reduction="none"), mask))
     return sum(losses)
 
 
 def rescale(loss: Tensor, factor: Tensor, mask: Tensor | None, *, kind: str, scale: str, p: float = 1) -> Tensor:
-    """Bring a distance of factors to its scale.
+    """Rescales a distance between factors, so that it does not depend on the size of the map.
 
-    A factor of D elements has unit length for the kinds "ft" and "at", so the mean over its elements, the published
-    code's, falls with 1 / sqrt(D); the length of a difference ("od") grows with sqrt(D).
+    For the kinds "ft" and "at" a factor of D elements has unit length, so the published code's mean over its elements
+    falls as 1 / sqrt(D); the length of a difference ("od") grows as sqrt(D).
 
     Args:
-        loss: Of the kind "ft", "at" or "od" of :func:`kd_det.losses.inheritance_loss`.
-        factor: (N, C, H, W); D is C H W, of attention maps H W.
-        mask: The cells that count.
+        loss: The distance, see :func:`kd_det.losses.inheritance_loss`.
+        factor: (N, C, H, W); D is C H W, or H W for attention maps.
+        mask: The cells that count; D does not include the elements of others.
+        kind: "ft", "at" or "od", the kind of the distance.
         scale: "map_invariant" multiplies the mean ("ft", "at") by sqrt(D) and divides the length ("od") by it; "code"
-            leaves both. Only elements that count are counted.
+            leaves both as they are, but for a mean over only the elements that count.
         p: Exponent of the mean.
     """
     channels = 1 if kind == "at" else factor.shape[1]

@@ -1,4 +1,4 @@
-"""Factor transfer: the student's translated features resemble a compact paraphrase of the teacher's."""
+"""Implements factor transfer: the student's translated features learn to resemble a paraphrase of the teacher's."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -26,28 +26,30 @@ from kd_det.signals import Batch, Signals
 
 @KD_HEAD_REGISTRY.register()
 class FactorTransferHead(nn.Module):
-    """Factor transfer (Kim et al., NeurIPS 2018, https://arxiv.org/abs/1802.04977).
+    """Compares the student's translated features with a compact paraphrase of the teacher's.
 
-    A stage before the run trains the paraphraser, an auto-encoder of the teacher's features, to reconstruct them. In
-    the run it is frozen, and a translator makes of the student's features a factor that is compared with the teacher's:
-    mean absolute difference of the two, each of unit length per image (or box), summed over features. As in the
-    published code encoder and translator are three 3x3 convolutions, the decoder three transposed ones, a leaky ReLU
-    (0.1) behind each. Every feature has a paraphraser and a translator of its own.
+    Factor transfer (Kim et al., NeurIPS 2018, https://arxiv.org/abs/1802.04977). A stage before the run trains the
+    paraphraser, an auto-encoder, to reconstruct the teacher's features. In the run the paraphraser is frozen, and a
+    translator turns the student's features into a factor that is compared with the teacher's: the loss is the mean
+    absolute difference of the two, each of unit length per image (or box), summed over features. As in the published
+    code, encoder and translator are three 3x3 convolutions and the decoder is three transposed ones, each followed by a
+    leaky ReLU (0.1). Every feature has a paraphraser and a translator of its own.
 
     The mean falls with the size of the map. "map_invariant" multiplies it by the square root of the factor's number of
     elements (weight 11); "code" leaves it as published (weight 500 on CIFAR).
 
     Args:
-        features: Name to description of each compared feature: maps of the backbone, or ``roi_features``.
-        boxes: Of so many of an image's sampled boxes ``roi_features`` are compared, objects first; 0: of all.
-        norm: "" (published code), or what is between convolution and leaky ReLU: "BN", "SyncBN", "GN" or "LN".
+        features: Maps each compared feature, a map of the backbone or ``roi_features``, to its description.
+        boxes: Compare ``roi_features`` of at most this many sampled boxes per image, foreground first; 0 compares all
+            of them.
+        norm: Normalisation between convolution and leaky ReLU: "" (none, published code), "BN", "SyncBN", "GN" or "LN".
         scale: "map_invariant" or "code".
-        reconstruction: "l1" (published code) or "l2" (paper): the paraphraser's loss in the stage.
+        reconstruction: Loss of the paraphraser in the stage before the run: "l1" (published code) or "l2" (paper).
     """
 
     config: ClassVar = {
         "WEIGHT": 11.0,
-        # Feature maps of the backbone, or roi_features: those of the sampled boxes.
+        # Feature maps of the backbone, or roi_features, the features of the sampled boxes.
         "IN_FEATURES": ["roi_features"],
         # Compare roi_features of at most this many sampled boxes per image, foreground first; 0 compares all of them,
         # which costs as much as a small student.
@@ -56,8 +58,8 @@ class FactorTransferHead(nn.Module):
         "FACTOR_RATE": 0.5,
         # Normalisation in paraphraser and translator: "" (published code), BN, SyncBN, GN or LN.
         "NORM": "",
-        # "map_invariant": equally strong at every map size. "code": the published mean, whose strength falls with the
-        # square root of the factor's elements (weight 500 on CIFAR).
+        # "map_invariant": equally strong at every map size. "code": the published mean, which gets weaker with the
+        # square root of the factor's number of elements (weight 500 on CIFAR).
         "SCALE": "map_invariant",
         # Loss of the paraphraser's reconstruction: "l1" (published code) or "l2" (paper).
         "RECONSTRUCTION": "l1",
@@ -123,7 +125,7 @@ class FactorTransferHead(nn.Module):
 
 
 def convolutions(kind: type[nn.Module], channels: Sequence[int], norm: str) -> nn.Sequential:
-    """Convolutions of 3x3 from each number of channels to the next, behind each of them a leaky ReLU."""
+    """Builds 3x3 convolutions from each number of channels to the next, each followed by a leaky ReLU."""
     layers = []
     for before, after in pairwise(channels):
         layers.append(kind(before, after, 3, padding=1, bias=not norm))

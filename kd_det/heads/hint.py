@@ -1,4 +1,4 @@
-"""Hints: the student's features, through a regressor, resemble the teacher's."""
+"""Implements hints: the student's features, through a regressor, learn to resemble the teacher's."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -8,7 +8,7 @@ from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec
 from torch import Tensor, nn
 
-from kd_det.errors import InputError
+from kd_det.errors import check_choice
 from kd_det.heads.build import check_feature_maps
 from kd_det.heads.norms import build_norm, check_norm
 from kd_det.losses import hint_loss
@@ -21,22 +21,22 @@ REGRESSORS = ("linear", "rectified")
 
 @KD_HEAD_REGISTRY.register()
 class HintHead(nn.Module):
-    """FitNets' hints (Romero et al., ICLR 2015, https://arxiv.org/abs/1412.6550).
+    """Regresses the teacher's features from the student's.
 
-    A 1x1 convolution per feature map regresses the student's channels to the teacher's; the loss is the mean squared
-    error, summed over features. The paper takes half the squared norm per image (C H W / 2 times this) and a regressor
-    with a nonlinearity. The ``rectified`` regressor has a batch norm and a ReLU behind the convolution, as in
-    RepDistiller and mdistiller, whose weight of 100 on CIFAR belongs to it; the ``linear`` one suits features that are
-    signed, such as those of an FPN.
+    FitNets' hints (Romero et al., ICLR 2015, https://arxiv.org/abs/1412.6550). A 1x1 convolution per feature map brings
+    the student's channels to the teacher's; the loss is the mean squared error, summed over features. The paper takes
+    half the squared norm per image (C H W / 2 times this) and a regressor with a nonlinearity. The ``rectified``
+    regressor has a batch norm and a ReLU after the convolution, as in RepDistiller and mdistiller, whose weight of 100
+    on CIFAR belongs to it; the ``linear`` one suits signed features, such as those of an FPN.
 
-    With one stage hints are trained together with the task. With two, as in the paper, a stage before the run trains
-    the student's part up to the features on the hint alone; the run then starts from it and has no loss of this head.
+    With one stage, hints are trained together with the task. With two, as in the paper, a stage before the run trains
+    the student up to the features on the hint alone; the run then starts from the result and has no loss of this head.
 
     Args:
-        student_spec: Name to shape of each compared feature map in the student.
-        teacher_spec: The same in the teacher.
+        student_spec: Maps each compared feature map to its shape in the student.
+        teacher_spec: Maps the same names to the shapes in the teacher.
         regressor: "linear" or "rectified".
-        norm: Of the rectified one: "BN" (published code), "SyncBN", "GN" or "LN".
+        norm: Normalisation of the rectified regressor: "BN" (published code), "SyncBN", "GN" or "LN".
         stages: 1 or 2.
         weight: Factor of the loss in the stage before the run.
     """
@@ -86,12 +86,10 @@ class HintHead(nn.Module):
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         names = cfg.KD.HINT.IN_FEATURES
         check_feature_maps("KD.HINT.IN_FEATURES", names, student_spec, teacher_spec)
-        if cfg.KD.HINT.REGRESSOR not in REGRESSORS:
-            raise InputError(f"KD.HINT.REGRESSOR: {cfg.KD.HINT.REGRESSOR!r} is not one of {', '.join(REGRESSORS)}.")
+        check_choice("KD.HINT.REGRESSOR", cfg.KD.HINT.REGRESSOR, REGRESSORS)
         rectified = cfg.KD.HINT.REGRESSOR == "rectified"
         check_norm(cfg, "HINT", [teacher_spec[name].channels for name in names] if rectified else [])
-        if cfg.KD.HINT.STAGES not in (1, 2):
-            raise InputError(f"KD.HINT.STAGES: {cfg.KD.HINT.STAGES} is not one of 1, 2.")
+        check_choice("KD.HINT.STAGES", cfg.KD.HINT.STAGES, (1, 2))
         return {
             "student_spec": {name: student_spec[name] for name in names},
             "teacher_spec": {name: teacher_spec[name] for name in names},
@@ -120,7 +118,7 @@ class HintHead(nn.Module):
 
 
 def build_regressor(channels: int, teacher_channels: int, *, kind: str, norm: str) -> Conv2d:
-    """A 1x1 convolution, "rectified" with a normalisation and ReLU behind it."""
+    """Builds a 1x1 convolution; the kind "rectified" has a normalisation and a ReLU after it."""
     if kind == "linear":
         return Conv2d(channels, teacher_channels, kernel_size=1)
     layer = build_norm(norm, teacher_channels)

@@ -1,4 +1,4 @@
-"""Inherit and explore: one half of the student's channels resembles the teacher, the other differs from it."""
+"""Implements inherit and explore: half of the student's channels resemble the teacher, the other half differ."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from kd_det.errors import InputError
+from kd_det.errors import InputError, check_choice
 from kd_det.heads.coders import (
     AutoEncoder,
     Feature,
@@ -30,78 +30,81 @@ from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
 KINDS = ("ft", "at", "od")
-# Name to the options of the losses.
+# Maps each distance to the options of the losses.
 DISTANCES = {"l1": {"p": 1}, "l2": {"p": 2}, "cosine": {"cosine": True}}
 DIVISIONS = ("natural", "random")
 
 
 @KD_HEAD_REGISTRY.register()
 class InheritExploreHead(nn.Module):
-    """Inherit and explore (IE-KD, Huang et al., CVPR 2021, https://arxiv.org/abs/2107.00181).
+    """Draws one half of the student's channels to the teacher, and pushes the other half away from it.
 
-    The student's channels are divided into two halves. The inheriting half is drawn to the teacher, the exploring half
-    pushed away from it, so that it finds features which the teacher lacks. They are compared with the teacher by
+    Inherit and explore (IE-KD, Huang et al., CVPR 2021, https://arxiv.org/abs/2107.00181). The inheriting half learns
+    what the teacher knows; the exploring half finds features that the teacher lacks. Both are compared with the teacher
+    by one of:
 
     * ``ft``: mean absolute difference of factors, each of unit length per image (or box);
-    * ``at``: the same of attention maps, which need no encoders, and so no stage;
+    * ``at``: the same for attention maps, which need no encoders and so no stage before the run;
     * ``od``: length of the difference of the rectified factors, mean over images (or boxes).
 
-    For the first two, the mean may be that of squares, of which the root is taken, or the cosine may take its place, as
-    in the paper's and the published code's comparison of distances.
+    For the first two, the root of the mean square or the cosine may replace the mean absolute difference, as where the
+    paper and the published code compare distances.
 
     Factors come from encoders as in the published code: three 3x3 convolutions, batch norms and leaky ReLUs; each half
     and each feature has its own. A stage before the run trains the teacher's encoder, with a decoder, to reconstruct
     the teacher's features; in the run it is frozen.
 
-    The exploring half's loss is the negated distance, or the absolute cosine. For ``ft`` and ``at`` it is bounded. That
-    of ``od`` has no lower bound: the encoder's last batch norm could drive it down for ever by its weight alone. So
-    here the exploring half's rectified factor is first scaled to the length of the teacher's, which the paper does not
-    do; the farthest from it is then a factor that shares no active neuron with it, at sqrt(2) times that length. That
+    The exploring half's loss is the negated distance, or the absolute cosine. For ``ft`` and ``at`` it is bounded. For
+    ``od`` it has no lower bound: the encoder's last batch norm could lower it forever by its weight alone. Therefore
+    the exploring half's rectified factor is first scaled to the length of the teacher's, which the paper does not do;
+    the farthest factor is then one that shares no active neuron with the teacher's, at sqrt(2) times that length. The
     multiple is logged as ``kd/ie_od_distance/<feature>``, since the length changes while the student trains.
 
-    The means of ``ft`` and ``at`` fall with the size of the map, the length of ``od`` grows with it. "map_invariant"
-    multiplies or divides by the square root of the number of elements; "code" does not, as published; the length of
-    ``od``'s exploring factor is the teacher's in both, and cosines do not depend on the size. On CIFAR the weight that
-    the paper found best is 50 with "code", which is 1.1 with "map_invariant" for ``ft`` (32x8x8 elements) and 6.25 for
-    ``at`` (8x8); the published configs have 1 and, for factor transfer, 500.
+    The means of ``ft`` and ``at`` fall with the size of the map, and the length of ``od`` grows with it.
+    "map_invariant" multiplies or divides by the square root of the number of elements; "code" does not, as published.
+    In both, the exploring factor of ``od`` has the length of the teacher's, and cosines do not depend on the size. The
+    best weight on CIFAR according to the paper is 50 with "code", which equals 1.1 with "map_invariant" for ``ft``
+    (32x8x8 elements) and 6.25 for ``at`` (8x8); the published configs have 1 and, for factor transfer, 500.
 
     Args:
-        features: Name to description of each compared feature: maps of the backbone, or ``roi_features``. The student's
-            channels must be even.
+        features: Maps each compared feature, a map of the backbone or ``roi_features``, to its description. The student
+            must have an even number of channels.
+        boxes: Compare ``roi_features`` of at most this many sampled boxes per image, foreground first; 0 compares all
+            of them.
         kind: "ft", "at" or "od".
-        distance: "l1", "l2" or "cosine"; "od" has its own and takes "l1".
+        distance: "l1", "l2" or "cosine"; "od" has its own distance and takes "l1".
         divide: "natural" (the first half of the channels inherits) or "random" (a division drawn once, and saved).
-        seed: Of the random division; the same on every process.
+        seed: Seed of the random division; the same on every process.
         inherit_weight: Factor of the inheriting half's loss; 0 leaves it out.
         explore_weight: Factor of the exploring half's loss; 0 leaves it out.
-        norm: Of encoders and decoders: "BN" (published code), "SyncBN", "GN" or "LN".
+        norm: Normalisation in encoders and decoders: "BN" (published code), "SyncBN", "GN" or "LN".
         scale: "map_invariant" or "code".
-        reconstruction: "l2" (paper) or "l1" (published code): the auto-encoder's loss in the stage.
+        reconstruction: Loss of the auto-encoder in the stage before the run: "l2" (paper) or "l1" (published code).
     """
 
     config: ClassVar = {
         "WEIGHT": 1.1,
         # "ft" (factors), "at" (attention maps, which need no stage) or "od" (rectified factors).
         "KIND": "ft",
-        # Distance for "ft" and "at": "l1" (mean of absolute differences, the paper's best, which WEIGHT is for), "l2"
-        # (root of the mean of squared ones) or "cosine" (an alternative in the published code, which ignores SCALE).
+        # Distance for "ft" and "at": "l1" (mean of absolute differences, the paper's best, assumed by WEIGHT), "l2"
+        # (root of the mean square) or "cosine" (an alternative in the published code, which ignores SCALE).
         "DISTANCE": "l1",
-        # Feature maps of the backbone, or roi_features: those of the sampled boxes.
+        # Feature maps of the backbone, or roi_features, the features of the sampled boxes.
         "IN_FEATURES": ["roi_features"],
         # Compare roi_features of at most this many sampled boxes per image, foreground first; 0 compares all of them,
         # which costs as much as a small student.
         "BOXES": 48,
         # The student's channels that inherit: "natural" (the first half) or "random" (a half drawn from SEED).
         "DIVIDE": "natural",
-        # Factors of the two halves' losses; 0 leaves a half out. The sign of exploration is part of its loss.
+        # Factors of the two halves' losses; 0 leaves a half out. The exploration loss already has its sign.
         "INHERIT_WEIGHT": 1.0,
         "EXPLORE_WEIGHT": 1.0,
         # Channels of the factors, as a share of the teacher's channels.
         "FACTOR_RATE": 0.5,
         # Normalisation in encoders and decoders: BN (published), SyncBN, GN or LN.
         "NORM": "BN",
-        # "map_invariant": equally strong at every map size; the default WEIGHT is that of "ft" on CIFAR, where "at"
-        # would have 6.25. "code": the published mean, whose best weight on CIFAR is 50.
+        # "map_invariant": equally strong at every map size; the default WEIGHT is that of "ft" on CIFAR, "at" would
+        # take 6.25. "code": the published mean, whose best weight on CIFAR is 50.
         "SCALE": "map_invariant",
         # Loss of the auto-encoder's reconstruction: "l2" (paper) or "l1" (published code).
         "RECONSTRUCTION": "l2",
@@ -154,8 +157,7 @@ class InheritExploreHead(nn.Module):
         node, key = cfg.KD.INHERIT_EXPLORE, "KD.INHERIT_EXPLORE"
         features = check_factor_options(key, node, student_spec, teacher_spec)
         for option, allowed in (("KIND", KINDS), ("DISTANCE", DISTANCES), ("DIVIDE", DIVISIONS)):
-            if node[option] not in allowed:
-                raise InputError(f"{key}.{option}: {node[option]!r} is not one of {', '.join(allowed)}.")
+            check_choice(f"{key}.{option}", node[option], allowed)
         if node.KIND == "od" and node.DISTANCE != "l1":
             raise InputError(f"{key}.DISTANCE: must stay l1 with KIND 'od', which has its own, got {node.DISTANCE!r}.")
         for name, feature in features.items():
@@ -164,7 +166,7 @@ class InheritExploreHead(nn.Module):
                     f"{key}.IN_FEATURES: {name!r} has {feature.student_channels} channels in the student; their number "
                     "must be even to be divided into halves."
                 )
-        channels = [c for student, *others, _ in features.values() for c in (student // 2, *others)]
+        channels = [c for student, *rest, _ in features.values() for c in (student // 2, *rest)]
         check_norm(cfg, "INHERIT_EXPLORE", channels if node.KIND != "at" else [])
         weights = node.INHERIT_WEIGHT, node.EXPLORE_WEIGHT
         if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
@@ -195,7 +197,7 @@ class InheritExploreHead(nn.Module):
         return self.compare(student, self.teacher_factors(teacher, batch), batch)
 
     def compare(self, student: Signals, targets: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """The losses of all boxes, with the teacher's factors as :meth:`teacher_factors` gives them."""
+        """Computes the losses on all boxes, with the teacher's factors as :meth:`teacher_factors` returns them."""
         losses = {}
         for part, halves in self.halves(student, batch).items():
             distances = [self._distance(part, halves[name], targets[name], name, batch) for name in self.features]
@@ -203,25 +205,25 @@ class InheritExploreHead(nn.Module):
         return losses
 
     def halves(self, student: Signals, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """The student's halves behind their encoders, without those whose weight is 0.
+        """Encodes the student's halves, without those whose weight is 0.
 
         Returns:
-            "inherit" and "explore" to name of each feature to its half's factor, (N, m, H, W); of the kind "at" to the
-            half itself, (N, C / 2, H, W).
+            Maps "inherit" and "explore" to the factor of that half of each feature, (N, m, H, W), by the feature's
+            name; for the kind "at" to the half itself, (N, C / 2, H, W).
         """
-        found = {part: {} for part in self.weights}
+        factors = {part: {} for part in self.weights}
         for name, feature in self.features.items():
             x, order = student[name], self.get_buffer(f"order_{name}")
             mask = valid_cells(batch, x, feature.stride)
             halves = (x if order is None else x[:, order]).chunk(2, dim=1)
             for part, half in zip(("inherit", "explore"), halves, strict=True):
-                if part in found:
-                    found[part][name] = encode(self.encoders[part][name], half, mask)
-        return found
+                if part in factors:
+                    factors[part][name] = encode(self.encoders[part][name], half, mask)
+        return factors
 
     @torch.no_grad()
     def teacher_factors(self, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
-        """Name of each feature to the teacher's factor, (N, m, H, W); of the kind "at" to the feature itself."""
+        """Maps each feature's name to the teacher's factor, (N, m, H, W); for the kind "at" to the feature itself."""
         return {
             name: encode(
                 self.auto_encoders[name].encoder if self.pretrained else nn.Identity(),
@@ -247,13 +249,13 @@ class InheritExploreHead(nn.Module):
         return rescale(loss, half, mask, kind=self.kind, scale=self.scale, p=options.get("p", 1))
 
 
-def with_length_of(x: Tensor, other: Tensor) -> Tensor:
-    """Scale each sample of x (N, ...) to the L2 norm of the same sample of `other`; zeros stay zeros."""
-    return (F.normalize(x.flatten(1), eps=1e-12) * other.flatten(1).norm(dim=1, keepdim=True)).view_as(x)
+def with_length_of(x: Tensor, target: Tensor) -> Tensor:
+    """Scales each sample of x (N, ...) to the L2 norm of the same sample of `target`; zeros stay zeros."""
+    return (F.normalize(x.flatten(1), eps=1e-12) * target.flatten(1).norm(dim=1, keepdim=True)).view_as(x)
 
 
 def coder(before: int, after: int, norm: str = "BN") -> nn.Sequential:
-    """Three normalised 3x3 convolutions between leaky ReLUs, as published; the first one keeps the channels."""
+    """Builds three normalised 3x3 convolutions between leaky ReLUs, as published; the first keeps the channels."""
     layers = [nn.LeakyReLU(0.1)]
     for i, o in pairwise([before, before, after, after]):
         conv = nn.Conv2d(i, o, 3, padding=1, bias=False)

@@ -1,4 +1,4 @@
-"""What the heads on values before a ReLU share: the stages, connectors, and the sum over images, cells and stages."""
+"""Serves the heads on values before a ReLU: their stages, connectors, and the sum over images, cells and stages."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -7,27 +7,28 @@ from detectron2.layers import Conv2d, ShapeSpec
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from kd_det.errors import InputError
+from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_feature_maps, without_relu
 from kd_det.heads.norms import build_norm
 from kd_det.losses.numerics import cast_up
 
 SCALES = ("map_invariant", "code")
-# Of the deepest map of a CIFAR network, for which the published code's factors were chosen.
+# Number of cells in the deepest map of a CIFAR network, for which the published code's factors were chosen.
 REFERENCE_CELLS = 8 * 8
 
 
 def check_stage_options(
     key: str, node, student_spec: Mapping[str, ShapeSpec], teacher_spec: Mapping[str, ShapeSpec]
 ) -> None:
-    """Check IN_FEATURES and SCALE of a head's node.
+    """Checks IN_FEATURES and SCALE of a head's node.
 
     Args:
         key: Name of the node, for messages.
         node: The node.
 
     Raises:
-        InputError: If a feature is no stage with a ReLU at its end, or they do not go from fine to coarse.
+        InputError: If a feature is not a stage with a ReLU at its end, the stages do not go from fine to coarse, or
+            the scale is not allowed.
     """
     names = node.IN_FEATURES
     both = student_spec.keys() & teacher_spec.keys()
@@ -48,12 +49,11 @@ def check_stage_options(
             f"{key}.IN_FEATURES: must go from the finest stage to the coarsest, but the strides of "
             f"{', '.join(names)} are {strides}."
         )
-    if node.SCALE not in SCALES:
-        raise InputError(f"{key}.SCALE: {node.SCALE!r} is not one of {', '.join(SCALES)}.")
+    check_choice(f"{key}.SCALE", node.SCALE, SCALES)
 
 
 def build_connector(student_channels: int, teacher_channels: int, *, norm: str) -> nn.Module:
-    """Build a 1x1 convolution with a normalisation, which brings the student's channels to the teacher's."""
+    """Builds a 1x1 convolution with a normalisation, which brings the student's channels to the teacher's."""
     layer = build_norm(norm, teacher_channels)
     connector = Conv2d(student_channels, teacher_channels, 1, bias=False, norm=layer)
     weight_init.c2_msra_fill(connector)
@@ -61,38 +61,38 @@ def build_connector(student_channels: int, teacher_channels: int, *, norm: str) 
 
 
 def connect(connector: nn.Module, x: Tensor) -> Tensor:
-    """Run a connector in float32 at least: the gradient of a sum over elements may be too large for float16."""
+    """Runs a connector in float32 or wider: the gradient of a sum over elements may be too large for float16."""
     with torch.autocast(x.device.type, enabled=False):
         return connector(cast_up(x))
 
 
 def sum_over_cells(
-    function: Callable[[Tensor, Tensor], Tensor], own: Tensor, other: Tensor, mask: Tensor | None
+    function: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """Apply a loss that sums over elements and divides by the number of images, to the cells that count.
+    """Applies a loss that sums over elements and divides by the number of images to the cells that count.
 
     Args:
-        function: The loss, of (N, C, H, W) or of cells (M, C).
-        own: The student's map, (N, C, H, W).
-        other: The teacher's map, of the same shape.
+        function: The loss, of maps (N, C, H, W) or of cells (M, C).
+        student: The student's map, (N, C, H, W).
+        teacher: The teacher's map, of the same shape.
         mask: Booleans (N, 1, H, W), or None for all cells.
     """
     if mask is None:
-        return function(own, other)
-    own, other = (x.movedim(1, -1)[mask[:, 0]] for x in (own, other))
-    return function(own, other) * len(own) / max(len(mask), 1)
+        return function(student, teacher)
+    student, teacher = (x.movedim(1, -1)[mask[:, 0]] for x in (student, teacher))
+    return function(student, teacher) * len(student) / max(len(mask), 1)
 
 
 def sum_over_stages(losses: Sequence[Tensor], deepest: Tensor, mask: Tensor | None, *, scale: str) -> Tensor:
-    """Weigh the stages as published, the deepest 1 and each finer one half of the next, and sum.
+    """Weights the stages as published, the deepest by 1 and each finer one by half the next weight, and sums.
 
     Args:
-        losses: Of the stages, finest first, summed over cells.
+        losses: Losses of the stages, finest first, summed over cells.
         deepest: Map of the last stage, (N, C, H, W).
         mask: Its cells that count.
         scale: "code" leaves the sum as it is. "map_invariant" multiplies it by 64 over the number of cells of the
-            deepest map: the strength that the loss has on CIFAR, where both are the same, whatever the size of the
-            images.
+            deepest map, so that images of any size give the strength that the loss has on CIFAR, where the two are
+            equal.
     """
     total = sum(loss / 2 ** (len(losses) - 1 - i) for i, loss in enumerate(losses))
     if scale == "code":

@@ -1,4 +1,4 @@
-"""ReviewKD: each student level, fused with the deeper ones, resembles the teacher's level."""
+"""Implements ReviewKD: each student level, fused with the deeper ones, learns to resemble the teacher's level."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -19,13 +19,13 @@ from kd_det.signals import Batch, Signals
 
 
 class AttentionFusion(nn.Module):
-    """Attention-based fusion of a student's level with what came from the deeper levels (ABF).
+    """Fuses a student's level with the residual of the deeper levels by attention (ABF).
 
     Args:
         in_channels: Channels of the student's level.
-        mid_channels: Channels of what is passed on to the next finer level.
+        mid_channels: Channels of the residual that the next finer level takes.
         out_channels: Channels of the teacher's level.
-        norm: Normalisation behind both convolutions.
+        norm: Normalisation after both convolutions.
         fuse: Whether there is a deeper level to fuse with.
     """
 
@@ -38,19 +38,20 @@ class AttentionFusion(nn.Module):
             weight_init.c2_xavier_fill(conv)
 
     def forward(self, x: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Fuse a level (N, C, H, W) with the residual of the deeper level (N, mid, h, w).
+        """Fuses a level (N, C, H, W) with the residual of the deeper level (N, mid, h, w).
 
         Returns:
-            What is compared with the teacher (N, out, H, W), and the residual for the next finer level (N, mid, H, W).
+            The map to compare with the teacher (N, out, H, W), and the residual for the next finer level
+            (N, mid, H, W).
         """
         x = self.reduce(x)
         if self.attention is not None:
-            # A 1x1 convolution of both, side by side, at the cost of their own resolutions: nothing is concatenated.
-            own_weight, deeper_weight = self.attention.weight.split([x.shape[1], deeper.shape[1]], dim=1)
-            attention = F.conv2d(x, own_weight, self.attention.bias)
+            # This equals a 1x1 convolution of the concatenated maps, but each map is convolved at its own resolution.
+            x_weight, deeper_weight = self.attention.weight.split([x.shape[1], deeper.shape[1]], dim=1)
+            attention = F.conv2d(x, x_weight, self.attention.bias)
             attention = attention + enlarge(F.conv2d(deeper, deeper_weight), x)
-            own, other = attention.sigmoid().split(1, dim=1)
-            x = x * own + enlarge(deeper, x) * other
+            x_share, deeper_share = attention.sigmoid().split(1, dim=1)
+            x = x * x_share + enlarge(deeper, x) * deeper_share
         return self.expand(x), x
 
 
@@ -61,24 +62,25 @@ def enlarge(x: Tensor, like: Tensor) -> Tensor:
 
 @KD_HEAD_REGISTRY.register()
 class ReviewKDHead(nn.Module):
-    """Knowledge review (Chen et al., CVPR 2021, https://arxiv.org/abs/2104.09044).
+    """Compares each level of the teacher with the student's levels from that one to the deepest, fused by attention.
 
-    From the deepest level on, attention-based fusion joins each student level with the deeper ones; the hierarchical
-    context loss compares the result with the teacher's level, summed over levels.
+    Knowledge review (Chen et al., CVPR 2021, https://arxiv.org/abs/2104.09044). Starting from the deepest level,
+    attention-based fusion joins each student level with the deeper ones; the hierarchical context loss compares the
+    result with the teacher's level, summed over levels.
 
-    Of classifiers the deepest level may be ``pooled``; as published they compare the student's features with the
+    In classifiers the deepest level may be ``pooled``; as published, they compare the student's features with the
     teacher's before the ReLU.
 
     Args:
-        student_spec: Name to shape of each level in the student, finest first.
-        teacher_spec: Name to shape of each level in the teacher, in the same order.
+        student_spec: Maps each level to its shape in the student, finest first.
+        teacher_spec: Maps each level to its shape in the teacher, in the same order.
         mid_channels: Channels inside the fusion modules (published code: 256 for detectors).
         norm: "BN" (published code), "SyncBN", "GN" or "LN".
     """
 
     config: ClassVar = {
         "WEIGHT": 1.0,
-        # Feature maps, from the finest level to the coarsest; of a classifier the last one may be "pooled".
+        # Feature maps, from the finest level to the coarsest; in a classifier the last one may be "pooled".
         "IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
         # Channels inside the fusion modules.
         "MID_CHANNELS": 256,
@@ -104,9 +106,9 @@ class ReviewKDHead(nn.Module):
         self.fusions = nn.ModuleDict(
             {
                 name: AttentionFusion(
-                    shape.channels, mid_channels, other.channels, norm=norm, fuse=name != self.signals[-1]
+                    shape.channels, mid_channels, teacher_shape.channels, norm=norm, fuse=name != self.signals[-1]
                 )
-                for (name, shape), other in zip(student_spec.items(), teacher_spec.values(), strict=True)
+                for (name, shape), teacher_shape in zip(student_spec.items(), teacher_spec.values(), strict=True)
             }
         )
 
@@ -124,8 +126,8 @@ class ReviewKDHead(nn.Module):
         check_feature_maps(key, maps, student_spec, teacher_spec, teacher_maps)
         pooled = ["pooled"] if "pooled" in node.IN_FEATURES else []
         check_signals(key, pooled, student_spec, teacher_spec)
-        others = [*teacher_maps, *pooled]
-        check_norm(cfg, "REVIEW", [node.MID_CHANNELS, *(teacher_spec[name].channels for name in others)])
+        teacher_names = [*teacher_maps, *pooled]
+        check_norm(cfg, "REVIEW", [node.MID_CHANNELS, *(teacher_spec[name].channels for name in teacher_names)])
         if node.MID_CHANNELS < 1:
             raise InputError(f"KD.REVIEW.MID_CHANNELS: must be 1 or more, got {node.MID_CHANNELS}.")
         strides = [student_spec[name].stride for name in maps]
@@ -136,20 +138,20 @@ class ReviewKDHead(nn.Module):
             )
         return {
             "student_spec": {name: student_spec[name] for name in node.IN_FEATURES},
-            "teacher_spec": {name: teacher_spec[name] for name in others},
+            "teacher_spec": {name: teacher_spec[name] for name in teacher_names},
             "mid_channels": node.MID_CHANNELS,
             "norm": node.NORM,
         }
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
         losses, residual = [], None
-        for name, other in zip(reversed(self.signals), reversed(self.teacher_signals), strict=True):
+        for name, teacher_name in zip(reversed(self.signals), reversed(self.teacher_signals), strict=True):
             fused, residual = self.fusions[name](cast_for_layers(as_map(student[name])), residual)
             mask = batch.valid_mask(fused, self.strides[name]) if self.strides[name] else None
-            losses.append(hierarchical_context_loss(fused, as_map(teacher[other]), mask=mask))
+            losses.append(hierarchical_context_loss(fused, as_map(teacher[teacher_name]), mask=mask))
         return {"loss_kd_review": sum(losses)}
 
 
 def as_map(x: Tensor) -> Tensor:
-    """A pooled feature (N, C) as a map of one cell, (N, C, 1, 1); maps stay as they are."""
+    """Turns a pooled feature (N, C) into a map of one cell, (N, C, 1, 1); maps stay as they are."""
     return x[:, :, None, None] if x.dim() == 2 else x

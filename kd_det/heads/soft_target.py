@@ -1,4 +1,4 @@
-"""Soft targets: the student's predictions resemble the teacher's, on the same boxes and anchors."""
+"""Implements soft targets: the student learns to predict as the teacher does, on the same boxes and anchors."""
 
 import math
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from kd_det.losses.numerics import cast_up
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
+# Maps each source to the signal of its logits.
 SOURCES = {
     "roi": "roi_logits",
     "rpn": "rpn_logits",
@@ -29,31 +30,32 @@ ROIS = ("all", "foreground")
 
 @KD_HEAD_REGISTRY.register()
 class SoftTargetHead(nn.Module):
-    """Soft targets on predictions (Hinton et al., 2015, https://arxiv.org/abs/1503.02531).
+    """Compares the student's predictions with the teacher's, on the same images, boxes and anchors.
 
-    A detector's teacher predicts on the student's sampled boxes, so rows stand for the same box:
+    Soft targets (Hinton et al., 2015, https://arxiv.org/abs/1503.02531). A detector's teacher predicts on the boxes
+    that the student sampled, so that each row stands for the same box in both. The sources are:
 
     * ``cls``: T^2 KL of the softmax over the classes of an image classifier, mean over images;
     * ``roi``: T^2 KL of the softmax over classes and background, mean over boxes;
     * ``mask``: binary KL per pixel of the labelled class's mask, mean over foreground boxes and pixels;
     * ``rpn``, ``dense``: binary KL per anchor (and class), averaged with the weight max(p_teacher, p_student), because
       nearly all of an image's anchors are background on which both agree, and a plain mean would drown the rest;
-    * box regression, if asked for: smooth L1 between the deltas of the labelled class, mean over foreground boxes.
+    * box regression, if enabled: smooth L1 between the deltas of the labelled class, mean over foreground boxes.
 
-    ``cls`` and ``roi`` have two options more, :class:`kd_det.heads.targets.ClassTargets`: knowledge adjustment and
-    dynamic temperatures; of boxes those labelled foreground take part.
+    ``cls`` and ``roi`` have two more options, see :class:`kd_det.heads.targets.ClassTargets`: knowledge adjustment and
+    dynamic temperatures. On boxes they apply to those labelled foreground.
 
     Args:
         sources: Any of "roi", "rpn", "mask", "dense", "cls".
-        temperature: T of the softmax over classes. The sigmoids are compared at 1.
-        squared_temperature: Whether the softmaxes' divergence is multiplied by T^2, as Hinton et al. advise so that its
-            gradient keeps its size when T changes.
+        temperature: T of the softmax over classes. Sigmoid outputs are compared at temperature 1.
+        squared_temperature: Whether the divergence of the softmaxes is multiplied by T^2, as Hinton et al. advise, so
+            that the size of its gradient does not change with T.
         rois: Boxes whose classes are compared: "all" or "foreground" (as labelled).
         background_weight: Weight of the boxes labelled background, as in Chen et al. (NeurIPS 2017), who take 1.5.
         box_regression: Whether box deltas are compared.
-        adjust: How the teacher's mistakes are corrected: "none", "probability_shift" or "label_smoothing".
-        correct_prob: Probability of the label in a smoothed one.
-        dynamic_temperature: How each row gets its own temperature: "none", "flsw" or "cwsm".
+        adjust: Correction of the teacher's mistakes: "none", "probability_shift" or "label_smoothing".
+        correct_prob: Probability of the label in a smoothed label.
+        dynamic_temperature: Rule that gives each row its own temperature: "none", "flsw" or "cwsm".
         beta: Strength of the change of temperature.
         gamma: Exponent of "flsw".
     """
@@ -118,7 +120,7 @@ class SoftTargetHead(nn.Module):
         self.rois = rois
         self.background_weight = background_weight
         self.box_regression = box_regression
-        # The number of ROI logits tells the class that means background.
+        # The index of the background class follows from the number of ROI logits.
         box_signals = ("roi_logits", "roi_deltas") if box_regression else ()
         self.signals = tuple(dict.fromkeys([*(SOURCES[source] for source in sources), *box_signals]))
 
@@ -167,19 +169,21 @@ class SoftTargetHead(nn.Module):
         return losses
 
     def _images(self, student: Signals, teacher: Signals, name: str) -> Tensor:
-        own = student[name]
-        weights = torch.ones(len(own), dtype=cast_up(own).dtype, device=own.device)
-        return self.compare_classes(own, teacher[name], student.get("labels"), rows=weights.bool(), weights=weights)
+        s_logits, t_logits, labels = student[name], teacher[name], student.get("labels")
+        weights = torch.ones(len(s_logits), dtype=cast_up(s_logits).dtype, device=s_logits.device)
+        return self.compare_classes(s_logits, t_logits, labels, rows=weights.bool(), weights=weights)
 
     def _roi(self, student: Signals, teacher: Signals, name: str) -> Tensor:
-        own, other, classes = student[name], teacher[name], student["roi_classes"]
+        s_logits, t_logits, classes = student[name], teacher[name], student["roi_classes"]
+        background = s_logits.shape[1] - 1
         if self.rois == "foreground":
-            kept = classes < own.shape[1] - 1
-            own, other, classes = own[kept], other[kept], classes[kept]
-        foreground = classes < own.shape[1] - 1
-        weights = torch.full(foreground.shape, self.background_weight, dtype=cast_up(own).dtype, device=own.device)
+            rows = classes < background
+            s_logits, t_logits, classes = s_logits[rows], t_logits[rows], classes[rows]
+        foreground = classes < background
+        dtype, device = cast_up(s_logits).dtype, s_logits.device
+        weights = torch.full(foreground.shape, self.background_weight, dtype=dtype, device=device)
         weights = weights.masked_fill(foreground, 1.0)
-        return self.compare_classes(own, other, classes, rows=foreground, weights=weights)
+        return self.compare_classes(s_logits, t_logits, classes, rows=foreground, weights=weights)
 
     def _anchors(self, student: Signals, teacher: Signals, name: str) -> Tensor:
         weights = torch.maximum(student[name].detach().sigmoid(), teacher[name].detach().sigmoid())
@@ -192,16 +196,16 @@ class SoftTargetHead(nn.Module):
         )
 
     def _box(self, student: Signals, teacher: Signals) -> Tensor:
-        own, other = cast_up(student["roi_deltas"]), cast_up(teacher["roi_deltas"].detach())
         classes = student["roi_classes"]
-        kept = classes < student["roi_logits"].shape[1] - 1
-        own = select_class(own[kept], classes[kept], per_class=4)
-        other = select_class(other[kept], classes[kept], per_class=4)
-        return F.smooth_l1_loss(own, other, reduction="sum") / max(own.numel(), 1)
+        foreground = classes < student["roi_logits"].shape[1] - 1
+        s_deltas, t_deltas = cast_up(student["roi_deltas"]), cast_up(teacher["roi_deltas"].detach())
+        s_deltas = select_class(s_deltas[foreground], classes[foreground], per_class=4)
+        t_deltas = select_class(t_deltas[foreground], classes[foreground], per_class=4)
+        return F.smooth_l1_loss(s_deltas, t_deltas, reduction="sum") / max(s_deltas.numel(), 1)
 
 
 def select_class(x: Tensor, classes: Tensor, *, per_class: int) -> Tensor:
-    """Each row's channels of its class: (R, K * per_class, ...) to (R, per_class, ...); one class is all there is."""
+    """Selects each row's channels of its class: (R, K * per_class, ...) to (R, per_class, ...); K may be 1 for all."""
     if x.shape[1] == per_class:
         return x
     x = x.unflatten(1, (-1, per_class))

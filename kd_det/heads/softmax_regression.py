@@ -1,4 +1,4 @@
-"""Softmax regression: the teacher's classifier makes of the student's features what it makes of its own."""
+"""Implements softmax regression: the teacher's classifier gives the same logits for the features of both networks."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -10,7 +10,7 @@ from detectron2.layers import Conv2d
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from kd_det.errors import InputError
+from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_signals
 from kd_det.heads.norms import build_norm, check_norm
 from kd_det.losses import feature_matching_loss, softmax_regression_loss
@@ -19,45 +19,46 @@ from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
 KINDS = ("mse", "ce")
-# What a classifier takes in.
+# Signals that enter a classifier.
 VECTORS = ("roi_box_features", "pooled")
 
 
 @KD_HEAD_REGISTRY.register()
 class SoftmaxRegressionHead(nn.Module):
-    """Softmax regression representation learning (SRRL, Yang et al., ICLR 2021,
-    https://openreview.net/forum?id=ZzwDy_wiWv).
+    """Passes the student's features through the teacher's classifier, and compares features and logits.
 
-    A connector (1x1 convolution, norm, ReLU; on vectors that is a linear layer) brings the student's feature to the
-    teacher's width. Its mean over cells is compared with what the teacher's classifier takes in, and goes through that
-    classifier, which stays frozen, for a comparison of logits. The labelled classes of student and teacher may differ.
+    Softmax regression representation learning (SRRL, Yang et al., ICLR 2021,
+    https://openreview.net/forum?id=ZzwDy_wiWv). A connector (1x1 convolution, norm, ReLU; on vectors the convolution is
+    a linear layer) brings the student's feature to the teacher's width. Its mean over cells is compared with the input
+    of the teacher's classifier, and then goes through that classifier, which stays frozen, for a comparison of logits.
+    The labelled classes of student and teacher may differ.
 
-    Of an image classifier the student's feature is its last map and the teacher's is ``pooled``, as published. Of an
+    In an image classifier the student's feature is its last map and the teacher's is ``pooled``, as published. In an
     R-CNN both are the input of the box predictor, on the same boxes.
 
     Args:
-        in_feature: The student's feature.
-        in_channels: Its channels C.
-        out_channels: Channels D of the teacher's feature.
-        teacher_signals: The teacher's feature (N, D), its logits (N, K), and weight (K, D) and bias (K,) of the layer
-            between them.
-        norm: "BN" (published code), "SyncBN", or "GN" or "LN", which do not depend on the share of background among the
-            boxes.
+        in_feature: Name of the student's feature.
+        in_channels: Number of its channels, C.
+        out_channels: Number of channels of the teacher's feature, D.
+        teacher_signals: Names of the teacher's feature (N, D), its logits (N, K), and weight (K, D) and bias (K,) of
+            the layer between them.
+        norm: Normalisation in the connector: "BN" (published code), "SyncBN", or "GN" or "LN", which do not depend on
+            the share of background among the boxes.
         kind: "mse" of the logits (published code), or "ce", the cross-entropy with the teacher's probabilities.
-        temperature: Of "ce".
+        temperature: Temperature of "ce".
         feature_weight: Factor of the features' loss.
         logit_weight: Factor of the logits' loss.
     """
 
     config: ClassVar = {
         "WEIGHT": 1.0,
-        # The student's feature: roi_box_features of an R-CNN; of an image classifier its last map, such as res5.
+        # The student's feature: roi_box_features in an R-CNN; the last map, such as res5, in an image classifier.
         "IN_FEATURE": "roi_box_features",
         # Normalisation between the student's feature and the teacher's classifier: BN (published), SyncBN, GN or LN.
         "NORM": "BN",
         # Comparison of logits: "mse" (published code), or "ce", cross-entropy with the teacher's probabilities.
         "KIND": "mse",
-        # Divides both sides' logits, for "ce" alone.
+        # Divides the logits of both networks, for "ce" only.
         "TEMPERATURE": 1.0,
         # Factors of the two parts: the features before the teacher's classifier, and the logits after it.
         "FEATURE_WEIGHT": 1.0,
@@ -101,8 +102,7 @@ class SoftmaxRegressionHead(nn.Module):
                 f"{key}.IN_FEATURE: {name!r} cannot enter a classifier; allowed are {', '.join(VECTORS)} and the "
                 "feature maps of a classifier's backbone."
             )
-        if node.KIND not in KINDS:
-            raise InputError(f"{key}.KIND: {node.KIND!r} is not one of {', '.join(KINDS)}.")
+        check_choice(f"{key}.KIND", node.KIND, KINDS)
         if node.TEMPERATURE <= 0 or (node.KIND == "mse" and node.TEMPERATURE != 1):
             raise InputError(
                 f"{key}.TEMPERATURE: must be above 0, and 1 with KIND 'mse', which has none; got {node.TEMPERATURE}."
@@ -124,19 +124,19 @@ class SoftmaxRegressionHead(nn.Module):
         }
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
-        feature, logits, weight, bias = (cast_up(teacher[name].detach()) for name in self.teacher_signals)
+        feature, t_logits, weight, bias = (cast_up(teacher[name].detach()) for name in self.teacher_signals)
         connected = self.connect(student[self.signals[0]])
         with torch.autocast(connected.device.type, enabled=False):
-            own_logits = F.linear(connected, weight, bias)
+            s_logits = F.linear(connected, weight, bias)
         return {
             "loss_kd_softmax_regression_feature": self.feature_weight * feature_matching_loss(connected, feature),
             "loss_kd_softmax_regression_logits": self.logit_weight
-            * softmax_regression_loss(own_logits, logits, kind=self.kind, temperature=self.temperature),
+            * softmax_regression_loss(s_logits, t_logits, kind=self.kind, temperature=self.temperature),
         }
 
     def connect(self, x: Tensor) -> Tensor:
-        """The student's feature (N, C) or (N, C, H, W) as one of the teacher's, (N, D)."""
-        # In float32, as large features overflow behind the convolution in float16.
+        """Brings the student's feature (N, C) or (N, C, H, W) to the form of the teacher's, (N, D)."""
+        # In float16 the convolution of large features would overflow.
         with torch.autocast(x.device.type, enabled=False):
             x = self.connector(cast_up(x if x.dim() == 4 else x[:, :, None, None]))
         return self.norm(x).relu().mean(dim=(2, 3))

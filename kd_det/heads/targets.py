@@ -1,4 +1,4 @@
-"""Soft targets of classes, with a mistaken teacher corrected and a temperature for each row where that is asked for."""
+"""Compares class logits by soft targets, optionally with a corrected teacher and a temperature for each row."""
 
 from collections.abc import Collection
 
@@ -6,7 +6,7 @@ import torch
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
-from kd_det.errors import InputError
+from kd_det.errors import InputError, check_choice
 from kd_det.losses import adjust_label_smoothing, adjust_probability_shift, dynamic_temperature, soft_target_loss
 from kd_det.losses.numerics import cast_up
 
@@ -15,27 +15,27 @@ DYNAMIC_TEMPERATURE = ("none", "flsw", "cwsm")
 
 
 class ClassTargets:
-    """Compares class logits at a temperature (Hinton et al., 2015), with two amendments of Wen et al.
+    """Compares class logits at a temperature (Hinton et al., 2015), with two options of Wen et al.
 
-    "Preparing Lessons" (Wen et al., 2019, https://arxiv.org/abs/1911.07471):
+    The options are those of "Preparing Lessons" (Wen et al., 2019, https://arxiv.org/abs/1911.07471):
 
-    * Knowledge adjustment (KA) corrects the rows whose most probable class for the teacher is not the labelled one.
-      "probability_shift" swaps these two classes' probabilities. "label_smoothing" puts a smoothed label in their
-      place; that is no softened prediction, so such a row goes without the factor T^2, by which it would drown the
-      others.
-    * Dynamic temperature distillation (DTD) gives each row its own T, lower for confusing ones: those where student and
-      teacher disagree ("flsw", on the teacher's uncorrected logits) or where the student is unsure ("cwsm"). It is
-      kept within min(1, T / 2) and 2 T; the scalar ``kd/dtd_clamped`` is the share of rows at these bounds. Whether the
-      paper has the factor T^2 is not known; public code of DTD has not (`squared_temperature`).
+    * Knowledge adjustment (KA) corrects the rows in which the teacher's most probable class is not the labelled one.
+      "probability_shift" swaps the probabilities of these two classes. "label_smoothing" replaces the row with a
+      smoothed label; since that is not a softened prediction, the row does not get the factor T^2, with which it would
+      drown the others.
+    * Dynamic temperature distillation (DTD) gives each row its own T, lower for confusing rows: those where student and
+      teacher disagree ("flsw", on the teacher's uncorrected logits) or where the student is unsure ("cwsm"). The result
+      is clamped between min(1, T / 2) and 2 T; the scalar ``kd/dtd_clamped`` is the share of rows at these bounds. It
+      is not known whether the paper has the factor T^2; public code of DTD does not (`squared_temperature`).
 
-    Both apply to some of the rows: on boxes to the foreground. Of background boxes many lie on an object that the
-    teacher rightly sees, and they would rule the mean that DTD's temperatures are relative to; they keep T.
+    Both apply to some of the rows only: for boxes, to the foreground. Many background boxes overlap an object that the
+    teacher rightly detects; they would dominate the mean in DTD, so they keep T.
 
     Args:
         temperature: T.
         squared_temperature: Whether each row's divergence is multiplied by its T^2.
         adjust: "none", "probability_shift" or "label_smoothing".
-        correct_prob: Probability of the label in a smoothed one.
+        correct_prob: Probability of the label in a smoothed label.
         dynamic_temperature: "none", "flsw" or "cwsm".
         beta: Strength of the change of T.
         gamma: Exponent of "flsw".
@@ -60,35 +60,38 @@ class ClassTargets:
         self.beta = beta
         self.gamma = gamma
 
-    def __call__(self, own: Tensor, other: Tensor, labels: Tensor | None, rows: Tensor, weights: Tensor) -> Tensor:
-        """The divergence of the student from the teacher, by default times T^2, mean over rows.
+    def __call__(
+        self, s_logits: Tensor, t_logits: Tensor, labels: Tensor | None, rows: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Computes the divergence of the student from the teacher, by default times T^2, mean over rows.
 
         Args:
-            own: Logits of the student, (N, K).
-            other: Logits of the teacher, (N, K).
-            labels: True classes (N,); KA alone needs them.
-            rows: Booleans (N,): where KA and DTD apply.
+            s_logits: Logits of the student, (N, K).
+            t_logits: Logits of the teacher, (N, K).
+            labels: True classes (N,); only KA needs them.
+            rows: Booleans (N,), true for the rows to which KA and DTD apply.
             weights: Factor of each row, (N,).
         """
-        temperatures = self._temperatures(own, other, rows)
+        temperatures = self._temperatures(s_logits, t_logits, rows)
         squared = torch.full_like(rows, self.squared_temperature)
         if self.adjust != "none":
-            other, mistaken = self._correct(other.detach().to(temperatures), labels, rows, temperatures)
+            t_logits, mistaken = self._correct(t_logits.detach().to(temperatures), labels, rows, temperatures)
             if self.adjust == "label_smoothing":
                 squared &= ~mistaken
         weights = weights * torch.where(squared, 1.0, temperatures**-2)
-        return soft_target_loss(own, other, temperature=temperatures, weights=weights)
+        return soft_target_loss(s_logits, t_logits, temperature=temperatures, weights=weights)
 
-    def _temperatures(self, own: Tensor, other: Tensor, rows: Tensor) -> Tensor:
-        """Temperature of each row, (N,)."""
-        # In half precision the rows' weights would lose their accuracy.
-        temperatures = torch.full(own.shape[:1], self.temperature, dtype=cast_up(own).dtype, device=own.device)
+    def _temperatures(self, s_logits: Tensor, t_logits: Tensor, rows: Tensor) -> Tensor:
+        """Computes the temperature of each row, (N,)."""
+        # In half precision the weights of the rows would be inaccurate.
+        dtype, device = cast_up(s_logits).dtype, s_logits.device
+        temperatures = torch.full(s_logits.shape[:1], self.temperature, dtype=dtype, device=device)
         if self.dynamic_temperature == "none":
             return temperatures
         low, high = min(1.0, self.temperature / 2), 2.0 * self.temperature
-        found = dynamic_temperature(
-            own[rows],
-            other[rows],
+        dynamic = dynamic_temperature(
+            s_logits[rows],
+            t_logits[rows],
             kind=self.dynamic_temperature,
             base=self.temperature,
             beta=self.beta,
@@ -96,38 +99,37 @@ class ClassTargets:
             bounds=(low, high),
         )
         if has_event_storage():
-            clamped = ((found <= low) | (found >= high)).sum() / max(len(found), 1)
+            clamped = ((dynamic <= low) | (dynamic >= high)).sum() / max(len(dynamic), 1)
             get_event_storage().put_scalar("kd/dtd_clamped", clamped)
-        temperatures[rows] = found.to(temperatures)
+        temperatures[rows] = dynamic.to(temperatures)
         return temperatures
 
-    def _correct(self, other: Tensor, labels: Tensor, rows: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's logits with its mistakes corrected, and in which rows it made them."""
-        probs = (other / temperatures[:, None]).softmax(dim=1)
+    def _correct(self, t_logits: Tensor, labels: Tensor, rows: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+        """Corrects the teacher's mistakes; returns its new logits and a mask of the rows with mistakes."""
+        probs = (t_logits / temperatures[:, None]).softmax(dim=1)
         mistaken = rows & (probs.argmax(dim=1) != labels)
         if self.adjust == "probability_shift":
             probs = adjust_probability_shift(probs, labels)
         else:
             probs = adjust_label_smoothing(probs, labels, correct_prob=self.correct_prob)
-        return torch.where(mistaken[:, None], temperatures[:, None] * probs.log(), other), mistaken
+        return torch.where(mistaken[:, None], temperatures[:, None] * probs.log(), t_logits), mistaken
 
 
 def check_class_targets(node, sources: Collection[str]) -> dict:
-    """Check the keys of KA and DTD.
+    """Checks the keys of KA and DTD.
 
     Args:
         node: ``KD.SOFT_TARGET``.
         sources: The sources that are compared by a softmax over classes.
 
     Returns:
-        The arguments of :class:`ClassTargets` that they give.
+        The arguments of :class:`ClassTargets` that follow from the keys.
 
     Raises:
-        InputError: If a value is not allowed, or has nothing to act on.
+        InputError: If a value is not allowed, or there is no source that it applies to.
     """
     for key, allowed in (("ADJUST", ADJUST), ("DYNAMIC_TEMPERATURE", DYNAMIC_TEMPERATURE)):
-        if node[key] not in allowed:
-            raise InputError(f"KD.SOFT_TARGET.{key}: {node[key]!r} is not one of {', '.join(allowed)}.")
+        check_choice(f"KD.SOFT_TARGET.{key}", node[key], allowed)
         if node[key] != "none" and not sources:
             raise InputError(
                 f"KD.SOFT_TARGET.{key}: {node[key]!r} is for the sources roi and cls, "

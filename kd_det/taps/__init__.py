@@ -1,4 +1,4 @@
-"""Taps: how the signals of each family of models are read."""
+"""Implements taps, which read the signals of each family of models."""
 
 from kd_det.taps.backbone import BackboneTap, hook, wrap
 from kd_det.taps.build import build_tap, find_tap

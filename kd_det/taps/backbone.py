@@ -1,4 +1,4 @@
-"""The tap that every detector with a backbone has."""
+"""Implements the tap that serves every model with a backbone, and the hooks that taps use."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,21 +16,30 @@ from kd_det.signals import BOX_SIGNALS, Signals
 
 
 class BackboneTap:
-    """Reads the signals of one model; this class knows its backbone, subclasses know more.
+    """Reads the signals of one model; this class covers the backbone, and subclasses cover the parts after it.
 
     A tap *records* what a model computes while its own ``forward`` runs, or *computes* the same signals without the
-    rest of that forward. Both go through the same hooks, so a signal has one definition. Outside of the ``with`` block
-    of :meth:`record` nothing is attached to the model.
+    rest of that forward. Both go through the same hooks, so a signal has one definition. Outside the ``with`` block of
+    :meth:`record` nothing is attached to the model.
 
     A tap for another meta-architecture is registered in :data:`kd_det.TAP_REGISTRY` and extends four methods:
-    :meth:`spec` names its signals, :meth:`attach` hooks what computes them, :meth:`run` runs the parts behind the
-    backbone that they need, and :meth:`head_defaults` tells heads which predictions there are to compare.
+    :meth:`spec` names its signals, :meth:`attach` hooks the modules that compute them, :meth:`run` runs the parts after
+    the backbone that they need, and :meth:`head_defaults` names the predictions that heads can compare.
 
     Args:
-        model: A model with a ``backbone``: Tensor to dict of feature maps, with ``output_shape()``.
+        model: A model with a ``backbone`` that maps a tensor to a dict of feature maps and has ``output_shape()``.
 
     Attributes:
-        box_features: Features of boxes that the model has beside the maps of its backbone.
+        box_features: Features of boxes that the model has in addition to the maps of its backbone.
+
+    Example:
+        >>> from detectron2.modeling.backbone import BasicStem
+        >>> model = nn.Module()
+        >>> model.backbone = ResNet(BasicStem(), ResNet.make_default_stages(18), out_features=["res5"])
+        >>> with BackboneTap(model).record(["res5", "res5_preact"]) as signals:
+        ...     _ = model.backbone(torch.zeros(1, 3, 64, 64))
+        >>> {name: tuple(x.shape) for name, x in sorted(signals.items())}
+        {'res5': (1, 512, 2, 2), 'res5_preact': (1, 512, 2, 2)}
     """
 
     box_features: tuple[str, ...] = ()
@@ -40,17 +49,17 @@ class BackboneTap:
 
     @classmethod
     def feature_levels(cls, cfg: CfgNode) -> list[str]:
-        """Name the maps that a model predicts from, by its config: here all outputs of its backbone."""
-        with torch.device("meta"):  # Only its shapes are needed.
+        """Names the maps that a model of this config predicts from: by default all outputs of its backbone."""
+        with torch.device("meta"):  # Only the shapes are needed.
             return list(build_backbone(cfg).output_shape())
 
     @classmethod
     def head_defaults(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Map keys of heads, such as SOURCES, to what replaces their defaults, which are those of an R-CNN."""
+        """Maps keys of heads, such as SOURCES, to values that replace their defaults, which suit an R-CNN."""
         return {}
 
     def spec(self) -> dict[str, ShapeSpec]:
-        """Map the name of every signal that the model can give to its shape."""
+        """Maps the name of every signal that the model can give to its shape."""
         spec = {}
         for module in self._backbones:
             shapes = module.output_shape()
@@ -65,13 +74,13 @@ class BackboneTap:
 
     @property
     def _backbones(self) -> list[nn.Module]:
-        """The bottom-up network, where there is one, and the backbone."""
+        """Lists the bottom-up network, if there is one, and the backbone."""
         bottom_up = getattr(self.model.backbone, "bottom_up", None)
         return [self.model.backbone] if bottom_up is None else [bottom_up, self.model.backbone]
 
     @contextmanager
     def record(self, names: Collection[str]) -> Iterator[Signals]:
-        """Record signals while the model runs.
+        """Records signals while the model runs.
 
         Args:
             names: The signals to record.
@@ -85,12 +94,12 @@ class BackboneTap:
             yield signals
 
     def compute(self, batched_inputs: list[dict], names: Collection[str], student: Signals) -> Signals:
-        """Compute signals and nothing else.
+        """Computes the named signals and nothing else.
 
         Args:
-            batched_inputs: As the data loader gives them.
+            batched_inputs: The batch as the data loader returns it.
             names: The signals to compute.
-            student: The student's signals, whose boxes ROI signals are computed on.
+            student: The student's signals; ROI signals are computed on its boxes.
         """
         with self.record(names) as signals:
             self.forward(batched_inputs, set(names), student)
@@ -98,23 +107,23 @@ class BackboneTap:
 
     @property
     def features(self) -> list[str]:
-        """Names of the backbone's outputs."""
+        """Lists the names of the backbone's outputs."""
         return list(self.model.backbone.output_shape())
 
     def recompute(self, signals: Signals, names: Collection[str], student: Signals) -> Signals:
-        """Compute signals of the parts behind the backbone once more, on other boxes.
+        """Computes signals of the parts after the backbone once more, on other boxes.
 
         Args:
-            signals: What was recorded of the model: all of its :attr:`features` at least.
+            signals: The model's recorded signals, with at least all of its :attr:`features`.
             names: The signals to compute.
-            student: Signals of the model whose boxes they are computed on.
+            student: The signals of the model that sampled the boxes.
         """
-        with self.record(names) as found:
+        with self.record(names) as recomputed:
             self.run({name: signals[name] for name in self.features}, set(names), student)
-        return found
+        return recomputed
 
     def check_alignment(self, teacher: "BackboneTap", names: Collection[str]) -> None:
-        """Check that equal places in two models' signals mean the same.
+        """Checks that the signals of two models correspond element by element.
 
         Args:
             teacher: The tap of the other model.
@@ -132,19 +141,19 @@ class BackboneTap:
             )
 
     def check_replaced(self, head: str, losses: Collection[str]) -> None:
-        """Check that the model has the losses whose place those of a head take, as far as its kind tells.
+        """Checks that the model has the losses that a head replaces, as far as its class determines them.
 
         Raises:
             InputError: If it lacks one.
         """
 
     def attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
-        """Attach the hooks that record the named signals; use :func:`hook` and :func:`wrap`.
+        """Attaches the hooks that record the named signals, by :func:`hook` and :func:`wrap`.
 
         Args:
-            stack: Detaches them when it closes.
-            signals: Where recorded signals are put, by their names.
-            names: The signals to record; those of another tap in the class hierarchy may be among them.
+            stack: Detaches the hooks when it closes.
+            signals: The dict that receives the recorded signals by their names.
+            names: The signals to record; they may include those of other taps in the class hierarchy.
         """
         for module in self._backbones:
             wanted = names.intersection(module.output_shape())
@@ -157,19 +166,19 @@ class BackboneTap:
                 signals.update({key: x for key, x in vectors.items() if key in names})
 
     def forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
-        """Run the model as far as the named signals need it, without its losses and its post-processing.
+        """Runs the model as far as the named signals need it, without its losses and its post-processing.
 
         Args:
-            batched_inputs: As the data loader gives them.
+            batched_inputs: The batch as the data loader returns it.
             names: The signals to compute.
-            student: The student's signals, whose boxes ROI signals are computed on.
+            student: The student's signals; ROI signals are computed on its boxes.
         """
         images = self.model.preprocess_image(batched_inputs)
         if not self.run_bottom_up(images.tensor, names):
             self.run(self.model.backbone(images.tensor), names, student)
 
     def run_bottom_up(self, images: Tensor, names: set[str]) -> bool:
-        """Run the bottom-up network alone if all named signals are its own, and return whether they are."""
+        """Runs only the bottom-up network if all named signals come from it, and returns whether they do."""
         bottom_up, *above = self._backbones
         stages = tuple(f"{name}_" for name in preactivations(bottom_up))
         alone = all(name in bottom_up.output_shape() or name.startswith(stages) for name in names)
@@ -178,19 +187,20 @@ class BackboneTap:
         return bool(above) and alone
 
     def run(self, features: dict[str, Tensor], names: set[str], student: Signals) -> None:
-        """Run the parts behind the backbone that the named signals need; here there are none.
+        """Runs the parts after the backbone that the named signals need; by default there are none.
 
         Args:
             features: Outputs of the backbone, by their names.
             names: The signals to compute.
-            student: The student's signals, whose boxes ROI signals are computed on.
+            student: The student's signals; ROI signals are computed on its boxes.
         """
 
 
 def preactivations(backbone: nn.Module) -> dict[str, nn.Module]:
-    """What gives each stage's values before the ReLU at its end: a residual block, or a module with that very output.
+    """Maps each stage to the module that feeds its final ReLU: a residual block, or a module whose output it is.
 
-    Of Detectron2's ResNets it is the last block of a stage; other backbones tell in an attribute ``preactivations``.
+    In Detectron2's ResNets it is the last block of a stage; other backbones declare their modules in an attribute
+    ``preactivations``.
     """
     if isinstance(backbone, ResNet):
         blocks = {name: stage[-1] for name, stage in zip(backbone.stage_names, backbone.stages, strict=True)}
@@ -199,28 +209,31 @@ def preactivations(backbone: nn.Module) -> dict[str, nn.Module]:
 
 
 def norm_parameters(source: nn.Module) -> dict[str, Tensor]:
-    """Weight and bias (C,) of the batch norm before the ReLU behind a module of :func:`preactivations`."""
+    """Returns weight and bias (C,) of the batch norm before the ReLU after a module of :func:`preactivations`."""
     norm = last_norm(source)
     batch_norm = isinstance(norm, FrozenBatchNorm2d | nn.modules.batchnorm._BatchNorm)
     return {"weight": norm.weight, "bias": norm.bias} if batch_norm else {}
 
 
 def last_norm(source: nn.Module) -> nn.Module:
-    """The normalisation at the end of a residual block, of another module itself."""
+    """Returns the normalisation at the end of a residual block; any other module is returned itself."""
     if isinstance(source, BasicBlock | BottleneckBlock):
         return (source.conv3 if isinstance(source, BottleneckBlock) else source.conv2).norm
     return source
 
 
 def is_folded(norm: nn.Module) -> bool:
-    """Whether a frozen batch norm has no statistics: in Detectron2's converted models its weight and bias hold them."""
+    """Reports whether the statistics of a frozen batch norm were folded into its weight and bias.
+
+    This is so in Detectron2's converted models.
+    """
     if not isinstance(norm, FrozenBatchNorm2d):
         return False
     return not norm.running_mean.any() and torch.allclose(norm.running_var + norm.eps, torch.ones(()).to(norm.weight))
 
 
 def hook_preactivation(stack: ExitStack, source: nn.Module, function: Callable[[Tensor], None]) -> None:
-    """Call `function(x)` with what enters the ReLU behind a module of :func:`preactivations`, until `stack` closes."""
+    """Calls `function(x)` with the input of the ReLU after a module of :func:`preactivations`, until `stack` closes."""
     if not isinstance(source, BasicBlock | BottleneckBlock):
         hook(stack, source, lambda _, output: function(output))
         return
@@ -234,7 +247,7 @@ def hook_preactivation(stack: ExitStack, source: nn.Module, function: Callable[[
 
 
 def hook(stack: ExitStack, module: nn.Module, function: Callable[[tuple, object], None]) -> None:
-    """Call `function(inputs, output)` after each forward of a module, until `stack` closes."""
+    """Calls `function(inputs, output)` after each forward of a module, until `stack` closes."""
 
     def call(_, inputs, output):
         function(inputs, output)
@@ -243,7 +256,7 @@ def hook(stack: ExitStack, module: nn.Module, function: Callable[[tuple, object]
 
 
 def wrap(stack: ExitStack, owner: nn.Module, method: str, function: Callable[[tuple, object], None]) -> None:
-    """Call `function(args, result)` after each call of a bound method, until `stack` closes."""
+    """Calls `function(args, result)` after each call of a bound method, until `stack` closes."""
     shadowed = vars(owner).get(method)
     original = getattr(owner, method)
 

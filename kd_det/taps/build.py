@@ -1,4 +1,4 @@
-"""Choice of the tap that knows a model."""
+"""Chooses the tap that can read a model."""
 
 from torch import nn
 
@@ -8,16 +8,22 @@ from kd_det.taps.backbone import BackboneTap
 
 
 def find_tap(architecture: type[nn.Module]) -> type[BackboneTap]:
-    """Find the tap of a meta-architecture: that of the class or of its nearest registered base, else the backbone's."""
+    """Finds the tap registered for a class or its nearest base class; without any, the tap of the backbone."""
     names = (f"{base.__name__}Tap" for base in architecture.__mro__)
     return next((TAP_REGISTRY.get(name) for name in names if name in TAP_REGISTRY), BackboneTap)
 
 
 def build_tap(model: nn.Module) -> BackboneTap:
-    """Build the tap of a model.
+    """Builds the tap of a model.
 
     Raises:
         InputError: If the model has neither a registered tap nor a ``backbone``.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.backbone = nn.Identity()
+        >>> type(build_tap(model)).__name__
+        'BackboneTap'
     """
     tap = find_tap(type(model))
     if tap is BackboneTap and not hasattr(model, "backbone"):

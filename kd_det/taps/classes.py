@@ -1,4 +1,4 @@
-"""Read from a model's signals what it is and how many classes it knows."""
+"""Infers from a model's signals what kind of model it is and how many classes it predicts."""
 
 from collections.abc import Mapping
 
@@ -7,17 +7,18 @@ from torch import nn
 
 from kd_det.taps.build import build_tap
 
-# Maps the signal of class logits to what such a model is, and to how many of its channels are not classes.
+# Maps the signal of class logits to the kind of model that has it, and to the number of its channels for background.
 CLASS_SIGNALS = {"logits": ("image classifier", 0), "roi_logits": ("detector", 1), "dense_logits": ("detector", 0)}
 
 
 def count_classes(spec: Mapping[str, ShapeSpec]) -> int | None:
-    """Return the number of classes of a model whose signals have these shapes; None where no signal has classes."""
-    return next((spec[name].channels - others for name, (_, others) in CLASS_SIGNALS.items() if name in spec), None)
+    """Counts the classes of a model whose signals have these shapes; None if it has no class logits."""
+    counts = (spec[name].channels - background for name, (_, background) in CLASS_SIGNALS.items() if name in spec)
+    return next(counts, None)
 
 
 def describe_model(model: nn.Module) -> str:
-    """Say in words what a model is and how many classes it knows."""
+    """Describes in words what kind of model this is and how many classes it predicts."""
     spec = build_tap(getattr(model, "student", model)).spec()
     kind = next((kind for name, (kind, _) in CLASS_SIGNALS.items() if name in spec), "detector")
     return f"{kind} of {count_classes(spec) if count_classes(spec) is not None else 'unknown'} classes"

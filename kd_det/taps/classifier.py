@@ -1,4 +1,4 @@
-"""The tap of image classifiers."""
+"""Implements the tap of image classifiers."""
 
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -44,11 +44,11 @@ class ImageClassifierTap(BackboneTap):
         super().attach(stack, signals, names - {"pooled"})
         linear = self.model.linear
 
-        def keep(args: tuple, logits: Tensor) -> None:
-            found = {"pooled": args[0], "logits": logits, "logits_weight": linear.weight, "logits_bias": linear.bias}
-            signals.update({name: value for name, value in found.items() if name in names})
+        def store(args: tuple, logits: Tensor) -> None:
+            values = {"pooled": args[0], "logits": logits, "logits_weight": linear.weight, "logits_bias": linear.bias}
+            signals.update({name: value for name, value in values.items() if name in names})
 
-        hook(stack, linear, keep)
+        hook(stack, linear, store)
         wrap(stack, self.model, "losses", lambda args, _: signals.update(labels=args[1]))
         if "input_gradient" in names:
             images = []
@@ -78,15 +78,15 @@ class ImageClassifierTap(BackboneTap):
 
 
 def input_gradient(logits: Tensor, labels: Tensor, images: Tensor, *, create_graph: bool) -> Tensor:
-    """Gradient of each image's cross-entropy with respect to the image, (N, 3, H, W).
+    """Computes the gradient of each image's cross-entropy with respect to the image, (N, 3, H, W).
 
     Args:
         logits: (N, K), computed from `images`.
         labels: (N,).
-        images: What entered the network, (N, 3, H, W).
-        create_graph: Whether the gradient is to be differentiated once more.
+        images: The network's input, (N, 3, H, W).
+        create_graph: Whether the gradient is to be differentiated again.
     """
-    # The sum, so that an image's gradient does not depend on the size of the batch.
+    # With the sum, the gradient of an image does not depend on the size of the batch.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return torch.autograd.grad(loss, images, create_graph=create_graph, retain_graph=True)[0]

@@ -1,4 +1,4 @@
-"""The tap of RetinaNet."""
+"""Implements the tap of RetinaNet."""
 
 from contextlib import ExitStack
 from typing import Any

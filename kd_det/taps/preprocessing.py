@@ -1,4 +1,4 @@
-"""Images that two models preprocess alike, and so need to be preprocessed once."""
+"""Shares preprocessed images between models that preprocess them alike."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,11 +7,11 @@ from torch import nn
 
 
 def preprocess_alike(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two models turn equal images into equal tensors; False where that cannot be told."""
+    """Reports whether two models turn equal images into equal tensors; False if this cannot be determined."""
     methods = [getattr(type(model), "preprocess_image", None) for model in (one, other)]
     if methods[0] is None or methods[0] is not methods[1]:
         return False
-    # What a method from elsewhere depends on is not known.
+    # A method from another package may depend on anything.
     if methods[0].__module__.partition(".")[0] not in ("detectron2", "kd_det"):
         return False
     return _statistics(one) == _statistics(other) and _padding(one) == _padding(other)
@@ -27,11 +27,11 @@ def _padding(model: nn.Module) -> tuple[int, dict[str, int]]:
 
 @contextmanager
 def shared_images(models: Sequence[nn.Module], batched_inputs: list[dict]) -> Iterator[None]:
-    """Let the first model preprocess a batch, and all of them take the result.
+    """Lets the first model preprocess a batch, and all models use the result.
 
     Args:
         models: Models that :func:`preprocess_alike`, on one device.
-        batched_inputs: The batch that all of them get.
+        batched_inputs: The batch that all of them are given.
     """
     images = models[0].preprocess_image(batched_inputs)
     for model in models:

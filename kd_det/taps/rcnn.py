@@ -1,4 +1,4 @@
-"""The tap of Faster and Mask R-CNN, with FPN or C4, and of Cascade R-CNN."""
+"""Implements the tap of Faster and Mask R-CNN, with FPN or C4, and of Cascade R-CNN."""
 
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -23,9 +23,9 @@ from kd_det.taps.backbone import BackboneTap, hook, wrap
 class GeneralizedRCNNTap(BackboneTap):
     """Taps the backbone, the RPN, the box head and the mask head of a ``GeneralizedRCNN``.
 
-    ROI heads must be ``StandardROIHeads``, ``Res5ROIHeads``, ``CascadeROIHeads`` (last stage) or a subclass; of others
-    the backbone and the RPN are tapped. The sampled boxes and their classes are read where the predictor is given them
-    to compute its losses, the one place that all these share.
+    ROI heads must be ``StandardROIHeads``, ``Res5ROIHeads``, ``CascadeROIHeads`` (last stage) or a subclass; with other
+    ROI heads only the backbone and the RPN are tapped. The sampled boxes and their classes are read where the predictor
+    receives them to compute its losses, the one place that all these heads share.
     """
 
     box_features = ("roi_features",)
@@ -104,7 +104,7 @@ class GeneralizedRCNNTap(BackboneTap):
 
     @property
     def _last_fc(self) -> nn.Module | None:
-        """The last linear layer of the box head, behind which there is a ReLU."""
+        """Returns the last linear layer of the box head, which is followed by a ReLU."""
         head = getattr(self.model.roi_heads, "box_head", None)
         head = head[-1] if isinstance(self.model.roi_heads, CascadeROIHeads) else head
         return head.fcs[-1] if self._has_boxes and isinstance(head, FastRCNNConvFCHead) and head.fcs else None
@@ -117,20 +117,20 @@ class GeneralizedRCNNTap(BackboneTap):
     def attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
         super().attach(stack, signals, names)
 
-        def keep(**found: Tensor) -> None:
-            signals.update({name: value for name, value in found.items() if name in names})
+        def store(**values: Tensor) -> None:
+            signals.update({name: value for name, value in values.items() if name in names})
 
         if names & {"rpn_logits", "rpn_deltas"}:
-            hook(stack, self.model.proposal_generator.rpn_head, lambda _, out: keep(**flatten_rpn(*out)))
+            hook(stack, self.model.proposal_generator.rpn_head, lambda _, out: store(**flatten_rpn(*out)))
         if "roi_box_preact" in names:
-            hook(stack, self._last_fc, lambda _, out: keep(roi_box_preact=out))
+            hook(stack, self._last_fc, lambda _, out: store(roi_box_preact=out))
         if "roi_features" in names:
-            hook(stack, self._pooler, lambda _, out: keep(roi_features=out))
+            hook(stack, self._pooler, lambda _, out: store(roi_features=out))
         if any(name.startswith("roi_") for name in names):
             hook(
                 stack,
                 self._predictor,
-                lambda args, out: keep(
+                lambda args, out: store(
                     roi_box_features=args[0],
                     roi_logits=out[0],
                     roi_deltas=out[1],
@@ -146,7 +146,7 @@ class GeneralizedRCNNTap(BackboneTap):
             )
         if "mask_logits" in names:
             head = self.model.roi_heads.mask_head
-            wrap(stack, head, "layers", lambda _, out: keep(mask_logits=out))
+            wrap(stack, head, "layers", lambda _, out: store(mask_logits=out))
             hook(
                 stack,
                 head,
@@ -163,7 +163,7 @@ class GeneralizedRCNNTap(BackboneTap):
         self.run(features, names, student)
 
     def _propose(self, images: ImageList, features: dict[str, Tensor]) -> Tensor:
-        """Boxes of the model's own RPN, as many per image as ROIs are sampled in training, (R, 5)."""
+        """Proposes boxes by the model's own RPN, (R, 5), as many per image as ROIs are sampled in training."""
         proposals, _ = self.model.proposal_generator(images, features, None)
         return join_boxes([x[: self.model.roi_heads.batch_size_per_image] for x in proposals])
 
@@ -172,7 +172,7 @@ class GeneralizedRCNNTap(BackboneTap):
             rpn = self.model.proposal_generator
             rpn.rpn_head([features[f] for f in rpn.in_features])
         images = len(next(iter(features.values())))
-        # Boxes last: in a C4 model both go through one pooler, and roi_features are the boxes'.
+        # Boxes come last: in a C4 model masks go through the same pooler, and roi_features must be those of the boxes.
         if "mask_logits" in names:
             self._run_masks(features, split_boxes(student["mask_boxes"], images))
         wanted = {name for name in names if name.startswith("roi_")}
@@ -203,14 +203,14 @@ class GeneralizedRCNNTap(BackboneTap):
 
 
 def flatten_rpn(logits: list[Tensor], deltas: list[Tensor]) -> Signals:
-    """Join the levels of an RPN head's outputs.
+    """Concatenates the levels of an RPN head's outputs.
 
     Args:
-        logits: Per level (N, A, H, W).
-        deltas: Per level (N, 4 A, H, W).
+        logits: Logits of each level, (N, A, H, W).
+        deltas: Box deltas of each level, (N, 4 A, H, W).
 
     Returns:
-        ``rpn_logits`` (N, anchors, 1) and ``rpn_deltas`` (N, anchors, 4), level by level, row by row, then anchor.
+        ``rpn_logits`` (N, anchors, 1) and ``rpn_deltas`` (N, anchors, 4), ordered by level, row, column and anchor.
     """
     return {
         "rpn_logits": cat([permute_to_N_HWA_K(x, 1) for x in logits], dim=1),
@@ -219,7 +219,7 @@ def flatten_rpn(logits: list[Tensor], deltas: list[Tensor]) -> Signals:
 
 
 def check_anchors(student: nn.Module, teacher: nn.Module) -> None:
-    """Check that two anchor generators make the same anchors, up to a hundredth of a pixel.
+    """Checks that two anchor generators make the same anchors, to within a hundredth of a pixel.
 
     Raises:
         InputError: If they do not.
@@ -241,7 +241,7 @@ def check_anchors(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def join_boxes(instances) -> Tensor:
-    """Proposal boxes of all images as (R, 5): image, x0, y0, x1, y1."""
+    """Concatenates the proposal boxes of all images as (R, 5): image, x0, y0, x1, y1."""
     return cat(
         [
             torch.cat([x.proposal_boxes.tensor.new_full((len(x), 1), i), x.proposal_boxes.tensor.detach()], dim=1)
@@ -251,10 +251,10 @@ def join_boxes(instances) -> Tensor:
 
 
 def join_classes(instances) -> Tensor:
-    """Labelled classes of all images' proposals, (R,)."""
+    """Concatenates the labelled classes of all images' proposals, (R,)."""
     return cat([x.gt_classes for x in instances])
 
 
 def split_boxes(boxes: Tensor, images: int) -> list[Boxes]:
-    """Inverse of :func:`join_boxes`."""
+    """Splits boxes (R, 5) by image, the inverse of :func:`join_boxes`."""
     return [Boxes(boxes[boxes[:, 0] == i, 1:]) for i in range(images)]
