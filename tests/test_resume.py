@@ -309,6 +309,31 @@ def test_a_state_of_another_shape(make, tmp_path, change):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        torch.Tensor.flatten,
+        torch.Tensor.tolist,
+        torch.Tensor.int,
+        torch.Tensor.to_sparse,
+        lambda momentum: momentum.to(torch.complex64),
+        lambda momentum: momentum.to("meta"),
+    ],
+)
+def test_momentum_of_another_shape_or_kind(make, tmp_path, change):
+    train(make(**{"SOLVER.MAX_ITER": 1}), resume=False)
+    data = load(tmp_path / "run" / FINAL)
+    entry = next(
+        x for x in data["trainer"]["_trainer"]["optimizer"]["state"].values() if x["momentum_buffer"].dim() > 1
+    )
+    entry["momentum_buffer"] = change(entry["momentum_buffer"])
+    torch.save(data, tmp_path / "run" / FINAL)
+    with pytest.raises(
+        InputError, match=r"^--resume: .* another config \(ValueError: its optimizer's momentum_buffer of "
+    ):
+        Trainer(make(**{"SOLVER.MAX_ITER": 1})).resume_or_load(resume=True)
+
+
 @pytest.mark.parametrize("value", [5, {"HintHead": 5}, None])
 def test_heads_of_another_shape(make, tmp_path, value):
     cfg = make("stage")

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_det.checkpoint import shorten
@@ -35,7 +36,7 @@ def adapt_state(
         the schedule had reached.
 
     Raises:
-        ValueError: If other parameters were trained.
+        ValueError: If other parameters were trained, or what was accumulated does not fit them.
     """
     own = optimizer.state_dict()
     if saved_names is None:
@@ -49,6 +50,7 @@ def adapt_state(
     saved_groups = {i: group for group in saved["param_groups"] for i in group["params"]}
     changes: Counter[tuple[str, Any, Any]] = Counter()
     state = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for group in own["param_groups"]:
         for i in group["params"]:
             before = saved_groups[order[names[i]]]
@@ -56,6 +58,7 @@ def adapt_state(
             changes.update((key, before[key], group[key]) for key in options if group[key] != before[key])
             if order[names[i]] in saved["state"]:
                 state[i] = saved["state"][order[names[i]]]
+                check_entry(names[i], state[i], parameters[i])
         group["lr"] = saved_groups[order[names[group["params"][0]]]]["lr"]
     for (key, before, now), number in sorted(changes.items(), key=str):
         name = "learning rate" if key == "initial_lr" else key
@@ -63,3 +66,20 @@ def adapt_state(
             "%s: %s instead of %s from here on, for %d parameters, as the config says.", name, now, before, number
         )
     return {"state": state, "param_groups": own["param_groups"]}, any(key == "initial_lr" for key, *_ in changes)
+
+
+def check_entry(name: str, entry: dict[str, Any], parameter: nn.Parameter) -> None:
+    """Check what an optimizer has accumulated of a parameter: numbers, and real tensors of the parameter's shape.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    for key, value in entry.items():
+        if value is None or isinstance(value, int | float):
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"its optimizer's {key} of {name} is a {type(value).__name__}")
+        if value.dim() and value.shape != parameter.shape:
+            raise ValueError(f"its optimizer's {key} of {name} has shape {list(value.shape)}")
+        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"its optimizer's {key} of {name} is not a dense tensor of real numbers")
