@@ -7,14 +7,20 @@ fail = { echo "setup: $(1)" >&2; exit 1; }
 RETRY := pip failed for the reason above. It needs network access and room for 6 GB and the downloads. Run make again \
 to go on; if that does not help, delete .venv first
 
-.PHONY: quickstart test lint docs
+.PHONY: quickstart test test-slow lint docs
 
 quickstart: .venv/.ready
 	.venv/bin/python tools/quickstart.py
 
 # One thread in each of two processes: on two cores, two processes of two threads are 30 times slower.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal tests
+
 test: .venv/.ready
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal tests
+	$(PYTEST) -m 'not slow'
+
+# What kills, launches, or trains for long.
+test-slow: .venv/.ready
+	$(PYTEST) -m slow
 
 lint: .venv/.ready
 	.venv/bin/python -m ruff check .
