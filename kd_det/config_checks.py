@@ -124,6 +124,8 @@ BOUNDS = {
     "SOLVER.MAX_ITER": COUNT,
     "SOLVER.CHECKPOINT_PERIOD": COUNT,
     "SOLVER.NUM_DECAYS": COUNT,
+    # It is checked beside the number of images that a process gets.
+    "SOLVER.ACCUMULATE": ANY,
     "SOLVER.MOMENTUM": SHARE,
     "SOLVER.GAMMA": Bounds(0, 1000),
     "SOLVER.WEIGHT_DECAY*": Bounds(0, 1000),
