@@ -28,7 +28,7 @@ from PIL import ImageMode
 
 from kd_det.config import default_config, look_up, student_config
 from kd_det.config_kinds import first_match, has_lists, leaves, show
-from kd_det.errors import InputError
+from kd_det.errors import InputError, check_choice
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
 
 # ---- Bounds ----
@@ -226,7 +226,7 @@ def check_each(cfg: CfgNode, *, sections: tuple[str, ...] = ("",)) -> None:
     for key, value, _ in leaves(cfg, defaults):
         if key.startswith(sections) and not key.startswith(foreign):
             check_bounds(key, value)
-            check_choice(key, value)
+            check_listed_choice(key, value)
             check_unique(key, value)
     if cfg.VERSION != defaults.VERSION:
         raise InputError(f"VERSION: must be {defaults.VERSION}, got {cfg.VERSION}.")
@@ -254,12 +254,11 @@ def numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-def check_choice(key: str, value: Any) -> None:
+def check_listed_choice(key: str, value: Any) -> None:
     """Check a name by ``CHOICES``."""
     allowed = first_match(CHOICES, key)
-    if allowed and value not in allowed:
-        names = ", ".join(name or repr(name) for name in allowed)
-        raise InputError(f"{key}: {value!r} is not one of {names}.")
+    if allowed:
+        check_choice(key, value, allowed)
 
 
 def check_unique(key: str, value: Any) -> None:

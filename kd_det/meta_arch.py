@@ -1,4 +1,4 @@
-"""The meta-architecture that trains a student with a teacher beside it."""
+"""Implements the meta-architecture that trains a student alongside its teacher."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -24,25 +24,25 @@ from kd_det.teacher import Teacher, build_teacher
 
 @META_ARCH_REGISTRY.register()
 class TeacherStudent(nn.Module):
-    """A student, untouched, whose loss dict gains the distillation losses of some heads.
+    """Trains an unmodified student, and adds the losses of distillation heads to its loss dict.
 
-    In training the student's own forward runs once while its tap records; the teacher computes the same signals on the
-    same batch, those of boxes after the student, the others before it; each head turns both into losses. In inference
-    it is the student.
+    In training the student's own forward runs once while its tap records. The teacher computes the same signals on the
+    same batch: box signals after the student has run, all others before. Each head turns the signals of both into
+    losses. In inference only the student runs.
 
     The event storage gets each head's weight as ``kd/weight/<head>``.
 
     Args:
         student: Any meta-architecture with a tap or a backbone.
-        teacher: The teacher; None only without heads.
-        heads: Name to head; see :data:`kd_det.KD_HEAD_REGISTRY`.
-        schedules: Name of a head to its weight at an iteration; a head without one has weight 1.
+        teacher: The teacher; may be None only if there are no heads.
+        heads: The heads by their names; see :data:`kd_det.KD_HEAD_REGISTRY`.
+        schedules: Maps the name of a head to a function from iteration to weight; a head without one has weight 1.
         mask_padding: Whether feature losses leave out padding.
         task_weight: Factor of the student's own losses.
-        gradient_shares: When to measure the losses' gradients; None: never.
+        gradient_shares: Measures the gradients of the losses; None measures nothing.
     """
 
-    # What heads trained in a stage before this run stays as it is.
+    # Freeze the head parts that were trained in the stage before the run.
     frozen_adapters = True
 
     @configurable
@@ -74,7 +74,7 @@ class TeacherStudent(nn.Module):
             teacher.check({name for head in self.heads.values() for name in teacher_signals(head)})
             for name, head in self.heads.items():
                 self.tap.check_replaced(name, getattr(head, "replaces", ()))
-            # Else each network preprocesses the images itself.
+            # Without shared images, each network preprocesses the batch itself.
             self.shares_images = not teacher.flip_channels and preprocess_alike(student, teacher.model)
 
     @classmethod
@@ -101,11 +101,11 @@ class TeacherStudent(nn.Module):
 
     @property
     def checkpointables(self) -> dict[str, object]:
-        """What lies beside the student in a checkpoint."""
+        """Returns the objects that a checkpoint holds alongside the student."""
         return {"kd_heads": self.heads}
 
     def forward(self, batched_inputs: list[dict]):
-        """See the student's forward; in training its losses are joined by the heads' weighted ones.
+        """Runs the student; in training, adds the heads' weighted losses to the student's.
 
         Raises:
             FloatingPointError: If a loss is not finite.
@@ -126,18 +126,18 @@ class TeacherStudent(nn.Module):
         batch = Batch.from_inputs(batched_inputs, mask_padding=self.mask_padding)
         groups = {"task": list(losses.values())}
         for name in active:
-            found = self.heads[name](student, teacher, batch)
-            repeated = losses.keys() & found.keys()
+            head_losses = self.heads[name](student, teacher, batch)
+            repeated = losses.keys() & head_losses.keys()
             if repeated:
                 raise InputError(f"KD.HEADS: {name} gives {', '.join(sorted(repeated))}, which exists already.")
-            found = {key: weights[name] * loss for key, loss in found.items()}
-            groups[name] = list(found.values())
-            losses |= found
+            head_losses = {key: weights[name] * loss for key, loss in head_losses.items()}
+            groups[name] = list(head_losses.values())
+            losses |= head_losses
         idle = [
             p for name in self.heads if name not in active for p in self.heads[name].parameters() if p.requires_grad
         ]
         if idle:
-            # DDP wants every parameter in the graph of every step.
+            # DDP needs every parameter in the graph of every step.
             losses["loss_kd_idle"] = 0.0 * torch.stack([p.sum() for p in idle]).sum()
         check_finite(losses, iteration)
         if self.gradient_shares.is_due(iteration):
@@ -147,7 +147,7 @@ class TeacherStudent(nn.Module):
     def _forwards(
         self, batched_inputs: list[dict], names: set[str], teacher_names: set[str]
     ) -> tuple[dict[str, Tensor], Signals, Signals]:
-        """Run both networks: the student's losses, its signals, and the teacher's, of which only the named ones."""
+        """Runs both networks; returns the student's losses, its named signals, and the teacher's."""
         if not teacher_names:
             with self.tap.record(names) as student:
                 return self.student(batched_inputs), student, {}
@@ -160,7 +160,7 @@ class TeacherStudent(nn.Module):
             return losses, student, teacher.finish(started, teacher_names, student)
 
     def _replaced(self, active: list[str], losses: Mapping[str, Tensor]) -> set[str]:
-        """Names of the student's own losses whose place the active heads' losses take."""
+        """Lists the student's own losses that the active heads' losses replace."""
         replaced = {(name, key) for name in active for key in getattr(self.heads[name], "replaces", ())}
         for name, key in sorted(replaced):
             if key not in losses:
@@ -171,10 +171,10 @@ class TeacherStudent(nn.Module):
 
 
 def build_student(cfg: CfgNode) -> nn.Module:
-    """Build the student of a distilled config.
+    """Builds the student of a distilled config.
 
     Raises:
-        InputError: If ``KD.STUDENT_ARCHITECTURE`` names none.
+        InputError: If ``KD.STUDENT_ARCHITECTURE`` does not name a student's meta-architecture.
     """
     name = cfg.KD.STUDENT_ARCHITECTURE
     known = sorted(known for known, _ in META_ARCH_REGISTRY if known not in DISTILLED)
@@ -186,7 +186,7 @@ def build_student(cfg: CfgNode) -> nn.Module:
 
 
 def check_task_weight(cfg: CfgNode) -> None:
-    """Check ``KD.TASK_WEIGHT``.
+    """Checks ``KD.TASK_WEIGHT``.
 
     Raises:
         InputError: If it is negative or not finite.
@@ -196,10 +196,10 @@ def check_task_weight(cfg: CfgNode) -> None:
 
 
 def check_finite(losses: Mapping[str, Tensor], iteration: int) -> None:
-    """Stop at a loss that is not a number or infinite.
+    """Checks that no loss is NaN or infinite.
 
     Raises:
-        FloatingPointError: Naming the losses and the iteration.
+        FloatingPointError: If one is; the message names the losses and the iteration.
     """
     values = torch.stack([loss.detach().float() for loss in losses.values()])
     if not values.isfinite().all():

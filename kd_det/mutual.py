@@ -1,4 +1,4 @@
-"""The meta-architecture that trains students which teach each other."""
+"""Implements the meta-architecture that trains students which teach each other."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kd_det.config import is_flipped
 from kd_det.construction import build_network
-from kd_det.errors import InputError
+from kd_det.errors import InputError, check_choice
 from kd_det.gradients import GradientShares, build_gradient_shares
 from kd_det.heads import InheritExploreHead
 from kd_det.heads.coders import first_boxes
@@ -28,38 +28,38 @@ METHODS = ("dml", "ie_dml")
 
 @META_ARCH_REGISTRY.register()
 class MutualStudents(nn.Module):
-    """Two or more students, untouched, that train together and teach each other. In inference it is the first of them.
+    """Trains two or more unmodified students together, so that they teach each other; in inference the first one runs.
 
-    Deep mutual learning (DML, Zhang et al., CVPR 2018, https://arxiv.org/abs/1706.00384): each student's losses gain
-    the Kullback-Leibler divergence of its class probabilities from those of a peer, mean over its peers. No gradient
-    reaches the peer. Each forward runs once, on the same batch, and all are updated at once; or, as in the paper's
-    algorithm, one after the other, each with the predictions of its peers as they then are.
+    Deep mutual learning (DML, Zhang et al., CVPR 2018, https://arxiv.org/abs/1706.00384) adds to each student's losses
+    the Kullback-Leibler divergence of its class probabilities from those of a peer, averaged over its peers. No
+    gradient reaches the peer. Each forward runs once, on the same batch, and all students are updated at once; or, as
+    in the paper's algorithm, in turn, each taught by its peers' current predictions.
 
-    Of R-CNNs the classes of the sampled boxes are compared, and each student samples its own. A peer's ROI heads run
-    once more on these, in evaluation mode and without gradients, from the feature maps that its forward computed.
+    R-CNNs are compared by the classes of the sampled boxes, and each student samples its own. A peer's ROI heads run
+    once more on these boxes, in evaluation mode and without gradients, from the feature maps that its forward computed.
 
-    IE-DML (Huang et al., CVPR 2021, https://arxiv.org/abs/2107.00181): each student further inherits from its peers and
-    explores what they lack, see :class:`InheritExploreHead`. It owns two encoders for the halves of its channels, and
-    an auto-encoder, trained together with it to reconstruct its features, whose factor its peers are compared with. No
-    gradient reaches the features from there, so a weight of the reconstruction would scale the auto-encoder's learning
-    rate alone: it is 1. No code of this method is published, and whether it has DML's divergence is not known; here it
-    has.
+    In IE-DML (Huang et al., CVPR 2021, https://arxiv.org/abs/2107.00181) each student also inherits from its peers and
+    explores what they lack, see :class:`InheritExploreHead`. It has two encoders for the halves of its channels, and an
+    auto-encoder that is trained alongside to reconstruct its features; its peers are compared with the auto-encoder's
+    factor. The reconstruction sends no gradient into the features, so a weight of it would scale only the
+    auto-encoder's learning rate; the weight is 1. No code of this method is published, and it is not known whether the
+    method includes DML's divergence; here it does.
 
-    The losses of the first student end in ``_peer_1``, and so on.
+    The names of the first student's losses end in ``_peer_1``, and so on.
 
     Args:
         students: The students.
-        source: "roi" or "cls": what is compared.
+        source: Predictions that are compared: "roi" or "cls".
         weight: Factor of the divergence.
-        heads: For IE-DML one head per student, which compares the student with itself, and of which all factors have
-            the same number of channels; else none.
-        head_weight: Factor of the heads' losses at an iteration.
-        sequential: Whether the students shall be updated one after the other; then an iteration has `turns`.
-        flip_channels: Of each student whether its images are in the reversed channel order; None for no student.
+        heads: For IE-DML one head per student, built with the student as its own teacher, all with the same number of
+            factor channels; otherwise none.
+        head_weight: Maps an iteration to the factor of the heads' losses.
+        sequential: Whether the students are updated in turn; an iteration then has `turns` updates.
+        flip_channels: Whether each student takes its images in reverse channel order; None if none does.
         mask_padding: Whether the heads leave out padding.
         task_weight: Factor of the students' own losses.
-        configs: Plain config of each student, for whoever evaluates or saves it.
-        gradient_shares: When to measure the losses' gradients; None: never.
+        configs: Plain config of each student, for code that evaluates or saves it.
+        gradient_shares: Measures the gradients of the losses; None measures nothing.
     """
 
     @configurable
@@ -97,16 +97,15 @@ class MutualStudents(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         node = cfg.KD.MUTUAL
-        for option, allowed in (("SOURCE", tuple(SOURCES)), ("METHOD", METHODS)):
-            if node[option] not in allowed:
-                raise InputError(f"KD.MUTUAL.{option}: {node[option]!r} is not one of {', '.join(allowed)}.")
+        check_choice("KD.MUTUAL.SOURCE", node.SOURCE, SOURCES)
+        check_choice("KD.MUTUAL.METHOD", node.METHOD, METHODS)
         if not 0 <= node.WEIGHT < math.inf:
             raise InputError(f"KD.MUTUAL.WEIGHT: must be finite and 0 or more, got {node.WEIGHT}.")
         if cfg.KD.HEADS or cfg.KD.TEACHER.CONFIG_FILE:
             raise InputError("KD.HEADS and KD.TEACHER: must be empty for MutualStudents, which has no teacher.")
         check_task_weight(cfg)
         names, configs = ["this config", *node.PEERS], load_peer_configs(cfg)
-        flip_channels = [is_flipped(cfg, own, (names[0], name)) for name, own in zip(names, configs, strict=True)]
+        flip_channels = [is_flipped(cfg, config, (names[0], name)) for name, config in zip(names, configs, strict=True)]
         students = [build_student(cfg)]
         # With the same seed the first student's training must draw the same random numbers with and without peers.
         with torch.random.fork_rng(devices=[]):
@@ -133,26 +132,26 @@ class MutualStudents(nn.Module):
 
     @property
     def student(self) -> nn.Module:
-        """The first student."""
+        """Returns the first student."""
         return self.students[0]
 
     @property
     def turns(self) -> int:
-        """How many updates an iteration has."""
+        """Returns the number of updates in an iteration."""
         return len(self.students) if self.sequential else 1
 
     @property
     def checkpointables(self) -> dict[str, object]:
-        """What lies beside the first student in a checkpoint."""
+        """Returns the objects that a checkpoint holds alongside the first student."""
         peers = {f"peer_{i}": student for i, student in enumerate(self.students, 1) if i > 1}
         return peers | ({"kd_heads": self.heads} if self.heads else {})
 
     def forward(self, batched_inputs: list[dict], turn: int | None = None):
-        """See the first student's forward; in training the losses of all students, or of one.
+        """Runs the first student; in training, runs all of them and returns the losses of all, or of one.
 
         Args:
-            batched_inputs: As the first student reads them.
-            turn: The one student that is to learn, counted from 0; the others then run without gradients.
+            batched_inputs: The batch in the form that the first student takes.
+            turn: Index of the only student to be trained; the others then run without gradients. None trains all.
 
         Raises:
             FloatingPointError: If a loss is not finite.
@@ -167,35 +166,35 @@ class MutualStudents(nn.Module):
             with ExitStack() as stack:
                 if i in learning:
                     stack.enter_context(storage.name_scope(f"peer_{i + 1}"))
-                else:  # Its scalars are those of its own turn.
+                else:  # A student logs its scalars only in its own turn.
                     stack.enter_context(torch.no_grad())
                     stack.enter_context(EventStorage(storage.iter))
                 signals = stack.enter_context(tap.record(self.signals | set(tap.features)))
-                found = student(flipped(batched_inputs) if self.flip_channels[i] else batched_inputs)
+                own_losses = student(flipped(batched_inputs) if self.flip_channels[i] else batched_inputs)
             recorded.append(signals)
             if i not in learning:
                 continue
-            found = {key: self.task_weight * loss for key, loss in found.items()}
-            groups[i] = {"task": list(found.values())}
+            own_losses = {key: self.task_weight * loss for key, loss in own_losses.items()}
+            groups[i] = {"task": list(own_losses.values())}
             if self.heads and self.heads[i].pretrained:
-                found |= self.heads[i].pretrain({}, first_boxes(self.heads[i].boxes, signals)[0], batch)
-            losses |= {f"{key}_peer_{i + 1}": loss for key, loss in found.items()}
+                own_losses |= self.heads[i].pretrain({}, first_boxes(self.heads[i].boxes, signals)[0], batch)
+            losses |= {f"{key}_peer_{i + 1}": loss for key, loss in own_losses.items()}
         weight = self.head_weight(storage.iter)
         if self.heads:
             storage.put_scalar(f"kd/weight/{InheritExploreHead.__name__}", weight, smoothing_hint=False)
-        # What runs without gradients runs last: autocast may keep the first low-precision copy of a weight.
+        # Parts without gradients run last, because autocast may cache the first low-precision copy of a weight.
         for i in learning:
-            own = recorded[i]
-            peers = {j: self._on_boxes_of(own, j, peer) for j, peer in enumerate(recorded) if j != i}
-            divergences = [mutual_loss(own[self.logits], peer[self.logits]) for peer in peers.values()]
-            found = {"loss_kd_mutual": self.weight * sum(divergences) / len(divergences)}
-            groups[i]["mutual"] = list(found.values())
+            learner = recorded[i]
+            peers = {j: self._on_boxes_of(learner, j, peer) for j, peer in enumerate(recorded) if j != i}
+            divergences = [mutual_loss(learner[self.logits], peer[self.logits]) for peer in peers.values()]
+            peer_losses = {"loss_kd_mutual": self.weight * sum(divergences) / len(divergences)}
+            groups[i]["mutual"] = list(peer_losses.values())
             if self.heads:
                 with storage.name_scope(f"peer_{i + 1}"):
-                    compared = self._inherit_and_explore(i, own, peers, batch, weight)
-                groups[i][InheritExploreHead.__name__] = list(compared.values())
-                found |= compared
-            losses |= {f"{key}_peer_{i + 1}": loss for key, loss in found.items()}
+                    head_losses = self._inherit_and_explore(i, learner, peers, batch, weight)
+                groups[i][InheritExploreHead.__name__] = list(head_losses.values())
+                peer_losses |= head_losses
+            losses |= {f"{key}_peer_{i + 1}": loss for key, loss in peer_losses.items()}
         check_finite(losses, storage.iter)
         for i, group in groups.items():
             if self.gradient_shares.is_due(storage.iter, suffix := f"_peer_{i + 1}"):
@@ -203,26 +202,26 @@ class MutualStudents(nn.Module):
         return losses
 
     @torch.no_grad()
-    def _on_boxes_of(self, own: Signals, j: int, peer: Signals) -> Signals:
-        """A peer's signals, those of boxes computed on the boxes that the student sampled."""
+    def _on_boxes_of(self, student: Signals, j: int, peer: Signals) -> Signals:
+        """Returns the signals of peer `j`, with box signals recomputed on the boxes that the student sampled."""
         if not self.box_signals:
             return peer
         with evaluation_mode(self.students[j]):
-            return peer | self.taps[j].recompute(peer, self.box_signals, own)
+            return peer | self.taps[j].recompute(peer, self.box_signals, student)
 
     def _inherit_and_explore(
-        self, i: int, own: Signals, peers: Mapping[int, Signals], batch: Batch, weight: float
+        self, i: int, student: Signals, peers: Mapping[int, Signals], batch: Batch, weight: float
     ) -> dict[str, Tensor]:
         head = self.heads[i]
-        own, *others = first_boxes(head.boxes, own, *peers.values())
-        targets = [self.heads[j].teacher_factors(peer, batch) for j, peer in zip(peers, others, strict=True)]
-        found = [head.compare(own, target, batch) for target in targets]
-        return {key: weight * sum(losses[key] for losses in found) / len(found) for key in found[0]}
+        student, *limited = first_boxes(head.boxes, student, *peers.values())
+        targets = [self.heads[j].teacher_factors(peer, batch) for j, peer in zip(peers, limited, strict=True)]
+        per_peer = [head.compare(student, target, batch) for target in targets]
+        return {key: weight * sum(losses[key] for losses in per_peer) / len(per_peer) for key in per_peer[0]}
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; afterwards each module is in the mode that it was in."""
+    """Puts a model into evaluation mode, and restores the mode of each module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

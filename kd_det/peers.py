@@ -1,4 +1,4 @@
-"""The students of a mutual run: their configs, how they fit each other, and each as a run of its own in the end."""
+"""Prepares the students of a mutual run, checks that they match, and saves each as a run of its own in the end."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,14 +16,15 @@ from kd_det.heads import InheritExploreHead
 from kd_det.heads.coders import Feature
 from kd_det.taps import BackboneTap
 
-# What is compared: the signal, and how many of its channels are no class.
+# Maps each source to the signal of its logits, and to the number of its channels for background.
 SOURCES = {"roi": ("roi_logits", 1), "cls": ("logits", 0)}
 
 
 def load_peer_configs(cfg: CfgNode) -> list[CfgNode]:
-    """Plain configs of all students: the run's own, then those of ``KD.MUTUAL.PEERS``.
+    """Loads the plain configs of all students: the run's own, then those of ``KD.MUTUAL.PEERS``.
 
-    MODEL and INPUT are the student's; all else is the run's, but for OUTPUT_DIR: ``peer_1``, ``peer_2``, ... below it.
+    MODEL and INPUT are those of the student. Everything else is taken from the run, except for OUTPUT_DIR, which is
+    ``peer_1``, ``peer_2``, ... below the run's.
 
     Raises:
         InputError: If no peer is named, or a file cannot be read.
@@ -48,17 +49,17 @@ def load_peer_configs(cfg: CfgNode) -> list[CfgNode]:
 
 
 def check_classes(source: str, specs: Sequence[Mapping[str, ShapeSpec]], names: Sequence[str]) -> None:
-    """Check that all students have the logits that are compared, for equally many classes.
+    """Checks that all students have the logits that are compared, for the same number of classes.
 
     Raises:
-        InputError: Naming the students.
+        InputError: If a student lacks them, or the numbers of classes differ; the message names the students.
     """
-    signal, others = SOURCES[source]
+    signal, background = SOURCES[source]
     counts = []
     for name, spec in zip(names, specs, strict=True):
         if signal not in spec:
             raise InputError(f"KD.MUTUAL.SOURCE: {source!r} needs {signal}, which the student of {name} does not have.")
-        counts.append(spec[signal].channels - others)
+        counts.append(spec[signal].channels - background)
         if counts[-1] != counts[0]:
             raise InputError(
                 f"KD.MUTUAL.PEERS: all students must know the same classes, but {names[0]} has {counts[0]} and {name} "
@@ -67,10 +68,10 @@ def check_classes(source: str, specs: Sequence[Mapping[str, ShapeSpec]], names: 
 
 
 def build_heads(cfg: CfgNode, taps: Sequence[BackboneTap], names: Sequence[str]) -> list[InheritExploreHead]:
-    """One head per student, as KD.INHERIT_EXPLORE says; its factor is FACTOR_RATE of the fewest channels.
+    """Builds a head for each student from KD.INHERIT_EXPLORE; factors have FACTOR_RATE of the fewest channels.
 
     Raises:
-        InputError: If a feature does not fit, or an option is wrong.
+        InputError: If a student does not have a feature in the form that is needed, or an option is wrong.
     """
     specs, parts = [tap.spec() for tap in taps], []
     for name, tap, spec in zip(names, taps, specs, strict=True):
@@ -80,27 +81,27 @@ def build_heads(cfg: CfgNode, taps: Sequence[BackboneTap], names: Sequence[str])
         except InputError as error:
             raise InputError(f"{name}, beside this config as teacher: {error}") from error
     rate, heads = cfg.KD.INHERIT_EXPLORE.FACTOR_RATE, []
-    for own in parts:
+    for student in parts:
         features = {}
-        for name, (channels, _, _, stride) in own["features"].items():
-            fewest = min(other["features"][name].student_channels for other in parts)
+        for name, (channels, _, _, stride) in student["features"].items():
+            fewest = min(peer["features"][name].student_channels for peer in parts)
             features[name] = Feature(channels, channels, max(round(rate * fewest), 1), stride)
-        heads.append(InheritExploreHead(**own | {"features": features}))
+        heads.append(InheritExploreHead(**student | {"features": features}))
     return heads
 
 
 def load_peer_weights(students: Sequence[nn.Module], configs: Sequence[CfgNode]) -> None:
-    """Load MODEL.WEIGHTS of each student but the first, whose weights are the run's.
+    """Loads MODEL.WEIGHTS of each student except the first, whose weights the run itself loads.
 
     Raises:
-        InputError: If a file cannot be read, or has nothing of its student.
+        InputError: If a file cannot be read, or has no weights for its student.
     """
     for student, cfg in list(zip(students, configs, strict=True))[1:]:
         KDCheckpointer(student).load(cfg.MODEL.WEIGHTS)
 
 
 class PeerWriter(HookBase):
-    """At the end of a run, writes each student as a finished run of its own: ``config.yaml``, ``model_final.pth``."""
+    """Saves each student as a finished run of its own (``config.yaml``, ``model_final.pth``) at the end of training."""
 
     def __init__(self, students: Sequence[nn.Module], configs: Sequence[CfgNode]):
         self.students = students

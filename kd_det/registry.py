@@ -1,4 +1,4 @@
-"""The registries that users extend."""
+"""Defines the registries that users extend."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from kd_det.lazy import import_names
 
 
 class CompleteRegistry(Registry):
-    """A registry that contains all of this package's classes, whichever of its modules has been imported."""
+    """Registers classes as its base does, and imports all of this package's classes before it looks one up."""
 
     def get(self, name: str) -> type:
         import_names("kd_det")
@@ -31,29 +31,31 @@ Registry of distillation heads: one paper, one module, adapters and loss togethe
 The registered object will be called with ``obj(cfg, student_spec, teacher_spec)``, where a spec maps the name of each
 signal that a network has to its :class:`ShapeSpec`. It is expected to return a ``nn.Module`` with
 
-* ``signals``: the names of the signals that it needs of both networks;
-* ``teacher_signals``, optional: what it needs of the teacher, if that is something else; what is compared stands first,
-  in the order of ``signals``;
-* ``replaces``, optional: names of the student's own losses whose place its losses take while its weight is above 0;
-* ``forward(student, teacher, batch)``: both networks' signals and the :class:`kd_det.signals.Batch` to a dict of
+* ``signals``: the names of the signals that it needs from both networks;
+* ``teacher_signals``, optional: the names of the signals that it needs from the teacher, if they differ; the signals to
+  compare come first, in the order of ``signals``;
+* ``replaces``, optional: names of the student's own losses that its losses replace while its weight is above 0;
+* ``forward(student, teacher, batch)``: maps both networks' signals and the :class:`kd_det.signals.Batch` to a dict of
   unweighted scalar losses, in float32, with names ``loss_kd_<head>[_<part>]``.
 
-A head of which a stage before the run trains a part has further
+If a stage before the run trains a part of the head, it also has
 
-* ``pretrained``: the names of its submodules that the stage trains; the rest of the head is then frozen. In the run it
-  is the other way round: they have no gradient and are in evaluation mode, and ``forward`` runs under
-  ``torch.no_grad()`` what it needs of them;
-* ``pretrain_signals``: the names of the student's signals that the stage needs; with none the student does not run;
-* ``pretrain_teacher_signals``: those of the teacher's; signals of boxes are of the boxes that the teacher proposes;
-* ``pretrains_student``: whether the stage trains the student, too;
-* ``pretrain(student, teacher, batch)``: both networks' signals and the batch to a dict of the stage's losses, named
-  like those of ``forward``. They are summed as they are; WEIGHT and SCHEDULE are of the run.
+* ``pretrained``: the names of its submodules that the stage trains, while the rest of the head is frozen. In the run it
+  is the other way round: these submodules have no gradient and are in evaluation mode, and ``forward`` uses them under
+  ``torch.no_grad()``;
+* ``pretrain_signals``: the names of the student's signals that the stage needs; if there are none, the student does not
+  run;
+* ``pretrain_teacher_signals``: the names of the teacher's signals that the stage needs; box signals are computed on the
+  boxes that the teacher proposes;
+* ``pretrains_student``: whether the stage also trains the student;
+* ``pretrain(student, teacher, batch)``: maps both networks' signals and the batch to a dict of the stage's losses,
+  named like those of ``forward``. They are summed without weights; WEIGHT and SCHEDULE apply to the run.
 
-A head whose work ends with its stage has ``signals = ()``, and its ``forward`` returns no loss. As WEIGHT has no
+A head that is used only in the stage has ``signals = ()``, and its ``forward`` returns no loss. As WEIGHT has no
 meaning in the run, such a head multiplies the losses of ``pretrain`` by it.
 
-Its keys live in the config node ``KD.<CONFIG_KEY>`` (see :func:`config_key`), with WEIGHT and SCHEDULE in every one.
-Their defaults are the class attribute ``config``, a dict.
+The keys of a head live in the config node ``KD.<CONFIG_KEY>`` (see :func:`config_key`), where every head has WEIGHT and
+SCHEDULE. Their defaults are the class attribute ``config``, a dict.
 """
 
 TAP_REGISTRY = CompleteRegistry("TAP")
@@ -65,7 +67,7 @@ The registered object will be called with ``obj(model)`` and is expected to be a
 
 
 def config_key(head_name: str) -> str:
-    """Return the name of a head's config node.
+    """Returns the name of a head's config node.
 
     >>> config_key("AttentionTransferHead"), config_key("ReviewKDHead"), config_key("PKDHead")
     ('ATTENTION_TRANSFER', 'REVIEW', 'PKD')

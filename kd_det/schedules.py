@@ -1,4 +1,4 @@
-"""The weight of a head over the iterations of a run."""
+"""Computes the weight of a head over the iterations of a run."""
 
 import math
 from dataclasses import dataclass
@@ -10,17 +10,22 @@ DECAYS = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True)
 class WeightSchedule:
-    """Weight of a distillation head at an iteration.
+    """Maps an iteration to the weight of a distillation head.
 
-    Zero before `start` and from `stop` on. Between them the weight grows linearly over `warmup` iterations, and then
-    stays (constant) or falls to zero at `stop` along a line or half a cosine.
+    The weight is zero before `start` and from `stop` on. In between it grows linearly over `warmup` iterations, and
+    then stays constant or falls to zero at `stop`, linearly or along half a cosine.
 
     Attributes:
         weight: The full weight.
         start: First iteration with a weight.
-        warmup: Iterations w of the linear growth: `start + i` has (i + 1) / (w + 1) of the weight.
-        stop: First iteration without a weight.
+        warmup: Number w of iterations of linear growth: iteration `start + i` has (i + 1) / (w + 1) of the weight.
+        stop: First iteration without a weight; None if there is none.
         decay: One of "constant", "linear", "cosine".
+
+    Example:
+        >>> schedule = WeightSchedule(weight=8.0, warmup=3, stop=7, decay="linear")
+        >>> [schedule(iteration) for iteration in range(8)]
+        [2.0, 4.0, 6.0, 8.0, 6.0, 4.0, 2.0, 0.0]
     """
 
     weight: float = 1.0
@@ -38,16 +43,16 @@ class WeightSchedule:
         if self.decay == "constant":
             return self.weight
         progress = (since - self.warmup) / (self.stop - self.start - self.warmup)
-        left = 1.0 - progress if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-        return self.weight * left
+        share = 1.0 - progress if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.weight * share
 
 
 def build_schedule(node, max_iter: int, *, key: str) -> WeightSchedule:
-    """Build the schedule of a head from its config node.
+    """Builds the schedule of a head from its config node.
 
     Args:
         node: The head's node, with WEIGHT and SCHEDULE.
-        max_iter: Length of the run in iterations: where SCHEDULE.STOP is -1, a decay ends here.
+        max_iter: Length of the run in iterations; a decay ends here if SCHEDULE.STOP is -1.
         key: Name of the node, for messages.
 
     Raises:

@@ -1,32 +1,32 @@
-"""What passes between networks and heads: named tensors, and the batch they were computed on.
+"""Defines what passes between networks and heads: named tensors, and the batch that they were computed on.
 
 A *signal* is one tensor that a network computed on one batch. The names are the same for every network:
 
 ===================== ========================================================================================
 ``p2`` ... ``p7``     outputs of the backbone, (N, C, H, W); for a C4 backbone ``res4``
 ``res2`` ... ``res5`` outputs of the bottom-up network below an FPN, (N, C, H, W)
-``res4_preact``       what enters the ReLU at the end of a stage, (N, C, H, W)
+``res4_preact``       input of the ReLU at the end of a stage, (N, C, H, W)
 ``res4_norm_weight``  weight (C,) of the batch norm before that ReLU, and ``res4_norm_bias`` (C,)
 ``rpn_logits``        objectness of all anchors of all levels, (N, anchors, 1)
-``rpn_deltas``        their box deltas, (N, anchors, 4)
+``rpn_deltas``        box deltas of the same anchors, (N, anchors, 4)
 ``roi_features``      pooled features of the sampled boxes, (R, C, h, w)
 ``roi_box_features``  input of the box predictor, (R, D)
-``roi_box_preact``    what enters the last ReLU of the box head, (R, D)
+``roi_box_preact``    input of the last ReLU of the box head, (R, D)
 ``roi_logits``        class logits, background last, (R, K + 1)
-``roi_logits_weight`` weight (K + 1, D) of the layer that makes them, and ``roi_logits_bias`` (K + 1,)
+``roi_logits_weight`` weight (K + 1, D) of the layer that computes them, and ``roi_logits_bias`` (K + 1,)
 ``roi_deltas``        box deltas, (R, 4 K), or (R, 4) if class-agnostic
 ``mask_logits``       mask logits of the foreground boxes, (F, K or 1, m, m)
 ``dense_logits``      class logits of a one-stage detector, (N, anchors, K)
-``dense_deltas``      its box deltas, (N, anchors, 4)
+``dense_deltas``      box deltas of a one-stage detector, (N, anchors, 4)
 ``pooled``            pooled feature of an image classifier, (N, D)
-``logits``            its class logits, (N, K)
+``logits``            class logits of an image classifier, (N, K)
 ``logits_weight``     weight (K, D) of its linear layer, and ``logits_bias`` (K,)
-``input_gradient``    gradient of each image's cross-entropy for the image, (N, 3, H, W)
+``input_gradient``    gradient of each image's cross-entropy with respect to the image, (N, 3, H, W)
 ===================== ========================================================================================
 
-ROI signals come with the boxes they stand for, row by row: ``roi_boxes`` (R, 5) as (image, x0, y0, x1, y1) in
-pixels of the network's input and ``roi_classes`` (R,), K for background; likewise ``mask_boxes`` and ``mask_classes``.
-With a student classifier's signals come its ``labels`` (N,).
+ROI signals come with their boxes, row by row: ``roi_boxes`` (R, 5) as (image, x0, y0, x1, y1) in pixels of the
+network's input, and ``roi_classes`` (R,), K for background; likewise ``mask_boxes`` and ``mask_classes``. The signals
+of a student classifier come with its ``labels`` (N,).
 """
 
 from dataclasses import dataclass
@@ -35,16 +35,16 @@ import torch
 from torch import Tensor
 
 Signals = dict[str, Tensor]
-# How the names of signals begin that are computed on the student's boxes.
+# Prefixes of the signals that are computed on the student's boxes.
 BOX_SIGNALS = ("roi_", "mask_")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The batch that student and teacher saw.
+    """Describes the batch that student and teacher were run on.
 
     Attributes:
-        inputs: The dicts that the data loader made, one per image.
+        inputs: The dicts of the data loader, one per image.
         image_sizes: (height, width) of each image before padding, in pixels.
         mask_padding: Whether feature losses leave out the cells that lie in the padding.
     """
@@ -58,7 +58,7 @@ class Batch:
         return cls(inputs, [tuple(x["image"].shape[-2:]) for x in inputs], mask_padding)
 
     def valid_mask(self, feature: Tensor, stride: int) -> Tensor | None:
-        """Mark the cells of a feature map that see a part of the image.
+        """Marks the cells of a feature map that lie in the image, not in the padding.
 
         Args:
             feature: Map of the whole batch, (N, C, H, W).
@@ -77,5 +77,5 @@ class Batch:
 
 
 def flipped(batched_inputs: list[dict]) -> list[dict]:
-    """The batch with the channels of its images in the reversed order."""
+    """Returns the batch with the channels of its images in reverse order."""
     return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
