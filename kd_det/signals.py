@@ -58,7 +58,7 @@ class Batch:
         return cls(inputs, [tuple(x["image"].shape[-2:]) for x in inputs], mask_padding)
 
     def valid_mask(self, feature: Tensor, stride: int) -> Tensor | None:
-        """Marks the cells of a feature map that lie in the image, not in the padding.
+        """Marks the cells of a feature map that cover a part of the image.
 
         Args:
             feature: Map of the whole batch, (N, C, H, W).

@@ -27,7 +27,7 @@ class ActivationBoundaryHead(nn.Module):
 
     Activation boundaries (AB, Heo et al., AAAI 2019, https://arxiv.org/abs/1811.03233). The stage trains the student on
     this loss alone; the run then starts from the result and has no loss of this head. Before the last ReLU of each
-    backbone stage, the student's values shall have the sign of the teacher's, with a margin of 1. A connector (1x1
+    backbone stage, the student's values must have the sign of the teacher's, with a margin of 1. A connector (1x1
     convolution and batch norm) brings the student's channels to the teacher's where they differ. The loss is the sum of
     the squared shortfalls over elements, averaged over images. The deepest backbone stage has weight 1, each finer one
     half the weight of the next. The default weight 0.003 is that of the published code on CIFAR, which multiplies the

@@ -34,7 +34,7 @@ class BornAgainHead(nn.Module):
 
     As published, this is the only loss on classes: it replaces the student's own ``loss_cls`` and nothing else, so a
     detector keeps the losses of its RPN, boxes and masks. With ``labels``, ``loss_cls`` is kept alongside. (This is
-    independent of ``KD.TASK_WEIGHT``, which scales all of the student's own losses, on a detector also those.)
+    independent of ``KD.TASK_WEIGHT``, which scales all of the student's own losses, including those of a detector.)
 
     Args:
         kind: "ban", "cwtm" or "dkpp".

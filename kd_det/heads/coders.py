@@ -1,4 +1,4 @@
-"""Serves the heads on factors: their features, padding set to zero, reconstruction, and the scale of a distance."""
+"""Provides what the heads on factors share: features, padding set to zero, reconstruction, scales of distances."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Implements inherit and explore: half of the student's channels resemble the teacher, the other half differ."""
+"""Implements inherit and explore: half of the student's channels learn to resemble the teacher's, half to differ."""
 
 import math
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ DIVISIONS = ("natural", "random")
 
 @KD_HEAD_REGISTRY.register()
 class InheritExploreHead(nn.Module):
-    """Draws one half of the student's channels to the teacher, and pushes the other half away from it.
+    """Pulls one half of the student's channels toward the teacher, and pushes the other half away from it.
 
     Inherit and explore (IE-KD, Huang et al., CVPR 2021, https://arxiv.org/abs/2107.00181). The inheriting half learns
     what the teacher knows; the exploring half finds features that the teacher lacks. Both are compared with the teacher

@@ -39,7 +39,7 @@ def check_norm(cfg: CfgNode, node: str, channels: Iterable[int], *, allowed: Seq
 
 
 class RunningStatistics:
-    """Mixes into a batch norm that a channel with fewer than two values is normalised as in evaluation.
+    """Normalises a channel with fewer than two values as in evaluation; a mixin for batch norms.
 
     In training, torch's layers raise ValueError for a batch with one value per channel, such as a map of one cell of
     one image.

@@ -1,4 +1,4 @@
-"""Implements the overhaul: pre-ReLU features learn to resemble the teacher's, except where both are inactive."""
+"""Implements OFD: features before the ReLU learn to resemble the teacher's, except where both are inactive."""
 
 from collections.abc import Mapping
 from functools import partial

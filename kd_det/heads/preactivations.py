@@ -1,4 +1,4 @@
-"""Serves the heads on values before a ReLU: their stages, connectors, and the sum over images, cells and stages."""
+"""Provides what the heads on values before a ReLU share: stages, connectors, and sums over cells and stages."""
 
 from collections.abc import Callable, Mapping, Sequence
 

@@ -205,7 +205,7 @@ class SoftTargetHead(nn.Module):
 
 
 def select_class(x: Tensor, classes: Tensor, *, per_class: int) -> Tensor:
-    """Selects each row's channels of its class: (R, K * per_class, ...) to (R, per_class, ...); K may be 1 for all."""
+    """Selects channels of each row's class, (R, K * per_class, ...) to (R, per_class, ...); returns x if K is 1."""
     if x.shape[1] == per_class:
         return x
     x = x.unflatten(1, (-1, per_class))

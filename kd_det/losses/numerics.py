@@ -1,4 +1,4 @@
-"""Serves every loss: casts to float32 or wider, means that survive empty inputs, and checks with readable messages."""
+"""Provides what all losses share: float32 or wider, means that survive empty inputs, checks with clear messages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cast_up(value: Any) -> Any:
 
 
 def cast_for_layers(x: Tensor) -> Tensor:
-    """Casts up the input of float32 layers, except under autocast, which casts inside each layer: a copy would cost."""
+    """Casts up the input of float32 layers, except under autocast, where the layers cast by themselves."""
     return x if torch.is_autocast_enabled(x.device.type) else cast_up(x)
 
 
