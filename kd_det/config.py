@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
@@ -354,6 +355,33 @@ def find_config(path: str, key: str = "--config-file") -> str:
         return model_zoo.get_config_file(path)
     except RuntimeError as error:
         raise InputError(f"{key}: there is no such file, and {error}") from error
+
+
+def read_config(
+    source: str,
+    key: str = "--config-file",
+    *,
+    options: Sequence = (),
+    options_key: str = "command line",
+    other_heads: bool = False,
+) -> CfgNode:
+    """Reads a config: all defaults, then a file with its bases, then overrides.
+
+    Args:
+        source: A file, a URL, or a name of Detectron2's model zoo.
+        key: What names the source, for messages.
+        options: Overrides, [KEY, VALUE, KEY, VALUE, ...].
+        options_key: What holds the overrides, for messages.
+        other_heads: Accept the keys of heads that are not registered, such as those of a plugin.
+
+    Raises:
+        InputError: If the source cannot be read, or a key or a value is wrong.
+    """
+    cfg = default_config()
+    cfg.KD.set_new_allowed(other_heads)
+    merge_file(cfg, find_config(source, key))
+    merge_list(cfg, options, options_key)
+    return cfg
 
 
 def look_up(cfg: CfgNode, key: str) -> Any:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.layers import ShapeSpec
 from torch import nn
 
 from kd_det.checkpoint import KDCheckpointer
-from kd_det.config import add_kd_config, find_config, merge_file, merge_list, save_config, student_config
+from kd_det.config import read_config, save_config, student_config
 from kd_det.config_checks import check_network_values
 from kd_det.errors import InputError
 from kd_det.heads import InheritExploreHead
@@ -34,11 +34,8 @@ def load_peer_configs(cfg: CfgNode) -> list[CfgNode]:
         raise InputError("KD.MUTUAL.PEERS: no peer is named; give the config file of each other student.")
     configs = [student_config(cfg)]
     for name in node.PEERS:
-        peer = get_cfg()
-        add_kd_config(peer)
-        merge_file(peer, find_config(name, "KD.MUTUAL.PEERS"))
-        merge_list(peer, node.OPTS, "KD.MUTUAL.OPTS")
-        peer = student_config(peer)
+        options = {"options": node.OPTS, "options_key": "KD.MUTUAL.OPTS"}
+        peer = student_config(read_config(name, "KD.MUTUAL.PEERS", **options))
         check_network_values(peer, f"{name} with KD.MUTUAL.OPTS")
         peer.MODEL.DEVICE = cfg.MODEL.DEVICE
         configs.append(student_config(cfg))

@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from detectron2 import model_zoo
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from kd_det.checkpoint import load_strictly
-from kd_det.config import add_kd_config, find_config, is_flipped, merge_file, merge_list, student_config
+from kd_det.config import find_config, is_flipped, read_config, student_config
 from kd_det.config_checks import check_network_values
 from kd_det.construction import build_network
 from kd_det.errors import InputError
@@ -244,16 +244,13 @@ def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:
     node = cfg.KD.TEACHER
     if not node.CONFIG_FILE:
         raise InputError("KD.TEACHER.CONFIG_FILE: no teacher is named; give a config file or the name of a zoo config.")
-    teacher_cfg = get_cfg()
-    add_kd_config(teacher_cfg)
-    teacher_cfg.KD.set_new_allowed(True)  # Of a student that was trained with heads of plugins.
-    path = find_config(node.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
-    merge_file(teacher_cfg, path)
-    merge_list(teacher_cfg, node.OPTS, "KD.TEACHER.OPTS")
+    key = "KD.TEACHER.CONFIG_FILE"
+    # The teacher may be a student that was trained with heads of plugins.
+    teacher_cfg = read_config(node.CONFIG_FILE, key, options=node.OPTS, options_key="KD.TEACHER.OPTS", other_heads=True)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher_cfg = student_config(teacher_cfg)
     check_network_values(teacher_cfg, f"{node.CONFIG_FILE} with KD.TEACHER.OPTS")
-    in_zoo = path != os.path.expanduser(node.CONFIG_FILE)
+    in_zoo = find_config(node.CONFIG_FILE, key) != os.path.expanduser(node.CONFIG_FILE)
     weights = node.WEIGHTS or (zoo_weights(node.CONFIG_FILE) if in_zoo else teacher_cfg.MODEL.WEIGHTS)
     if not weights:
         raise InputError(f"KD.TEACHER.WEIGHTS: no file is named, and MODEL.WEIGHTS of {node.CONFIG_FILE} is empty.")

@@ -197,16 +197,11 @@ def has_teacher(config: str, options: list[str], key: str) -> bool:
     Raises:
         InputError: If there is no such config, or a key or value is wrong in it or in the overrides.
     """
-    from detectron2.config import get_cfg
-
-    from kd_det import TeacherStudent, add_kd_config
-    from kd_det.config import find_config, merge_file, merge_list
+    from kd_det import TeacherStudent
+    from kd_det.config import read_config
     from kd_det.engine import check_run
 
-    cfg = get_cfg()
-    add_kd_config(cfg)
-    merge_file(cfg, find_config(config, key))
-    merge_list(cfg, options, "command line")
+    cfg = read_config(config, key, options=options)
     check_run(cfg, config)
     return TeacherStudent.__name__ == cfg.MODEL.META_ARCHITECTURE
 

@@ -2,9 +2,7 @@
 
 import time
 
-from detectron2.config import get_cfg
-
-from kd_det.config import add_kd_config, find_config, merge_file, merge_list
+from kd_det.config import read_config
 from kd_det.data import check_files, register_datasets
 from kd_det.engine import Trainer, check_run
 
@@ -13,10 +11,7 @@ SECONDS = 10.0
 
 def measure_loader(config: str, overrides: list[str]) -> str:
     """Let a config's training data loader run for some seconds, and tell how fast it was."""
-    cfg = get_cfg()
-    add_kd_config(cfg)
-    merge_file(cfg, find_config(config, "--loader"))
-    merge_list(cfg, overrides, "--loader")
+    cfg = read_config(config, "--loader", options=overrides, options_key="--loader")
     check_run(cfg, config)
     register_datasets(cfg)
     check_files(cfg)

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from kd_det.config import DISTILLED, default_config, find_config, merge_file, merge_list
+from kd_det.config import DISTILLED, default_config, find_config, merge_list, read_config
 from kd_det.config_checks import check_parts, check_run_values
 from kd_det.data import (
     check_annotations,
@@ -49,10 +49,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise InputError(f"command line: {late[0]} must come before the overrides, {' '.join(args.opts[:2])} ...")
     for path in args.plugin:
         import_plugin(path)
-    cfg = default_config()
     if args.config_file:
         args.config_file = find_config(args.config_file)
-        merge_file(cfg, args.config_file)
+    cfg = read_config(args.config_file) if args.config_file else default_config()
     apply_distillation_arguments(cfg, args)
     merge_list(cfg, args.opts, "command line")
     beside = args.eval_only and not args.resume and "OUTPUT_DIR" not in args.opts[::2] and write_beside_weights(cfg)

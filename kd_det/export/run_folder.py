@@ -3,13 +3,13 @@
 import logging
 from pathlib import Path
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from kd_det.checkpoint import load_strictly
 from kd_det.checkpoint_folder import FINAL, read_tag
-from kd_det.config import add_kd_config, find_config, merge_file, student_config
+from kd_det.config import read_config, student_config
 from kd_det.config_checks import check_network_values
 from kd_det.construction import build_network
 from kd_det.errors import InputError
@@ -43,11 +43,8 @@ def read_student_config(config_file: str, key: str = "--config-file") -> CfgNode
     Raises:
         InputError: If there is no such file, or it names parts that are not registered.
     """
-    cfg = get_cfg()
-    add_kd_config(cfg)
-    cfg.KD.set_new_allowed(True)  # Heads of plugins, which the student alone does not need.
-    merge_file(cfg, find_config(config_file, key))
-    cfg = student_config(cfg)
+    # The student alone does not need heads of plugins.
+    cfg = student_config(read_config(config_file, key, other_heads=True))
     # The checkpoint holds these weights.
     cfg.MODEL.TIMM.PRETRAINED = False
     check_network_values(cfg, config_file)
