@@ -1,4 +1,4 @@
-"""Every config key that kd_det adds to Detectron2's, and how configs are read."""
+"""Defines the config keys that kd_det adds to Detectron2's, and reads configs."""
 
 import functools
 import os
@@ -18,113 +18,121 @@ from kd_det.fetching import fetch, is_url
 from kd_det.files import write_whole
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
 
-# Meta-architectures around a student, which is KD.STUDENT_ARCHITECTURE.
+# Meta-architectures that wrap a student; KD.STUDENT_ARCHITECTURE names the student's own one.
 DISTILLED = ("TeacherStudent", "MutualStudents")
 # Keys that name a file or a folder.
 PATHS = ("MODEL.WEIGHTS", "OUTPUT_DIR", "KD.TEACHER.WEIGHTS", "KD.PRETRAIN.WEIGHTS")
-# Of a YAML file: with aliases, a few lines can stand for billions.
+# Largest number of values in a YAML file: with aliases, a few lines can stand for billions.
 MOST_VALUES = 10**6
-# Characters of an error of another library that a message quotes.
+# Longest error of another library, in characters, that a message quotes in full.
 LONGEST = 600
 
 
 def head_node(**keys) -> CfgNode:
-    """Make the config node of a distillation head: its own keys and the two that every head has."""
-    # Factor of the head's losses.
+    """Makes the config node of a distillation head: its own keys and the two that every head has."""
+    # Weight of the head's losses.
     node = CfgNode({"WEIGHT": 1.0} | keys)
-    # Iterations. The weight is 0 before START and from STOP on (-1: never); it grows linearly over WARMUP iterations.
-    # DECAY "linear" or "cosine" brings it to 0 at STOP (-1: the end of the run); "constant" keeps it.
+    # Schedule of the weight, in iterations. It is 0 before START, grows linearly over WARMUP iterations, and is 0 again
+    # from STOP on (-1: never). DECAY "linear" or "cosine" lowers it to 0 at STOP (-1: at the end of the run);
+    # "constant" keeps it.
     node.SCHEDULE = CfgNode({"START": 0, "WARMUP": 0, "STOP": -1, "DECAY": "constant"})
     return node
 
 
 def default_config() -> CfgNode:
-    """A config with Detectron2's keys and kd_det's, all at their defaults."""
+    """Makes a config with Detectron2's keys and kd_det's, all at their defaults."""
     cfg = get_cfg()
     add_kd_config(cfg)
     return cfg
 
 
 def add_kd_config(cfg: CfgNode) -> None:
-    """Add kd_det's keys, with their defaults, to a Detectron2 config.
+    """Adds kd_det's keys, with their defaults, to a Detectron2 config.
 
     Every registered head gets a node, with the keys of its class attribute ``config``.
 
     Raises:
-        InputError: If two heads, or a head and another part of kd_det, would have one node.
+        InputError: If two heads, or a head and another part of kd_det, would share a node.
     """
     # ---- What to distil ----
     cfg.KD = CfgNode()
-    # The student's meta-architecture, where MODEL.META_ARCHITECTURE is TeacherStudent or MutualStudents. All other keys
-    # of MODEL describe the student as in any Detectron2 config.
+    # The student's meta-architecture when MODEL.META_ARCHITECTURE is TeacherStudent or MutualStudents. All other keys
+    # of MODEL describe the student, as in any Detectron2 config.
     cfg.KD.STUDENT_ARCHITECTURE = "GeneralizedRCNN"
-    # Distillation heads, any number of them; [] trains the plain student, without a teacher.
+    # Names of any number of distillation heads; [] trains the plain student, without a teacher.
     cfg.KD.HEADS = []
-    # Factor of the student's own losses beside the heads'; Hinton's recipe for classifiers has 0.1 and 0.9.
+    # Weight of the student's own losses, which are added to the heads' losses. Hinton's recipe for classifiers uses 0.1
+    # here and 0.9 for the head.
     cfg.KD.TASK_WEIGHT = 1.0
-    # Whether feature losses leave out cells that lie in the zero padding of smaller images.
+    # Leave cells that lie in the zero padding of smaller images out of the feature losses.
     cfg.KD.MASK_PADDING = False
-    # Every so many iterations (never epochs) measure which share of the gradient in the student's backbone comes from
-    # its own losses and which from each head: kd/gradient/... in TensorBoard and metrics.json. 0: never.
+    # Every this many iterations (never epochs), measure how much of the gradient in the student's backbone comes from
+    # its own losses and how much from each head, and log the shares as kd/gradient/... in TensorBoard and metrics.json.
+    # 0: never.
     cfg.KD.GRADIENT_SHARES = 0
     # Compile the heads with torch.compile; the first steps take minutes.
     cfg.KD.COMPILE_HEADS = False
 
     # ---- Teacher ----
     cfg.KD.TEACHER = CfgNode()
-    # A config file of its own, or the name of a model-zoo config such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml.
+    # The teacher's config: a file, or the name of a model-zoo config such as
+    # COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml.
     cfg.KD.TEACHER.CONFIG_FILE = ""
-    # Checkpoint; "" takes the trained model of the zoo, or MODEL.WEIGHTS of the teacher's config file.
+    # The teacher's checkpoint. "": the zoo's trained model for a zoo config, else MODEL.WEIGHTS of the config file.
     cfg.KD.TEACHER.WEIGHTS = ""
-    # Overrides on the teacher's config: [KEY, VALUE, KEY, VALUE, ...].
+    # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...].
     cfg.KD.TEACHER.OPTS = []
-    # float32, float16 or bfloat16: precision of the teacher's forward alone.
+    # Precision of the teacher's forward pass alone: float32, float16 or bfloat16.
     cfg.KD.TEACHER.DTYPE = "float32"
-    # "eval": the teacher's batch norms use the statistics that it was trained with. "train": those of the batch, as in
-    # the published code of AB, OFD, and ReviewKD on CIFAR; the statistics it was trained with stay as they are.
+    # Statistics that the teacher's batch norms use. "eval": those it was trained with. "train": those of the batch, as
+    # in the published code of AB, OFD, and ReviewKD on CIFAR; the stored statistics do not change.
     cfg.KD.TEACHER.BATCH_NORM = "eval"
-    # Keep the teacher's convolutions with the channels last in memory, which GPUs read faster in half precision.
+    # Store the teacher's convolution weights with the channels last, which GPUs read faster in half precision.
     cfg.KD.TEACHER.CHANNELS_LAST = False
-    # Compile the teacher's backbone (without its FPN) with torch.compile; the first steps take minutes. Not for heads
-    # that read its inside: OverhaulHead, ActivationBoundaryHead, ReviewKDHead with TEACHER_PREACT.
+    # Compile the teacher's backbone (without its FPN) with torch.compile; the first steps take minutes. Do not use it
+    # with heads that read the backbone's internals: OverhaulHead, ActivationBoundaryHead, ReviewKDHead with
+    # TEACHER_PREACT.
     cfg.KD.TEACHER.COMPILE = False
-    # Let the teacher run beside the student, on a CUDA stream of its own: faster where small batches leave a GPU idle.
+    # Run the teacher in parallel with the student, on its own CUDA stream; this is faster when small batches leave the
+    # GPU partly idle.
     cfg.KD.TEACHER.SIDE_STREAM = False
-    # Before training, evaluate the teacher on so many images of DATASETS.TEST[0], read as its own config says, and warn
-    # if it knows nothing. 0: no check.
+    # Before training, evaluate the teacher on this many images of DATASETS.TEST[0], loaded as its own config says, and
+    # warn if it has learned nothing. 0: no check.
     cfg.KD.TEACHER.SANITY_CHECK = 0
 
     # ---- Students that teach each other (MODEL.META_ARCHITECTURE MutualStudents) ----
     cfg.KD.MUTUAL = CfgNode()
-    # Config files, or names of model-zoo configs, of the other students; the first one is the student of this config.
-    # Their MODEL and INPUT count; images are augmented as this config says. A file may stand here several times.
+    # Config files of the other students, or names of model-zoo configs; the first student is that of this config. Only
+    # their MODEL and INPUT matter; this config sets the augmentation of images. A file may be listed several times.
     cfg.KD.MUTUAL.PEERS = []
-    # Overrides on all of these: [KEY, VALUE, KEY, VALUE, ...].
+    # Overrides of all these configs: [KEY, VALUE, KEY, VALUE, ...].
     cfg.KD.MUTUAL.OPTS = []
-    # "dml" (Zhang et al., CVPR 2018), or "ie_dml" (Huang et al., CVPR 2021), which further has KD.INHERIT_EXPLORE: each
-    # student's auto-encoder is trained together with it.
+    # Method: "dml" (Zhang et al., CVPR 2018), or "ie_dml" (Huang et al., CVPR 2021), which also uses the keys of
+    # KD.INHERIT_EXPLORE and trains each student's auto-encoder together with the student.
     cfg.KD.MUTUAL.METHOD = "dml"
-    # What is compared: roi (classes of the sampled boxes) or cls (image classifiers).
+    # Predictions to compare: "roi" (classes of the sampled boxes) or "cls" (image classifiers).
     cfg.KD.MUTUAL.SOURCE = "roi"
-    # Factor of the mean divergence from the peers.
+    # Weight of the mean divergence from the peers.
     cfg.KD.MUTUAL.WEIGHT = 1.0
-    # In each iteration update one student after the other on the same images, each taught by its peers as they then are
-    # (paper), instead of all at once. With n students every forward, and every exchange of gradients, runs n times.
+    # Update the students in turn on the same batch, each taught by its peers' current weights (as in the paper),
+    # instead of all at once. With n students, every forward pass and every gradient synchronisation runs n times.
     cfg.KD.MUTUAL.SEQUENTIAL = False
 
     # ---- The stage before the main run, which some heads need ----
     cfg.KD.PRETRAIN = CfgNode()
-    # Its iterations; 0 where no head needs it.
+    # Number of iterations of this stage; 0 if no head needs it.
     cfg.KD.PRETRAIN.MAX_ITER = 0
+    # Learning rate of this stage.
     cfg.KD.PRETRAIN.BASE_LR = 0.1
-    # The learning rate is multiplied by SOLVER.GAMMA at these iterations; all else is as in SOLVER, without warm-up.
+    # Multiply the learning rate by SOLVER.GAMMA at these iterations. All other settings are those of SOLVER, but there
+    # is no warm-up.
     cfg.KD.PRETRAIN.STEPS = []
-    # A finished stage of another run with the same teacher, its pretrain/model_final.pth, instead.
+    # Reuse the finished stage of another run with the same teacher instead: the path of its pretrain/model_final.pth.
     cfg.KD.PRETRAIN.WEIGHTS = ""
 
     # ---- Generations (Born-Again Networks) ----
-    # Train so many students in a row, in gen_1, gen_2, ... below OUTPUT_DIR: the first is taught by KD.TEACHER, each
-    # other by the one before; SEED grows by 1 with each, the first one's too. 0: one run.
+    # Number of students to train in sequence, in OUTPUT_DIR/gen_1, gen_2, ... KD.TEACHER teaches the first one, and
+    # each student teaches the next. Each generation uses the previous seed plus 1, the first included. 0: a single run.
     cfg.KD.GENERATIONS = 0
 
     # ---- Heads: the keys of each are its class attribute `config` ----
@@ -135,81 +143,92 @@ def add_kd_config(cfg: CfgNode) -> None:
         cfg.KD[key] = head_node(**getattr(head, "config", {}))
 
     # ---- Backbones ----
-    # Backbones of the timm library below an FPN: MODEL.BACKBONE.NAME build_timm_fpn_backbone.
+    # Networks of the timm library as backbones with an FPN: set MODEL.BACKBONE.NAME to build_timm_fpn_backbone.
     cfg.MODEL.TIMM = CfgNode()
+    # timm's name of the network.
     cfg.MODEL.TIMM.NAME = "mobilenetv2_100"
-    # Start from timm's ImageNet weights (downloaded on first use). MODEL.WEIGHTS is loaded after that, where set.
+    # Start from timm's ImageNet weights, which are downloaded on first use. If MODEL.WEIGHTS is set, it is loaded after
+    # them.
     cfg.MODEL.TIMM.PRETRAINED = True
-    # FrozenBN, BN or SyncBN.
+    # Normalisation of the network: FrozenBN, BN or SyncBN.
     cfg.MODEL.TIMM.NORM = "FrozenBN"
 
     # ---- Classification (META_ARCHITECTURE ImageClassifier) ----
     cfg.MODEL.CLASSIFIER = CfgNode()
+    # Number of classes that the classifier predicts.
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
-    # The CIFAR family: MODEL.BACKBONE.NAME build_cifar_backbone.
+    # Networks for CIFAR: set MODEL.BACKBONE.NAME to build_cifar_backbone.
     cfg.MODEL.CIFAR = CfgNode()
-    # resnet8, 14, 20, 32, 44, 56, 110; resnet8x4, resnet32x4; wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2.
+    # Name of the network: resnet8, 14, 20, 32, 44, 56, 110; resnet8x4, resnet32x4; wrn_16_1, wrn_16_2, wrn_40_1,
+    # wrn_40_2.
     cfg.MODEL.CIFAR.NAME = "resnet20"
-    # Where a ResNet's channels grow: "projection" (1x1 convolution, as in distillation papers), or "padding" with
-    # zeros, without parameters (He et al., 2016, option A).
+    # Shortcut of a ResNet where the number of channels grows: "projection" (1x1 convolution, as in the distillation
+    # papers), or "padding" with zeros, without parameters (He et al., 2016, option A).
     cfg.MODEL.CIFAR.SHORTCUT = "projection"
     cfg.INPUT.CLASSIFICATION = CfgNode()
-    # Images that enter the network, in pixels, square.
+    # Side of the square images that enter the network, in pixels.
     cfg.INPUT.CLASSIFICATION.SIZE = 32
-    # Training: "padded_crop" (pad by PADDING, crop SIZE, flip: CIFAR), "resized_crop" (random area and aspect ratio,
-    # flip: ImageNet), or "none". Flips as INPUT.RANDOM_FLIP says: "horizontal" or "none".
+    # Augmentation in training: "padded_crop" (pad by PADDING, crop to SIZE, flip; for CIFAR), "resized_crop" (crop a
+    # random area with a random aspect ratio, flip; for ImageNet), or "none". INPUT.RANDOM_FLIP sets the flip:
+    # "horizontal" or "none".
     cfg.INPUT.CLASSIFICATION.AUGMENTATION = "padded_crop"
+    # Padding of "padded_crop" on each side, in pixels.
     cfg.INPUT.CLASSIFICATION.PADDING = 4
-    # Test: the short side is resized to this, then SIZE is cropped from the centre. 0: resized to SIZE.
+    # In tests, resize the short side to this and crop SIZE from the centre. 0: resize the image to SIZE.
     cfg.INPUT.CLASSIFICATION.RESIZE_TEST = 0
 
     # ---- Schedule ----
-    # Each step's images pass through the model in so many parts, one after the other, for batches that do not fit into
-    # memory; IMS_PER_BATCH stays the number of images per step. Batch norms see parts.
+    # Split each batch into this many micro-batches and accumulate their gradients, for batches that do not fit into
+    # memory. IMS_PER_BATCH is still the number of images per step; batch norms see micro-batches.
     cfg.SOLVER.ACCUMULATE = 1
     # Keep an exponential moving average of the student's weights with this decay, for example 0.999 or 0.9999; 0: none.
-    # It is "ema" in checkpoints, is evaluated after the student as ema/bbox/AP and the like, and becomes a checkpoint
-    # of its own by tools/export_student.py --ema. At the beginning, and so all through a short run, the decay is lower.
+    # Checkpoints store it as "ema", it is evaluated after the student as ema/bbox/AP and the like, and
+    # tools/export_student.py --ema writes it as a separate checkpoint. The decay is lower at the beginning, and
+    # therefore throughout a short run.
     cfg.SOLVER.EMA_DECAY = 0.0
-    # Precision of SOLVER.AMP.ENABLED: float16, with scaled gradients, or bfloat16, which has the range of float32.
+    # Precision of mixed-precision training (SOLVER.AMP.ENABLED): float16, which scales gradients, or bfloat16, which
+    # has the range of float32.
     cfg.SOLVER.AMP.DTYPE = "float16"
-    # Keep the weights of all that is trained with the channels last in memory; see KD.TEACHER.CHANNELS_LAST.
+    # Store the weights of everything that is trained with the channels last; see KD.TEACHER.CHANNELS_LAST.
     cfg.SOLVER.CHANNELS_LAST = False
-    # Count in epochs: MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD, TEST.EVAL_PERIOD, every SCHEDULE of KD, and
-    # MAX_ITER and STEPS of KD.PRETRAIN. They are turned into iterations when a run begins.
+    # Read these keys as numbers of epochs: MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD, TEST.EVAL_PERIOD, every
+    # SCHEDULE of KD, and MAX_ITER and STEPS of KD.PRETRAIN. They are converted to iterations when a run begins.
     cfg.SOLVER.IN_EPOCHS = False
 
     # ---- Checkpoints ----
-    # So many of model_0004999.pth and the like stay, the newest ones; 0: all. model_final.pth and model_best.pth stay.
+    # Keep only this many of the newest model_0004999.pth and the like; 0 keeps all. model_final.pth and model_best.pth
+    # are always kept.
     cfg.SOLVER.CHECKPOINT_KEEP = 0
-    # The best of all evaluations by this is kept as model_best.pth: "bbox/AP", "classification/top1", or whatever else
-    # an evaluation prints and is better the higher it is; of several test sets "name_of_the_set/bbox/AP";
-    # "ema/..." of the averaged weights. "": none.
+    # Keep the checkpoint with the best value of this metric as model_best.pth: "bbox/AP", "classification/top1", or any
+    # other metric that an evaluation prints and for which higher is better. With several test sets, write
+    # "name_of_the_set/bbox/AP"; for the averaged weights, "ema/...". "": no such checkpoint.
     cfg.TEST.BEST_METRIC = ""
 
     # ---- Weights & Biases ----
     cfg.WANDB = CfgNode()
-    # The project that the run's scalars, pictures and config go to; "": none. Needs `pip install wandb`, which has
-    # its own settings: `wandb login`, and on a machine without network the environment variable WANDB_MODE=offline.
+    # Log the run's scalars, pictures and config to this project; "": do not log. This needs `pip install wandb`, which
+    # is set up by `wandb login`, or on a machine without network by the environment variable WANDB_MODE=offline.
     cfg.WANDB.PROJECT = ""
     # Name of the run; "": OUTPUT_DIR. Stages and generations append the name of their folder.
     cfg.WANDB.NAME = ""
 
     # ---- Data sets named here need no code ----
-    # name: {ROOT: folder with one folder of images per class}. Relative paths as below.
+    # Image folders: name: {ROOT: folder with one folder of images per class}. Relative paths lie under
+    # $DETECTRON2_DATASETS, or datasets/.
     cfg.DATASETS.IMAGE_FOLDER = CfgNode(new_allowed=True)
-    # name: {JSON: annotation file, IMAGE_ROOT: folder}. Relative paths lie under $DETECTRON2_DATASETS, or datasets/.
+    # COCO files: name: {JSON: annotation file, IMAGE_ROOT: folder}. Relative paths lie under $DETECTRON2_DATASETS, or
+    # datasets/.
     cfg.DATASETS.COCO_FORMAT = CfgNode(new_allowed=True)
-    # name: {ROOT: folder with Annotations, ImageSets/Main, JPEGImages; SPLIT: a file in ImageSets/Main; CLASSES: [...];
-    # YEAR: 2007 for the 11-point AP, 2012 (default) for the area under the curve}.
+    # Pascal VOC folders: name: {ROOT: folder with Annotations, ImageSets/Main, JPEGImages; SPLIT: a file in
+    # ImageSets/Main; CLASSES: [...]; YEAR: 2007 for the 11-point AP, 2012 (default) for the area under the curve}.
     cfg.DATASETS.VOC_FORMAT = CfgNode(new_allowed=True)
 
 
 def merge_file(cfg: CfgNode, path: str) -> None:
-    """Merge a YAML file, with its bases, into a config; tags that would run Python code are refused.
+    """Merges a YAML file, with its bases, into a config; refuses tags that would run Python code.
 
     Raises:
-        InputError: If the file does not exist, is no YAML, or has a key or a value that the config does not know.
+        InputError: If the file does not exist, is not YAML, or has a key or a value that the config does not accept.
     """
     try:
         _merge_versioned(cfg, _SafeReader(_SafeReader.load_yaml_with_base(path)))
@@ -231,7 +250,7 @@ def merge_file(cfg: CfgNode, path: str) -> None:
 
 
 def _merge_versioned(cfg: CfgNode, loaded: CfgNode) -> None:
-    """Merge a config that was read from a file; as in Detectron2, one of an old VERSION is upgraded."""
+    """Merges a config that was read from a file; upgrades an old VERSION, as Detectron2 does."""
     version = loaded.get("VERSION", cfg.VERSION)
     if type(version) is not int or not 1 <= version < cfg.VERSION:
         cfg.merge_from_other_cfg(loaded)
@@ -244,7 +263,7 @@ def _merge_versioned(cfg: CfgNode, loaded: CfgNode) -> None:
 
 
 def _check_merged(cfg: CfgNode, source: str) -> None:
-    """Check the kinds of all values, and expand ``~`` in paths."""
+    """Checks the kinds of all values and expands ``~`` in paths."""
     check_kinds(cfg, default_config(), source)
     for key in PATHS:
         *parents, name = key.split(".")
@@ -254,9 +273,9 @@ def _check_merged(cfg: CfgNode, source: str) -> None:
 
 
 class _SafeReader(CfgNode):
-    """Reads YAML without running code from it, but for Detectron2's own files: Base-RetinaNet.yaml needs that."""
+    """Reads YAML without running its code, except in Detectron2's own files: Base-RetinaNet.yaml needs it."""
 
-    # The file that is being read, after those whose base it is.
+    # The files that are being read: each one is a base of the file before it.
     _chain: ContextVar[tuple[str, ...]] = ContextVar("chain", default=())
 
     @classmethod
@@ -268,7 +287,8 @@ class _SafeReader(CfgNode):
         if place in chain:
             raise InputError(f"its bases (_BASE_) lead back to themselves: {' -> '.join([*chain, place])}.")
         folder = Path(model_zoo.__file__).resolve().parent
-        # What a URL names comes from its host, whatever its path looks like.
+        # A URL is never trusted: its host decides what it returns, even if its path looks like that of an installed
+        # file.
         installed = not is_url(filename) and folder in Path(place).parents
         token = cls._chain.set((*chain, place))
         try:
@@ -286,10 +306,10 @@ class _SafeReader(CfgNode):
 
 
 def count_values(value: Any, counts: dict[int, int] | None = None) -> int:
-    """Count the values in nested lists and mappings; one that has several aliases counts as often.
+    """Counts the values in nested lists and mappings; a value with several aliases counts once for each.
 
     Args:
-        counts: Numbers of those that are counted already, by their id.
+        counts: Maps the ids of lists and mappings that have been counted to their numbers of values.
     """
     counts = {} if counts is None else counts
     if id(value) not in counts:
@@ -299,7 +319,7 @@ def count_values(value: Any, counts: dict[int, int] | None = None) -> int:
 
 
 def _find_beside(loaded: Any, folder: str) -> None:
-    """Let a config that a file names, and that lies beside the file, be found from every working folder."""
+    """Makes configs that a file names relative to its own folder findable from every working folder."""
 
     def find(name: Any) -> Any:
         beside = os.path.join(folder, name) if isinstance(name, str) else ""
@@ -313,10 +333,10 @@ def _find_beside(loaded: Any, folder: str) -> None:
 
 
 def merge_list(cfg: CfgNode, options: list, key: str) -> None:
-    """Merge [KEY, VALUE, KEY, VALUE, ...] into a config.
+    """Merges [KEY, VALUE, KEY, VALUE, ...] into a config.
 
     Args:
-        key: What the list is called, for messages.
+        key: Name of the list, for messages.
 
     Raises:
         InputError: If a key is unknown or a value has another type.
@@ -334,14 +354,14 @@ def merge_list(cfg: CfgNode, options: list, key: str) -> None:
 
 
 def find_config(path: str, key: str = "--config-file") -> str:
-    """Path of a config file, or of the model zoo's config of that name.
+    """Returns the path of a config file, or of the model zoo's config of that name.
 
     Args:
         path: A file, a URL, or a name such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml.
-        key: What names the file, for messages.
+        key: The key or argument that names the file, for messages.
 
     Raises:
-        InputError: If there is none of them, or the URL cannot be fetched.
+        InputError: If no such file or zoo config exists, or the URL cannot be fetched.
     """
     path = os.path.expanduser(path)
     if path.endswith(".py"):
@@ -369,9 +389,9 @@ def read_config(
 
     Args:
         source: A file, a URL, or a name of Detectron2's model zoo.
-        key: What names the source, for messages.
+        key: The key or argument that names the source, for messages.
         options: Overrides, [KEY, VALUE, KEY, VALUE, ...].
-        options_key: What holds the overrides, for messages.
+        options_key: The key or argument that holds the overrides, for messages.
         other_heads: Accept the keys of heads that are not registered, such as those of a plugin.
 
     Raises:
@@ -385,19 +405,19 @@ def read_config(
 
 
 def look_up(cfg: CfgNode, key: str) -> Any:
-    """The value of a key such as ``SOLVER.MAX_ITER``."""
+    """Returns the value of a key such as ``SOLVER.MAX_ITER``."""
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
 
 
 def save_config(cfg: CfgNode) -> None:
-    """Write ``config.yaml`` into the output folder."""
+    """Writes ``config.yaml`` into the output folder."""
     write_whole(str(Path(cfg.OUTPUT_DIR, "config.yaml")), lambda file: file.write(cfg.dump().encode()))
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error of yacs, which may have several lines, in one; without the node that a value is not."""
+    """Returns a yacs error message on one line, without its dump of the config node."""
     text = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
     found = re.search(r"CfgNode'> vs\. .*vs\. (.*)\) for config key: (\S+)$", text)
     if found:
@@ -408,7 +428,7 @@ def one_line(error: Exception) -> str:
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
-    """The config of the student alone: a plain detector's, with neither teacher nor heads."""
+    """Returns the config of the student alone: that of a plain detector, without a teacher or heads."""
     cfg = cfg.clone()
     cfg.defrost()
     if cfg.MODEL.META_ARCHITECTURE in DISTILLED:
@@ -417,10 +437,10 @@ def student_config(cfg: CfgNode) -> CfgNode:
 
 
 def is_flipped(cfg: CfgNode, other: CfgNode, names: tuple[str, str]) -> bool:
-    """Whether another network takes the images of this config's with their channels in the reversed order.
+    """Returns whether `other` expects the opposite channel order: RGB instead of BGR, or the reverse.
 
     Args:
-        names: Of the two networks, for messages.
+        names: Names of the two networks, for messages.
 
     Raises:
         InputError: If the images of one cannot be turned into those of the other.
