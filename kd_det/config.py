@@ -419,9 +419,9 @@ def save_config(cfg: CfgNode) -> None:
 def one_line(error: Exception) -> str:
     """Returns a yacs error message on one line, without its dump of the config node."""
     text = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
-    found = re.search(r"CfgNode'> vs\. .*vs\. (.*)\) for config key: (\S+)$", text)
-    if found:
-        return f"{found[2]}: got {found[1]} where a mapping of keys belongs"
+    mismatch = re.search(r"CfgNode'> vs\. .*vs\. (.*)\) for config key: (\S+)$", text)
+    if mismatch:
+        return f"{mismatch[2]}: got {mismatch[1]} where a mapping of keys belongs"
     if re.match(r"Type mismatch \(<class '(tuple|list)'> vs\. <class 'str'>\)", text):
         text += "; a list of one is ['x'], or ('x',) with a comma"
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"

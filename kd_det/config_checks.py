@@ -1,6 +1,6 @@
-"""Checks of config values: bounds, names, and what must fit together, which Detectron2 would tell late or never.
+"""Checks config values that Detectron2 would reject late or never: bounds, names, and keys that must fit together.
 
-All tables map patterns of keys, as of :mod:`fnmatch`, to what is allowed; the first pattern that matches counts.
+All tables map :mod:`fnmatch` patterns of keys to the allowed values; the first pattern that matches applies.
 """
 
 import importlib.util
@@ -32,19 +32,19 @@ from kd_det.errors import InputError, check_choice
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
 
 # ---- Bounds ----
-# Whole numbers end here where nothing else is said: torch's sizes do.
+# Default upper bound of whole numbers, which is also that of torch's sizes.
 LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The finite numbers that a key may have.
+    """Describes the range of finite numbers that a key may have.
 
     Attributes:
-        least: The least one.
-        most: The greatest one.
-        open_below: Whether the least one itself is not allowed.
-        open_above: Whether the greatest one itself is not allowed.
+        least: Lower bound.
+        most: Upper bound.
+        open_below: Whether the lower bound itself is excluded.
+        open_above: Whether the upper bound itself is excluded.
         infinite: Whether inf is allowed.
     """
 
@@ -55,7 +55,7 @@ class Bounds:
     infinite: bool = False
 
     def refusal(self, value: float) -> str:
-        """What a value must be; "" if it is."""
+        """Returns what a value must be instead, for messages; "" if the value is allowed."""
         if not math.isfinite(value):
             return "" if self.infinite and value == math.inf else f"finite and {self._lower()}"
         finite = "finite and " if isinstance(value, float) else ""
@@ -73,13 +73,13 @@ class Bounds:
 ANY = Bounds(-LARGEST, LARGEST)
 POSITIVE = Bounds(open_below=True)
 SHARE = Bounds(most=1)
-# Beyond that only a typing error is meant: a million classes, 65536 channels or images per step, images that
-# OpenCV cannot hold. Models of such a size would fill the memory before anything is told.
+# A larger value can only be a typing error: a million classes, 65536 channels or images per step, images that OpenCV
+# cannot hold. Models of such a size would fill the memory before any error is reported.
 COUNT, CLASSES, CHANNELS, DEPTH, PIXELS = (Bounds(1, most) for most in (2**31 - 1, 10**6, 2**16, 1000, 2**15 - 1))
 BOUNDS = {
     "VERSION": ANY,
     "GLOBAL.HACK": ANY,
-    # Detectron2 draws a seed where it is negative; numpy's end at 2**32.
+    # Detectron2 draws a random seed if this is negative; numpy's seeds end at 2**32.
     "SEED": Bounds(-(2**31), 2**32 - 2**16),
     "*BASE_LR": POSITIVE,
     "*NUM_CLASSES": CLASSES,
@@ -110,7 +110,7 @@ BOUNDS = {
     "MODEL.ANCHOR_GENERATOR.OFFSET": Bounds(0, 1, open_above=True),
     "MODEL.ANCHOR_GENERATOR.*": Bounds(0, PIXELS.most, open_below=True),
     "MODEL.*POOLER_RESOLUTION": Bounds(1, 1024),
-    # torchvision chooses the number of samples itself below 1.
+    # Below 1, torchvision chooses the number of samples itself.
     "MODEL.*POOLER_SAMPLING_RATIO": Bounds(-1, 1024),
     "MODEL.*BATCH_SIZE_PER_IMAGE": COUNT,
     "MODEL.*BBOX_REG_WEIGHTS": POSITIVE,
@@ -124,14 +124,14 @@ BOUNDS = {
     "SOLVER.MAX_ITER": COUNT,
     "SOLVER.CHECKPOINT_PERIOD": COUNT,
     "SOLVER.NUM_DECAYS": COUNT,
-    # It is checked beside the number of images that a process gets.
+    # This is checked where the number of images per process is known.
     "SOLVER.ACCUMULATE": ANY,
     "SOLVER.MOMENTUM": SHARE,
     "SOLVER.GAMMA": Bounds(0, 1000),
     "SOLVER.WEIGHT_DECAY*": Bounds(0, 1000),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": Bounds(open_below=True, infinite=True),
-    # All detections are kept below 0.
+    # A negative number keeps all detections.
     "TEST.DETECTIONS_PER_IMAGE": Bounds(-1),
     "TEST.AUG.MIN_SIZES": PIXELS,
     "TEST.AUG.MAX_SIZE": COUNT,
@@ -143,7 +143,7 @@ BOUNDS = {
 }
 # ---- Names ----
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
-# Those of Detectron2.
+# The choices that Detectron2 accepts.
 CHOICES = {
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
@@ -157,9 +157,9 @@ CHOICES = {
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
 }
-# Formats that Detectron2 makes of RGB itself, beside Pillow's modes.
+# Formats that Detectron2 itself converts from RGB, in addition to Pillow's modes.
 FORMATS = {"BGR": 3, "YUV-BT.601": 3}
-# Lists in which each name may stand once.
+# Lists in which no name may be repeated.
 UNIQUE = ("*IN_FEATURES", "*OUT_FEATURES", "*.SOURCES", "DATASETS.TRAIN", "DATASETS.TEST")
 
 # ---- Registered parts ----
@@ -167,7 +167,7 @@ RPN = {"MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY, "MODEL.ANCHOR_GENERATOR.NAME": 
 PROPOSALS = {"MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY}
 ROI_HEADS = {"MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY}
 SEM_SEG = {"MODEL.SEM_SEG_HEAD.NAME": SEM_SEG_HEADS_REGISTRY}
-# Keys that name a registered class of each of Detectron2's meta-architectures; others may leave them aside.
+# Maps each of Detectron2's meta-architectures to its keys that name registered classes; others may not use these keys.
 PARTS = {
     "GeneralizedRCNN": PROPOSALS | ROI_HEADS,
     "PanopticFPN": PROPOSALS | ROI_HEADS | SEM_SEG,
@@ -175,7 +175,7 @@ PARTS = {
     "SemanticSegmentor": SEM_SEG,
     "RetinaNet": {"MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY},
 }
-# The keys of the feature maps that each of them predicts from with anchors.
+# Maps each meta-architecture with anchors to the key that lists the feature maps it predicts from.
 ANCHORED = {
     "GeneralizedRCNN": "MODEL.RPN.IN_FEATURES",
     "PanopticFPN": "MODEL.RPN.IN_FEATURES",
@@ -186,7 +186,7 @@ ANCHORED = {
 
 # ---- Values ----
 def check_run_values(cfg: CfgNode) -> None:
-    """Check what Detectron2 would reject late, without naming the key, or take for something else.
+    """Checks for values that Detectron2 would reject late, without naming the key, or misinterpret.
 
     Args:
         cfg: A config of the right kinds; see :mod:`kd_det.config_kinds`.
@@ -202,13 +202,13 @@ def check_run_values(cfg: CfgNode) -> None:
 
 
 def check_network_values(cfg: CfgNode, source: str) -> None:
-    """Check what a config says of a network and its images, as :func:`check_run_values` does of all else, too.
+    """Checks only those values of a config that describe a network and its images; see :func:`check_run_values`.
 
     Args:
-        source: What the config was read from, for messages.
+        source: Origin of the config, for messages.
 
     Raises:
-        InputError: If something is not allowed, or not registered.
+        InputError: If a value is not allowed, or names a class that is not registered.
     """
     check_parts(cfg, source)
     try:
@@ -219,9 +219,9 @@ def check_network_values(cfg: CfgNode, source: str) -> None:
 
 
 def check_each(cfg: CfgNode, *, sections: tuple[str, ...] = ("",)) -> None:
-    """Check each value alone, of keys that begin with one of the sections."""
+    """Checks each value on its own, for the keys that begin with one of the sections."""
     defaults = default_config()
-    # What a head of a user's own may have, the head knows.
+    # A head that is defined outside this package checks its own values.
     foreign = tuple(f"KD.{config_key(name)}." for name, head in KD_HEAD_REGISTRY if not is_own(head))
     for key, value, _ in leaves(cfg, defaults):
         if key.startswith(sections) and not key.startswith(foreign):
@@ -233,12 +233,12 @@ def check_each(cfg: CfgNode, *, sections: tuple[str, ...] = ("",)) -> None:
 
 
 def is_own(head: type) -> bool:
-    """Whether a head is one of this package."""
+    """Returns whether a head is defined in this package."""
     return head.__module__.split(".")[0] == __package__
 
 
 def check_bounds(key: str, value: Any) -> None:
-    """Check a number, or all numbers of a list, by ``BOUNDS``."""
+    """Checks a number, or all numbers in a list, against ``BOUNDS``."""
     for number in numbers(value):
         refusal = first_match(BOUNDS, key).refusal(number)
         if refusal:
@@ -246,7 +246,7 @@ def check_bounds(key: str, value: Any) -> None:
 
 
 def numbers(value: Any) -> Iterator[float]:
-    """All numbers of a value, which may be a list of lists."""
+    """Yields all numbers of a value, which may be a list of lists."""
     if isinstance(value, list | tuple):
         for item in value:
             yield from numbers(item)
@@ -255,14 +255,14 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 def check_listed_choice(key: str, value: Any) -> None:
-    """Check a name by ``CHOICES``."""
+    """Checks a name against ``CHOICES``."""
     allowed = first_match(CHOICES, key)
     if allowed:
         check_choice(key, value, allowed)
 
 
 def check_unique(key: str, value: Any) -> None:
-    """Check that a list of names has none twice."""
+    """Checks that a list of names has no duplicates."""
     if not any(fnmatchcase(key, pattern) for pattern in UNIQUE):
         return
     twice = next((name for i, name in enumerate(value) if name in value[:i]), None)
@@ -271,7 +271,7 @@ def check_unique(key: str, value: Any) -> None:
 
 
 def check_solver(cfg: CfgNode) -> None:
-    """Check what must fit within SOLVER and KD.PRETRAIN."""
+    """Checks that the values of SOLVER and KD.PRETRAIN fit together."""
     node = cfg.SOLVER
     for key in ("SOLVER.STEPS", "KD.PRETRAIN.STEPS"):
         steps = list(look_up(cfg, key))
@@ -288,7 +288,7 @@ def check_solver(cfg: CfgNode) -> None:
 
 
 def check_network(cfg: CfgNode) -> None:
-    """Check what must fit within MODEL, and the channels of the images."""
+    """Checks that the values of MODEL fit together and suit the channels of the images."""
     channels = image_channels(cfg.INPUT.FORMAT)
     if not channels:
         names = ", ".join([*FORMATS, "RGB", "L"])
@@ -305,7 +305,7 @@ def check_network(cfg: CfgNode) -> None:
 
 
 def check_augmentation(cfg: CfgNode) -> None:
-    """Check the sizes that training images are resized to and cropped to."""
+    """Checks the sizes to which training images are resized and cropped."""
     node, crop = cfg.INPUT, cfg.INPUT.CROP
     sizes = list(node.MIN_SIZE_TRAIN)
     if not sizes or (node.MIN_SIZE_TRAIN_SAMPLING == "range" and (len(sizes) != 2 or sizes[0] > sizes[1])):
@@ -326,7 +326,7 @@ def check_augmentation(cfg: CfgNode) -> None:
 
 
 def check_tta(cfg: CfgNode) -> None:
-    """Check that Detectron2 can augment the images of the evaluation, where it is to."""
+    """Checks that Detectron2 supports test-time augmentation of this model, if it is enabled."""
     architecture = student_config(cfg).MODEL.META_ARCHITECTURE
     if cfg.MODEL.META_ARCHITECTURE == "MutualStudents":
         architecture = cfg.MODEL.META_ARCHITECTURE
@@ -340,7 +340,7 @@ def check_tta(cfg: CfgNode) -> None:
 
 
 def image_channels(image_format: str) -> int:
-    """The channels of an image in a format of Detectron2 or Pillow; 0 if there is no such format."""
+    """Returns the number of channels of a format of Detectron2 or Pillow; 0 if there is no such format."""
     try:
         return FORMATS.get(image_format) or len(ImageMode.getmode(image_format).bands)
     except KeyError:
@@ -348,11 +348,11 @@ def image_channels(image_format: str) -> int:
 
 
 def check_box_weights(cfg: CfgNode) -> None:
-    """Check the lengths of BBOX_REG_WEIGHTS, which Detectron2 relies on."""
+    """Checks the lengths of BBOX_REG_WEIGHTS, which Detectron2 takes for granted."""
     node = cfg.MODEL
-    found = {f"MODEL.{key}": [node[key].BBOX_REG_WEIGHTS] for key in ("RPN", "ROI_BOX_HEAD", "RETINANET")}
-    found["MODEL.ROI_BOX_CASCADE_HEAD"] = node.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
-    for key, lists in found.items():
+    weights_of = {f"MODEL.{key}": [node[key].BBOX_REG_WEIGHTS] for key in ("RPN", "ROI_BOX_HEAD", "RETINANET")}
+    weights_of["MODEL.ROI_BOX_CASCADE_HEAD"] = node.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
+    for key, lists in weights_of.items():
         for weights in lists:
             if len(weights) not in (4, 5):
                 raise InputError(
@@ -361,7 +361,7 @@ def check_box_weights(cfg: CfgNode) -> None:
 
 
 def check_anchors(cfg: CfgNode) -> None:
-    """Check that there are anchors for each feature map that the model predicts from."""
+    """Checks that every feature map that the model predicts from has anchors."""
     key = ANCHORED.get(student_config(cfg).MODEL.META_ARCHITECTURE)
     if key is None:
         return
@@ -376,13 +376,13 @@ def check_anchors(cfg: CfgNode) -> None:
 
 
 def check_parts(cfg: CfgNode, source: str) -> None:
-    """Check that all that the config names for its model is registered.
+    """Checks that every class and function that the config names for its model is registered.
 
     Args:
-        source: What the config was read from, for messages.
+        source: Origin of the config, for messages.
 
     Raises:
-        InputError: If it is not.
+        InputError: If one is not.
     """
     for key, (registry, name) in registered_parts(cfg).items():
         if name not in registry:
@@ -394,7 +394,7 @@ def check_parts(cfg: CfgNode, source: str) -> None:
 
 
 def registered_parts(cfg: CfgNode) -> dict[str, tuple[Registry, str]]:
-    """The keys that name a registered class or function which the model needs, to its registry and its name there."""
+    """Maps the keys that name a registered part of the model to the registry and the name of the part."""
     node = cfg.MODEL
     parts = {"MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY, "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY}
     parts |= PARTS.get(student_config(cfg).MODEL.META_ARCHITECTURE, {})

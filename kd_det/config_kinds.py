@@ -1,4 +1,4 @@
-"""The kinds of config values, which follow from the defaults."""
+"""Checks the kinds of config values, which follow from the defaults."""
 
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from kd_det.errors import InputError
 
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list", tuple: "a list"}
-# Patterns of keys whose default is an empty list, to an example of an element; None: anything.
+# Maps patterns of keys whose default is an empty list to an example of an element; None allows any element.
 ELEMENTS = {
     "*.OPTS": None,
     "TEST.EXPECTED_RESULTS": [],
@@ -18,17 +18,17 @@ ELEMENTS = {
     "*.STEPS": 0,
     "*": "",
 }
-# Keys whose default is None, to an example of the other values.
+# Maps keys whose default is None to an example of their other values.
 OPTIONAL = {"SOLVER.WEIGHT_DECAY_BIAS": 0.0}
 
 
 def first_match(table: Mapping[str, Any], key: str) -> Any:
-    """Return the value of the first pattern, as of :mod:`fnmatch`, that matches a key; None where none does."""
+    """Returns the value of the first :mod:`fnmatch` pattern that matches a key; None if none does."""
     return next((value for pattern, value in table.items() if fnmatchcase(key, pattern)), None)
 
 
 def leaves(cfg: CfgNode, defaults: CfgNode, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Iterate over the keys of a config that the defaults have: name, value and default."""
+    """Yields the name, value and default of each key of a config that also has a default."""
     for key, default in defaults.items():
         if key not in cfg:
             continue
@@ -39,10 +39,10 @@ def leaves(cfg: CfgNode, defaults: CfgNode, path: str = "") -> Iterator[tuple[st
 
 
 def check_kinds(cfg: CfgNode, defaults: CfgNode, source: str) -> None:
-    """Check that each value is of its default's kind, and each element of a list of that of the default's elements.
+    """Checks that each value is of the same kind as its default, and so are the elements of lists.
 
     Args:
-        source: What the config was read from, for messages.
+        source: Origin of the config, for messages.
 
     Raises:
         InputError: If one is not.
@@ -56,11 +56,11 @@ def check_kinds(cfg: CfgNode, defaults: CfgNode, source: str) -> None:
 
 
 def check_kind(key: str, value: Any, default: Any, element: Any) -> None:
-    """Check one value, and what is in it.
+    """Checks a value and its elements.
 
     Args:
-        default: An example of what is right.
-        element: An example of an element, where the default is an empty list; None: anything.
+        default: An example of a correct value.
+        element: An example of an element if the default is an empty list; None allows any element.
     """
     if not is_like(value, default):
         raise InputError(f"{key}: must be {KINDS[type(default)]}, got {show(value)}.")
@@ -69,15 +69,15 @@ def check_kind(key: str, value: Any, default: Any, element: Any) -> None:
     if isinstance(value, list | tuple):
         example = default[0] if default else element
         if isinstance(example, list | tuple) and "ANCHOR_GENERATOR" in key and not has_lists(value):
-            example = example[0]  # One list for all feature maps.
+            example = example[0]  # The value is one list for all feature maps.
         if isinstance(example, int) and not isinstance(example, bool):
-            example = 0.0  # Of a list both kinds of numbers are right.
+            example = 0.0  # A list may hold both kinds of numbers.
         for item in value if example is not None else ():
             check_kind(f"{key}: each element", item, example, None)
 
 
 def show(value: Any) -> str:
-    """Show a value in a message, the beginning of what is long."""
+    """Formats a value for a message; of a long value only a part is shown."""
     short = reprlib.Repr()
     short.maxlist = short.maxtuple = short.maxdict = 12
     short.maxstring = short.maxother = short.maxlong = 100
@@ -85,7 +85,7 @@ def show(value: Any) -> str:
 
 
 def is_like(value: Any, default: Any) -> bool:
-    """Whether a value is of the kind of a default."""
+    """Returns whether a value is of the same kind as a default."""
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(default, bool) and isinstance(value, bool)
     kind = next((kind for kind in ((list, tuple), str, int, (int, float)) if isinstance(default, kind)), object)
@@ -97,5 +97,5 @@ def has_lists(value: Sequence) -> bool:
 
 
 def is_text(value: str) -> bool:
-    """Whether a file can have this name, and a line show it."""
+    """Returns whether a text can be the name of a file and can be printed."""
     return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)

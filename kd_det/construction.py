@@ -1,4 +1,4 @@
-"""The construction of networks from configs: what Detectron2, torch or timm reject in a config is a user's mistake."""
+"""Builds networks from configs, and turns what Detectron2, torch or timm reject in a config into an InputError."""
 
 import logging
 import re
@@ -15,7 +15,8 @@ from kd_det.config_kinds import leaves
 from kd_det.errors import InputError
 
 logger = logging.getLogger(__name__)
-# What constructors raise for a value that they do not know or cannot use; errors of the system are others.
+# Errors that constructors raise for a value that they do not know or cannot use. Errors of the system are not among
+# them.
 REJECTIONS = (
     ArithmeticError,
     AssertionError,
@@ -30,23 +31,23 @@ REJECTIONS = (
 
 
 def build_network(cfg: CfgNode, source: str) -> nn.Module:
-    """Build the model of a config, as Detectron2's ``build_model`` does; see :func:`naming_config`."""
+    """Builds the model of a config, as Detectron2's ``build_model`` does; see :func:`naming_config`."""
     with naming_config(cfg, source):
         return build_model(cfg)
 
 
 @contextmanager
 def naming_config(cfg: CfgNode, source: str) -> Iterator[None]:
-    """Name the config where a constructor rejects one of its values.
+    """Names the config if a constructor rejects one of its values.
 
-    An error that is raised in this package's own code, or in a plugin's, is a defect and stays what it is.
+    An error that is raised in this package's own code, or in a plugin's, is a defect and passes through unchanged.
 
     Args:
-        cfg: What is built.
-        source: What the config was read from, for messages.
+        cfg: The config that a network is built from.
+        source: Origin of the config, for messages.
 
     Raises:
-        InputError: Naming the meta-architecture, the reason, and the keys that may be meant.
+        InputError: If a value is rejected; names the meta-architecture, the reason, and the keys that may be at fault.
     """
     try:
         yield
@@ -61,13 +62,13 @@ def naming_config(cfg: CfgNode, source: str) -> Iterator[None]:
 
 
 def is_own(error: BaseException) -> bool:
-    """Whether an error comes from the code of this package, or of a plugin, rather than from a library."""
+    """Returns whether an error was raised by this package or a plugin rather than by a library."""
     frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
     return re.match(r"kd_det(\.|_plugin_|$)", frame.f_globals.get("__name__", "")) is not None
 
 
 def reason(error: BaseException) -> str:
-    """Describe an error by its message, or by the line that raised it where it has none that says something."""
+    """Describes an error by its message, or by the line that raised it if the message says nothing."""
     message = one_line(error)
     if isinstance(error, AssertionError) and not re.search(r"[a-z]{3}", str(error)):
         message = traceback.extract_tb(error.__traceback__)[-1].line or message
@@ -75,18 +76,18 @@ def reason(error: BaseException) -> str:
 
 
 def suspects(cfg: CfgNode, error: BaseException) -> str:
-    """Name the keys of MODEL that hold what an error quotes, and the features that they may name."""
+    """Names the keys of MODEL whose values an error quotes, and the features that such keys may list."""
     message = one_line(error)
     quoted = {message, *re.findall(r"'([^']+)'", message), *(["GN"] if "num_groups" in message else [])}
-    found = {
+    is_set = {
         key: value != default
         for key, value, default in leaves(cfg.MODEL, default_config().MODEL, "MODEL.")
         if (value in quoted if isinstance(value, str) else isinstance(value, list | tuple) and quoted & names(value))
     }
-    # Those that the user has set come to mind first.
-    found = [key for key in found if found[key] or not any(found.values())]
-    text = f"; see {', '.join(found)}" if found else ""
-    if any(key.endswith("IN_FEATURES") for key in found):
+    # Keys that the user has set are the likeliest cause.
+    keys = [key for key in is_set if is_set[key] or not any(is_set.values())]
+    text = f"; see {', '.join(keys)}" if keys else ""
+    if any(key.endswith("IN_FEATURES") for key in keys):
         with suppress(*REJECTIONS):
             text += f" (the backbone gives {', '.join(build_backbone(cfg).output_shape())})"
     return text
