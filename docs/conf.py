@@ -13,6 +13,8 @@ html_theme = "furo"
 html_title = "kd_det"
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
+# Quotes and double hyphens stay as they are: values and options are copied from the pages.
+smartquotes = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

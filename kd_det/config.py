@@ -26,17 +26,15 @@ PATHS = ("MODEL.WEIGHTS", "OUTPUT_DIR", "KD.TEACHER.WEIGHTS", "KD.PRETRAIN.WEIGH
 MOST_VALUES = 10**6
 # Longest error of another library, in characters, that a message quotes in full.
 LONGEST = 600
-
-
-def head_node(**keys) -> CfgNode:
-    """Makes the config node of a distillation head: its own keys and the two that every head has."""
+# Keys that the node of every distillation head has; a head may have other defaults.
+HEAD_KEYS = {
     # Weight of the head's losses.
-    node = CfgNode({"WEIGHT": 1.0} | keys)
+    "WEIGHT": 1.0,
     # Schedule of the weight, in iterations. It is 0 before START, grows linearly over WARMUP iterations, and is 0 again
     # from STOP on (-1: never). DECAY "linear" or "cosine" lowers it to 0 at STOP (-1: at the end of the run);
     # "constant" keeps it.
-    node.SCHEDULE = CfgNode({"START": 0, "WARMUP": 0, "STOP": -1, "DECAY": "constant"})
-    return node
+    "SCHEDULE": {"START": 0, "WARMUP": 0, "STOP": -1, "DECAY": "constant"},
+}
 
 
 def default_config() -> CfgNode:
@@ -140,12 +138,12 @@ def add_kd_config(cfg: CfgNode) -> None:
         key = config_key(name)
         if key in cfg.KD:
             raise InputError(f"KD.{key}: is taken, so {name} cannot have it for its keys; rename the head.")
-        cfg.KD[key] = head_node(**getattr(head, "config", {}))
+        cfg.KD[key] = CfgNode(HEAD_KEYS | getattr(head, "config", {}))
 
     # ---- Backbones ----
-    # Networks of the timm library as backbones with an FPN: set MODEL.BACKBONE.NAME to build_timm_fpn_backbone.
     cfg.MODEL.TIMM = CfgNode()
-    # timm's name of the network.
+    # timm's name of the network, for MODEL.BACKBONE.NAME build_timm_fpn_backbone (with an FPN) or
+    # build_timm_classifier_backbone.
     cfg.MODEL.TIMM.NAME = "mobilenetv2_100"
     # Start from timm's ImageNet weights, which are downloaded on first use. If MODEL.WEIGHTS is set, it is loaded after
     # them.
@@ -157,10 +155,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.MODEL.CLASSIFIER = CfgNode()
     # Number of classes that the classifier predicts.
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
-    # Networks for CIFAR: set MODEL.BACKBONE.NAME to build_cifar_backbone.
     cfg.MODEL.CIFAR = CfgNode()
-    # Name of the network: resnet8, 14, 20, 32, 44, 56, 110; resnet8x4, resnet32x4; wrn_16_1, wrn_16_2, wrn_40_1,
-    # wrn_40_2.
+    # Name of the network, for MODEL.BACKBONE.NAME build_cifar_backbone: resnet8, 14, 20, 32, 44, 56, 110; resnet8x4,
+    # resnet32x4; wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2.
     cfg.MODEL.CIFAR.NAME = "resnet20"
     # Shortcut of a ResNet where the number of channels grows: "projection" (1x1 convolution, as in the distillation
     # papers), or "padding" with zeros, without parameters (He et al., 2016, option A).
@@ -216,8 +213,8 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Image folders: name: {ROOT: folder with one folder of images per class}. Relative paths lie under
     # $DETECTRON2_DATASETS, or datasets/.
     cfg.DATASETS.IMAGE_FOLDER = CfgNode(new_allowed=True)
-    # COCO files: name: {JSON: annotation file, IMAGE_ROOT: folder}. Relative paths lie under $DETECTRON2_DATASETS, or
-    # datasets/.
+    # COCO files: name: {JSON: annotation file, IMAGE_ROOT: folder; FLIP_PAIRS: [[left_eye, right_eye], ...] for
+    # keypoints, if their names do not say it}. Relative paths lie under $DETECTRON2_DATASETS, or datasets/.
     cfg.DATASETS.COCO_FORMAT = CfgNode(new_allowed=True)
     # Pascal VOC folders: name: {ROOT: folder with Annotations, ImageSets/Main, JPEGImages; SPLIT: a file in
     # ImageSets/Main; CLASSES: [...]; YEAR: 2007 for the 11-point AP, 2012 (default) for the area under the curve}.

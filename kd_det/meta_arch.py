@@ -203,5 +203,5 @@ def check_finite(losses: Mapping[str, Tensor], iteration: int) -> None:
     """
     values = torch.stack([loss.detach().float() for loss in losses.values()])
     if not values.isfinite().all():
-        bad = ", ".join(f"{key} is {float(loss)}" for key, loss in losses.items() if not loss.isfinite())
+        bad = ", ".join(f"{key} is {loss.item()}" for key, loss in losses.items() if not loss.isfinite())
         raise FloatingPointError(f"iteration {iteration}: {bad}")

@@ -86,6 +86,14 @@ FAMILIES = {
 }
 # A teacher is wider than a student, so that no test passes by equal shapes.
 WIDE = {"MODEL.RESNETS.RES2_OUT_CHANNELS": 12, "MODEL.FPN.OUT_CHANNELS": 24, "MODEL.ROI_BOX_HEAD.FC_DIM": 40}
+# The ResNet-18 with FPN that Detectron2 builds itself, with the widths of torchvision's and of ImageNet checkpoints.
+STOCK_R18 = {
+    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+}
 
 
 def tiny_cfg(family: str = "mask_rcnn", options: dict | None = None) -> CfgNode:

@@ -13,7 +13,7 @@ import torchvision
 from children import same
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
-from helpers import WIDE, build, distilled_cfg, save_teacher, tiny_cfg
+from helpers import LEVELS, STOCK_R18, WIDE, build, distilled_cfg, save_teacher, tiny_cfg
 
 from kd_det import InputError
 from kd_det.checkpoint import KDCheckpointer, load_strictly
@@ -419,16 +419,7 @@ def test_starts_from_torchvisions_resnet(tmp_path):
     for i, value in enumerate(source.values()):
         value.fill_(i)  # each tensor another number
     torch.save(source, tmp_path / "resnet18.pth")
-    cfg = tiny_cfg(
-        options={
-            "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
-            "MODEL.RESNETS.DEPTH": 18,
-            "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-            "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
-            "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-            "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5"],
-        }
-    )
+    cfg = tiny_cfg(options=STOCK_R18 | {"MODEL.RPN.IN_FEATURES": LEVELS})
     model = build_model(cfg)
     KDCheckpointer(model).load(str(tmp_path / "resnet18.pth"))
     state = model.backbone.bottom_up.state_dict()

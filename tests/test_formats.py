@@ -11,19 +11,11 @@ import timm
 import torch
 import torchvision
 from children import same
-from helpers import build, tiny_cfg
+from helpers import STOCK_R18, build, tiny_cfg
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from kd_det import InputError
 from kd_det.checkpoint import KDCheckpointer, load_strictly
-
-RESNET = {
-    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
-    "MODEL.RESNETS.DEPTH": 18,
-    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-}
 
 
 @pytest.fixture
@@ -136,7 +128,7 @@ def test_objects_beside_the_weights(plain, tmp_path, monkeypatch, extra):
 def test_resnets_of_others_are_renamed(tmp_path, create, prefix):
     source = create().state_dict()
     path = save(tmp_path / "a.pth", {"state_dict": prefixed(source, prefix)})
-    model = build(tiny_cfg(options=RESNET))
+    model = build(tiny_cfg(options=STOCK_R18))
     KDCheckpointer(model).load(path)
     state = model.backbone.bottom_up.state_dict()
     for own, theirs in {
@@ -154,7 +146,7 @@ def test_resnets_of_another_kind(tmp_path, name, found):
     with pytest.raises(
         InputError, match=rf"a\.pth: a ResNet of another kind than Detectron2's: it has {found}.*TIMM"
     ) as e:
-        KDCheckpointer(build(tiny_cfg(options=RESNET))).load(path)
+        KDCheckpointer(build(tiny_cfg(options=STOCK_R18))).load(path)
     assert "\n" not in str(e.value)
 
 
@@ -198,7 +190,7 @@ def test_resnets_of_several_networks(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     path = save(tmp_path / "a.pth", {"state_dict": prefixed(state, "encoder_q.", "encoder_k.")})
     with pytest.raises(InputError, match=r"holds 2 networks, whose keys begin with encoder_q\., encoder_k\.;"):
-        KDCheckpointer(build(tiny_cfg(options=RESNET))).load(path)
+        KDCheckpointer(build(tiny_cfg(options=STOCK_R18))).load(path)
 
 
 # ---- Types ----

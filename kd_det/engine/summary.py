@@ -193,4 +193,5 @@ def describe_schedule(schedule: WeightSchedule) -> str:
 def shape(name: str, spec: Mapping[str, ShapeSpec]) -> str:
     """A signal's name, channels and stride."""
     stride = "" if spec[name].stride is None else f", stride {spec[name].stride}"
-    return f"{name}: {spec[name].channels} channels{stride}"
+    channels = spec[name].channels
+    return f"{name}: {channels} channel{'' if channels == 1 else 's'}{stride}"

@@ -96,8 +96,9 @@ class InheritExploreHead(nn.Module):
         "BOXES": 48,
         # The student's channels that inherit: "natural" (the first half) or "random" (a half drawn from SEED).
         "DIVIDE": "natural",
-        # Factors of the two halves' losses; 0 leaves a half out. The exploration loss already has its sign.
+        # Factor of the inheriting half's loss; 0 leaves the half out.
         "INHERIT_WEIGHT": 1.0,
+        # Factor of the exploring half's loss, which already has its sign; 0 leaves the half out.
         "EXPLORE_WEIGHT": 1.0,
         # Channels of the factors, as a share of the teacher's channels.
         "FACTOR_RATE": 0.5,

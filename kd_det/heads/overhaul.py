@@ -67,6 +67,7 @@ class OverhaulHead(nn.Module):
         # "batch_norm", from its last batch norm of each stage (published; wrong where statistics were folded into it,
         # as in converted ImageNet weights).
         "MARGIN": "estimate",
+        # Number of batches from which "estimate" takes the margins.
         "MARGIN_BATCHES": 200,
         # "map_invariant": equally strong at every map size, as on CIFAR. "code": the published sum over cells.
         "SCALE": "map_invariant",

@@ -60,8 +60,9 @@ class SoftmaxRegressionHead(nn.Module):
         "KIND": "mse",
         # Divides the logits of both networks, for "ce" only.
         "TEMPERATURE": 1.0,
-        # Factors of the two parts: the features before the teacher's classifier, and the logits after it.
+        # Factor of the comparison of features, before the teacher's classifier.
         "FEATURE_WEIGHT": 1.0,
+        # Factor of the comparison of logits, after it.
         "LOGIT_WEIGHT": 1.0,
     }
 

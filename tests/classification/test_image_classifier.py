@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from helpers import tiny_cfg
+from helpers import STOCK_R18, tiny_cfg
 
 from kd_det import InputError, Teacher, TeacherStudent, build_kd_heads
 from kd_det.checkpoint import KDCheckpointer, load_strictly
@@ -185,10 +185,7 @@ def test_task_weight_scales_the_students_own_loss():
 
 
 def test_classifier_is_the_initial_backbone_of_a_detector(tmp_path):
-    options = {"MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH": 18}
-    options |= {"MODEL.RESNETS.OUT_FEATURES": STAGES["detectron2"]}
-    options |= {"MODEL.RESNETS.STEM_OUT_CHANNELS": 64, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64}
-    classifier, detector = build_model(classifier_cfg("detectron2")), build_model(tiny_cfg(options=options))
+    classifier, detector = build_model(classifier_cfg("detectron2")), build_model(tiny_cfg(options=STOCK_R18))
     KDCheckpointer(classifier, str(tmp_path)).save("model_final")
     KDCheckpointer(detector).load(str(tmp_path / "model_final.pth"), checkpointables=[])
     own, loaded = classifier.backbone.state_dict(), detector.backbone.bottom_up.state_dict()

@@ -13,19 +13,12 @@ from classification.models import PAIRS, classifier_cfg
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from helpers import ROOT, build, distilled_cfg, tiny_cfg
+from helpers import ROOT, STOCK_R18, build, distilled_cfg, tiny_cfg
 
 from kd_det.errors import InputError
 from kd_det.export import export_student, find_run, load_student, read_student_config
 from kd_det.export.student import plain_config
 
-STOCK = {
-    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
-    "MODEL.RESNETS.DEPTH": 18,
-    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-}
 READER = """
 import sys, cv2, torch
 sys.modules["kd_det"] = None  # Importing it fails.
@@ -46,7 +39,7 @@ def photo(tmp_path):
 
 
 def test_stock_detectron2_predicts_the_same(teacher, photo, tmp_path, save_run, run_tool):
-    run = save_run(tmp_path / "run", distilled_cfg(teacher, ["HintHead"], STOCK))
+    run = save_run(tmp_path / "run", distilled_cfg(teacher, ["HintHead"], STOCK_R18))
     run_tool("export_student", "--run", run, "--output", tmp_path / "out", "--image", photo)
     assert sorted(os.listdir(tmp_path / "out")) == ["student.pth", "student.ts", "student.yaml"]
 
@@ -169,7 +162,7 @@ def test_stock_detector_starts_from_a_classifiers_backbone(tmp_path, save_run, r
     run_tool("export_student", "--run", run, "--output", tmp_path / "out", "--no-torchscript")
     weights = torch.load(tmp_path / "out/backbone.pth", weights_only=True)["model"]
     for norm in ("FrozenBN", "BN"):
-        detector = build(tiny_cfg(options=STOCK | {"MODEL.MASK_ON": False, "MODEL.RESNETS.NORM": norm}), seed=3)
+        detector = build(tiny_cfg(options=STOCK_R18 | {"MODEL.MASK_ON": False, "MODEL.RESNETS.NORM": norm}), seed=3)
         offered = {f"backbone.bottom_up.{key}": value for key, value in weights.items()}
         own = {key for key in detector.state_dict() if "bottom_up" in key and not key.endswith("num_batches_tracked")}
         assert own == offered.keys()
