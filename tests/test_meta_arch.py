@@ -184,6 +184,7 @@ def test_a_repeated_name_is_an_error(inputs, name):
         step(with_heads({"a": Mean(), "b": Mean(name)}), inputs)
 
 
+@pytest.mark.filterwarnings("error:Converting a tensor")
 @pytest.mark.parametrize(("factor", "told"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "inf")])
 def test_a_loss_that_is_not_finite_stops_the_run(inputs, factor, told):
     with pytest.raises(FloatingPointError, match=rf"^iteration 41: loss_kd_mean is -?{told}$"):
