@@ -20,7 +20,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)|^```\{(?:literal)?include\} (\S+)$", re.MULT
 
 @pytest.fixture(scope="module")
 def reference():
-    """Map each key of the reference's pages to its default and its comment."""
+    """Maps each key of the reference's pages to its default and its comment."""
     sys.path.insert(0, str(ROOT / "docs" / "_extensions"))
     from config_reference import general_keys, head_keys
 
@@ -30,7 +30,7 @@ def reference():
 
 
 def flat(node, prefix=""):
-    """Yield the full name of each key in a config that has a value."""
+    """Yields the full name of each key in a config that has a value."""
     for name, value in node.items():
         whole = isinstance(value, CfgNode) and value and name != "SCHEDULE"
         yield from flat(value, f"{prefix}{name}.") if whole else [f"{prefix}{name}"]

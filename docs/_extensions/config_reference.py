@@ -18,7 +18,7 @@ HEADING = re.compile(r"\s*# -+ (.+?) -+")
 
 
 def comment_above(lines: list[str], number: int) -> str:
-    """Join the comment lines directly above a line, whose number counts from 1; without headings."""
+    """Joins the comment lines directly above a line, whose number counts from 1; without headings."""
     comment = []
     while lines[number - 2].strip().startswith("# "):
         number -= 1
@@ -32,7 +32,7 @@ def source(thing: object) -> tuple[list[str], ast.AST]:
 
 
 def general_keys() -> dict[str, list[Key]]:
-    """Map the headings of ``add_kd_config`` to the keys below each, without the heads' keys."""
+    """Maps the headings of ``add_kd_config`` to the keys below each, without the heads' keys."""
     lines, tree = source(add_kd_config)
     headings = {number: match[1] for number, line in enumerate(lines, 1) if (match := HEADING.fullmatch(line))}
     sections = {heading: [] for heading in headings.values()}
@@ -48,7 +48,7 @@ def general_keys() -> dict[str, list[Key]]:
 
 
 def keys_of(thing: object, attribute: str) -> list[Key]:
-    """List the keys of a dict that a class or a module assigns to one of its attributes."""
+    """Lists the keys of a dict that a class or a module assigns to one of its attributes."""
     lines, tree = source(thing)
     return [
         (ast.literal_eval(key), ast.unparse(value), comment_above(lines, key.lineno))
@@ -60,7 +60,7 @@ def keys_of(thing: object, attribute: str) -> list[Key]:
 
 
 def head_keys() -> dict[str, list[Key]]:
-    """Map a title for all heads, and one for each of kd_det's own, to their keys."""
+    """Maps a title for all heads, and one for each of kd_det's own, to their keys."""
     common = keys_of(config, "HEAD_KEYS")
     comments = {name: comment for name, _, comment in common}
     sections = {"All heads": [(f"KD.<HEAD>.{name}", default, comment) for name, default, comment in common]}
