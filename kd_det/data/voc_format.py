@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
+from kd_det.data.coco_fields import FLAGS
 from kd_det.data.images import image_size, image_suffixes
 from kd_det.errors import InputError
 
@@ -138,7 +139,7 @@ class VocFormat:
         root = _parse(xml)
         file_name = self._find_image(name, root)
         width, height = _size(xml, root) or image_size(file_name)
-        objects = tuple(self._read_object(xml, thing, width, height) for thing in root.findall("object"))
+        objects = tuple(self._read_object(xml, thing, width, height) for thing in _find_objects(xml, root))
         return VocImage(name, file_name, width, height, objects)
 
     def _find_image(self, name: str, root: ElementTree.Element) -> str:
@@ -146,7 +147,7 @@ class VocFormat:
         path = os.path.join(self._image_folder, name)
         if os.path.isfile(f"{path}.jpg"):
             return f"{path}.jpg"
-        found = self._images_by_stem.get(path, [])
+        found = [file for file in self._images_by_stem.get(path, []) if os.path.isfile(file)]
         if len(found) == 1:
             return found[0]
         # Some tools write a path there, perhaps one of Windows.
@@ -188,8 +189,7 @@ class VocFormat:
                 f"{xml}: the box [{', '.join(f'{value:.10g}' for value in box)}] ({', '.join(SIDES)}) of a {name} is "
                 f"empty or leaves the image, which is {width} x {height}."
             )
-        difficult = bool((thing.findtext("difficult") or "").strip()) and _number(xml, thing, "difficult") != 0
-        return VocObject(self.class_names.index(name), box, difficult)
+        return VocObject(self.class_names.index(name), box, _is_difficult(xml, thing))
 
 
 def voc_dataset(name: str) -> VocFormat:
@@ -228,11 +228,30 @@ def _read_split(path: str) -> list[str]:
 
 
 def _parse(xml: str) -> ElementTree.Element:
+    """Return the root of an XML file, whose tags lose their namespaces."""
     try:
-        return ElementTree.parse(xml).getroot()
+        root = ElementTree.parse(xml).getroot()
     # An encoding that is unknown is a LookupError, one that the parser does not read a ValueError.
     except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:
         raise InputError(f"{xml}: not an XML file that can be read: {error}.") from error
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+    return root
+
+
+def _find_objects(xml: str, root: ElementTree.Element) -> list[ElementTree.Element]:
+    """Return the objects of an annotation, which may have none; but they are nowhere else than right below its root."""
+    objects = root.findall("object")
+    if len(objects) < sum(1 for _ in root.iter("object")):
+        raise InputError(f"{xml}: an <object> lies inside another tag; it must be right below <{root.tag}>.")
+    if not objects and root.tag != "annotation":
+        raise InputError(f"{xml}: not an annotation of Pascal VOC: <{root.tag}> found instead of <annotation>.")
+    return objects
+
+
+def _is_difficult(xml: str, thing: ElementTree.Element) -> bool:
+    text = (thing.findtext("difficult") or "").strip()
+    return bool(FLAGS[text] if text in FLAGS else _number(xml, thing, "difficult"))
 
 
 def _size(xml: str, root: ElementTree.Element) -> tuple[int, int] | None:

@@ -77,6 +77,8 @@ def test_whoever_changes_the_dicts_changes_those_of_nobody_else(dataset):
         ("<name>dog", "<name>\n dog "),
         ("<xmin>1<", "<xmin> 1.0 <"),
         ("<filename>.*</filename>", ""),
+        ("<difficult>0", "<difficult>False"),
+        ("<annotation>", '<annotation xmlns="http://example.org/voc">'),
     ],
 )
 def test_only_names_and_boxes_are_needed(dataset, xml, old, new):
@@ -131,6 +133,13 @@ def test_difficult_objects_are_trained_on(dataset, xml):
         ("<xmin>1<", "<xmin>-1<", r"the box \[-1, 1, 20, 10\] .* leaves the image"),
         ("<xmax>20", "<xmax>22", r"the box \[1, 1, 22, 10\] .* leaves the image"),
         ("<ymax>10", "<ymax>12", r"the box \[1, 1, 20, 12\] .* leaves the image"),
+        (
+            "(<object>.*</object>)",
+            r"<objects>\1</objects>",
+            "an <object> lies inside another tag; .* below <annotation>",
+        ),
+        ("</object>", "<object><name>cat</name></object></object>", "an <object> lies inside another tag"),
+        (".+", "<html><body>404</body></html>", "not an annotation of Pascal VOC: <html> found"),
     ],
 )
 def test_wrong_xml(dataset, xml, old, new, message):
@@ -227,6 +236,13 @@ def test_images_of_one_name(dataset, xml, tmp_path):
 def test_missing_file_of_an_image(dataset, tmp_path, path):
     (tmp_path / path).unlink()
     with pytest.raises(InputError, match=f"{path}: file not found, .*but .*train.txt lists 'b'"):
+        dataset()
+
+
+def test_link_to_an_image_that_is_gone(dataset, tmp_path):
+    (tmp_path / "JPEGImages/b.jpg").unlink()
+    (tmp_path / "JPEGImages/b.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(InputError, match=r"b\.jpg: file not found"):
         dataset()
 
 
