@@ -24,6 +24,13 @@ DISTILLED = ("TeacherStudent", "MutualStudents")
 PATHS = ("MODEL.WEIGHTS", "OUTPUT_DIR", "KD.TEACHER.WEIGHTS", "KD.PRETRAIN.WEIGHTS")
 # Largest number of values in a YAML file: with aliases, a few lines can stand for billions.
 MOST_VALUES = 10**6
+# Types of a default and of a value that does not fit it, to what to write instead.
+REMEDIES = {
+    ("tuple|list", "str|int|float"): "a list of one is ['x'], or ('x',) with a comma",
+    ("bool", ".*"): "write True or False",
+    ("float", "int"): "write it with a point, such as 1.0",
+    ("int", "float"): "write a whole number without a point or an exponent",
+}
 # Longest error of another library, in characters, that a message quotes in full.
 LONGEST = 600
 # Keys that the node of every distillation head has; a head may have other defaults.
@@ -419,8 +426,9 @@ def one_line(error: Exception) -> str:
     mismatch = re.search(r"CfgNode'> vs\. .*vs\. (.*)\) for config key: (\S+)$", text)
     if mismatch:
         return f"{mismatch[2]}: got {mismatch[1]} where a mapping of keys belongs"
-    if re.match(r"Type mismatch \(<class '(tuple|list)'> vs\. <class 'str'>\)", text):
-        text += "; a list of one is ['x'], or ('x',) with a comma"
+    for (expected, given), remedy in REMEDIES.items():
+        if re.match(rf"Type mismatch \(<class '({expected})'> vs\. <class '({given})'>\)", text):
+            text += f"; {remedy}"
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 

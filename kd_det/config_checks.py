@@ -285,6 +285,19 @@ def check_solver(cfg: CfgNode) -> None:
         raise InputError("SOLVER.MOMENTUM: must be above 0 where SOLVER.NESTEROV is True, got 0.")
     if node.LR_SCHEDULER_NAME == "WarmupCosineLR" and node.BASE_LR_END > node.BASE_LR:
         raise InputError(f"SOLVER.BASE_LR_END: must be at most SOLVER.BASE_LR, {node.BASE_LR}, got {node.BASE_LR_END}.")
+    if node.LR_SCHEDULER_NAME == "WarmupStepWithFixedGammaLR":
+        if not node.GAMMA:
+            raise InputError("SOLVER.GAMMA: must be above 0 for SOLVER.LR_SCHEDULER_NAME WarmupStepWithFixedGammaLR.")
+        if node.WARMUP_ITERS >= node.MAX_ITER:
+            raise InputError(
+                f"SOLVER.WARMUP_ITERS: must be below SOLVER.MAX_ITER, {node.MAX_ITER}, for SOLVER.LR_SCHEDULER_NAME "
+                f"WarmupStepWithFixedGammaLR, got {node.WARMUP_ITERS}."
+            )
+    if node.REFERENCE_WORLD_SIZE and node.IMS_PER_BATCH % node.REFERENCE_WORLD_SIZE:
+        raise InputError(
+            f"SOLVER.REFERENCE_WORLD_SIZE: must divide SOLVER.IMS_PER_BATCH, {node.IMS_PER_BATCH}, got "
+            f"{node.REFERENCE_WORLD_SIZE}."
+        )
 
 
 def check_network(cfg: CfgNode) -> None:
@@ -337,6 +350,8 @@ def check_tta(cfg: CfgNode) -> None:
             f"TEST.AUG.ENABLED: must be False for {architecture}, or with keypoints or loaded proposals; Detectron2 "
             "augments the test images of GeneralizedRCNN only."
         )
+    if cfg.TEST.AUG.ENABLED and not cfg.TEST.AUG.MIN_SIZES:
+        raise InputError("TEST.AUG.MIN_SIZES: must name a size where TEST.AUG.ENABLED is True, got none.")
 
 
 def image_channels(image_format: str) -> int:

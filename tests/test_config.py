@@ -226,6 +226,10 @@ def test_home_is_expanded(cfg, tmp_path, monkeypatch):
     ("options", "told"),
     [
         (["DATASETS.TEST", "('x')"], "a list of one is ['x'], or ('x',) with a comma"),
+        (["SOLVER.STEPS", "(5)"], "a list of one is ['x'], or ('x',) with a comma"),
+        (["SOLVER.GAMMA", "1"], "SOLVER.GAMMA; write it with a point, such as 1.0"),
+        (["SOLVER.MAX_ITER", "1e4"], "SOLVER.MAX_ITER; write a whole number without a point or an exponent"),
+        (["MODEL.MASK_ON", "true"], "MODEL.MASK_ON; write True or False"),
         ([1, 2], "K: must be KEY VALUE KEY VALUE ..., got [1, 2]."),
         (["OUTPUT_DIR", "-" * 200000 + "1"], "K: a value is nested too deeply."),
         (["OUTPUT_DIR", ["x"] * 9999], "K: Type mismatch"),

@@ -200,6 +200,25 @@ def test_names_that_stand_twice(key, value):
         ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", {}, "for a range the least and the greatest, got [64]."),
         ("INPUT.CROP.SIZE", [2.0, 2.0], {"INPUT.CROP.ENABLED": True}, "INPUT.CROP.SIZE: must be two shares above 0"),
         ("INPUT.CROP.SIZE", [0.5], {"INPUT.CROP.ENABLED": True}, "INPUT.CROP.SIZE: must be two shares above 0"),
+        (
+            "SOLVER.WARMUP_ITERS",
+            5,
+            {"SOLVER.LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR", "SOLVER.MAX_ITER": 5},
+            "SOLVER.WARMUP_ITERS: must be below SOLVER.MAX_ITER, 5, for ",
+        ),
+        (
+            "SOLVER.GAMMA",
+            0.0,
+            {"SOLVER.LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR"},
+            "SOLVER.GAMMA: must be above 0 for SOLVER.LR_SCHEDULER_NAME WarmupStepWithFixedGammaLR.",
+        ),
+        (
+            "SOLVER.REFERENCE_WORLD_SIZE",
+            8,
+            {"SOLVER.IMS_PER_BATCH": 12},
+            "SOLVER.REFERENCE_WORLD_SIZE: must divide SOLVER.IMS_PER_BATCH, 12, got 8.",
+        ),
+        ("TEST.AUG.MIN_SIZES", (), {"TEST.AUG.ENABLED": True}, "TEST.AUG.MIN_SIZES: must name a size where "),
     ],
 )
 def test_values_that_do_not_fit_each_other(key, value, options, told):

@@ -12,8 +12,10 @@ from torch import nn
 
 from kd_det.classification.evaluator import MAX_LISTED, ClassificationEvaluator
 from kd_det.config import student_config
+from kd_det.config_kinds import show
 from kd_det.data import CocoEvaluator, class_names
 from kd_det.data.coco_evaluator import distinct
+from kd_det.data.coco_masks import are_numbers
 from kd_det.data.voc_evaluator import VocEvaluator
 from kd_det.errors import InputError
 from kd_det.mutual import MutualStudents
@@ -78,20 +80,33 @@ def check_evaluator(dataset_name: str) -> str:
 
 
 def check_evaluation(cfg: CfgNode) -> None:
-    """Check that every data set of DATASETS.TEST can be evaluated, and gives the TEST.BEST_METRIC.
+    """Check that every data set of DATASETS.TEST can be evaluated, and gives the metrics that TEST names.
 
     Raises:
-        InputError: If one has no evaluator, or the metric is not one of those that the evaluation gives.
+        InputError: If one has no evaluator, or a metric is not one of those that the evaluation gives.
     """
+    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
     for name in cfg.DATASETS.TEST:
-        check_evaluator(name)
-    metric = cfg.TEST.BEST_METRIC
-    if not metric or not cfg.DATASETS.TEST:
-        return
-    names = metric_names(cfg)
+        if check_evaluator(name) == "pascal_voc" and "bbox" not in TASKS.get(architecture, ["bbox"]):
+            raise InputError(
+                f"DATASETS.TEST: {name} cannot be evaluated: {architecture} predicts no classes, whose AP is the "
+                "metric of pascal_voc; COCO's format has metrics for proposals."
+            )
+    if cfg.TEST.BEST_METRIC:
+        _check_metric(cfg, "TEST.BEST_METRIC", cfg.TEST.BEST_METRIC)
+    for expected in cfg.TEST.EXPECTED_RESULTS:
+        if list(map(type, expected[:2])) != [str, str] or not are_numbers(list(expected[2:])) or len(expected) != 4:
+            raise InputError(
+                f"TEST.EXPECTED_RESULTS: each must be [task, metric, value, tolerance], got {show(expected)}."
+            )
+        _check_metric(cfg, "TEST.EXPECTED_RESULTS", "/".join(expected[:2]))
+
+
+def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
+    names = metric_names(cfg) if cfg.DATASETS.TEST else []
     if names and metric not in names:
         more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
-        raise InputError(f"TEST.BEST_METRIC: got {metric!r}; the evaluation gives {', '.join(names[:SHOWN])}{more}.")
+        raise InputError(f"{key}: got {metric!r}; the evaluation gives {', '.join(names[:SHOWN])}{more}.")
 
 
 def metric_names(cfg: CfgNode) -> list[str]:
