@@ -110,7 +110,21 @@ def check_annotations(cfg: CfgNode, *, train: bool = True) -> None:
     if cfg.MODEL.KEYPOINT_ON:
         _check_keypoints(cfg, train)
     for name in cfg.DATASETS.TEST if train else ():
-        DatasetCatalog.get(name)
+        _check_test_images(name)
+
+
+def _check_test_images(name: str) -> None:
+    """Check what Detectron2 would find wrong with a test set, whoever registered it, when the training is over."""
+    records, classes = DatasetCatalog.get(name), class_names(name)
+    if not records:
+        raise InputError(f"DATASETS.TEST: {name!r} has no images.")
+    for record in records if classes else ():
+        for annotation in record.get("annotations", ()):
+            if not 0 <= annotation["category_id"] < len(classes):
+                raise InputError(
+                    f"DATASETS.TEST: {name!r} has an object of category_id {annotation['category_id']} in "
+                    f"{record['file_name']}; its {len(classes)} classes are counted from 0."
+                )
 
 
 def _check_objects(cfg: CfgNode, place: str, dataset: CocoFormat) -> None:

@@ -45,7 +45,7 @@ def read_id(value: Any) -> int | str:
     try:
         return read_text(value)
     except ValueError:
-        raise ValueError("a number or text") from None
+        raise ValueError("a whole number of 64 bits, or text") from None
 
 
 def read_side(value: Any) -> int:
@@ -119,11 +119,11 @@ FIELDS = {
         "bbox": Field(read_box),
         "iscrowd": Field(read_flag, required=False),
         "ignore": Field(read_ignore, required=False),
-        "area": Field(read_area, required=False, change="not a number; that of the mask or the box is taken"),
+        "area": Field(read_area, required=False, change="no possible area; that of the mask or the box is taken"),
         "segmentation": Field(
             read_segmentation,
             required=False,
-            change="a flat list or has polygons of fewer than three points, which are left out",
+            change="a flat list, read as one polygon, or has polygons of less than three points, which are left out",
         ),
         "keypoints": Field(read_keypoints, required=False),
         "num_keypoints": Field(read_count, required=False),

@@ -13,6 +13,7 @@ from kd_det.config import one_line
 from kd_det.data.builtin import BUILTIN
 from kd_det.data.coco_format import CocoFormat
 from kd_det.data.image_folder import ImageFolder
+from kd_det.data.mapper import check_masks
 from kd_det.data.paths import resolve
 from kd_det.data.voc_format import VocFormat
 from kd_det.errors import InputError
@@ -94,7 +95,7 @@ def load_training_images(cfg: CfgNode, **options: Any) -> list[dict[str, Any]]:
         options: More of Detectron2's ``get_detection_dataset_dicts``.
 
     Raises:
-        InputError: If DATASETS.TRAIN is empty, no image is left, or a file is wrong.
+        InputError: If DATASETS.TRAIN is empty, no image is left, a file is wrong or masks are missing.
     """
     if not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN: no data set is named.")
@@ -106,14 +107,19 @@ def load_training_images(cfg: CfgNode, **options: Any) -> list[dict[str, Any]]:
         )
         return _leave_out_maskless(records, filter_empty) if cfg.MODEL.MASK_ON else records
     except AssertionError as error:
-        why = " DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out images without objects." if filter_empty else ""
-        raise InputError(f"DATASETS.TRAIN: {one_line(error)}{why}") from error
+        reasons = [
+            filter_empty and "DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out images without objects.",
+            keypoints
+            and f"MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE leaves out those with fewer than {keypoints}.",
+        ]
+        raise InputError(" ".join([f"DATASETS.TRAIN: {one_line(error)}", *filter(None, reasons)])) from error
 
 
 def _leave_out_maskless(records: list[dict[str, Any]], filter_empty: bool) -> list[dict[str, Any]]:
     """Leave out objects whose polygons are all too small to be masks, and the images that are left without objects."""
     maskless = 0
     for record in records:
+        check_masks(record)
         annotations = record.get("annotations", [])
         kept = [annotation for annotation in annotations if annotation.get("segmentation") != []]
         if len(kept) < len(annotations):

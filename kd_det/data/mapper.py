@@ -45,13 +45,25 @@ class DetectionMapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
     ) -> None:
-        things = [a for a in dataset_dict["annotations"] if not a.get("iscrowd", 0)]
-        if self.use_instance_mask and not all("segmentation" in a for a in things):
-            raise InputError(
-                f"{dataset_dict['file_name']}: an annotation has no segmentation, but MODEL.MASK_ON asks for masks."
-            )
+        things = _trained_on(dataset_dict)
+        if self.use_instance_mask:
+            check_masks(dataset_dict)
         if things:
             super()._transform_annotations(dataset_dict, transforms, image_shape)
         else:
             dataset_dict.pop("annotations")
             dataset_dict["instances"] = utils.annotations_to_instances([], image_shape)
+
+
+def check_masks(record: dict[str, Any]) -> None:
+    """Check that all objects of an image that are trained on have a mask.
+
+    Raises:
+        InputError: If one has none.
+    """
+    if not all("segmentation" in annotation for annotation in _trained_on(record)):
+        raise InputError(f"{record['file_name']}: an annotation has no segmentation, but MODEL.MASK_ON asks for masks.")
+
+
+def _trained_on(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [annotation for annotation in record.get("annotations", ()) if not annotation.get("iscrowd", 0)]

@@ -8,10 +8,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import CLASSES, parse, tiny_cfg, with_data, write_coco_folder, write_yaml
 
-from kd_det.data import DetectionMapper
+from kd_det.data import DetectionMapper, check_annotations, register_datasets
 from kd_det.data.datasets import load_training_images
 from kd_det.data.keypoints import mirrored_pairs
 from kd_det.engine import setup
+from kd_det.engine.evaluation import check_evaluation
 from kd_det.errors import InputError
 
 from .coco_mutations import forget, write
@@ -152,6 +153,52 @@ def test_a_data_set_that_cannot_be_evaluated(cfg, set_up, tmp_path, kind):
     ):
         setup(parse("--config-file", write_yaml(tmp_path / "config.yaml", cfg)))
     forget(name)
+
+
+@pytest.mark.parametrize(
+    ("records", "told"),
+    [
+        ([], "has no images"),
+        (
+            [{"file_name": "a.png", "annotations": [{"category_id": 2}]}],
+            "has an object of category_id 2 in a.png; its 2 c",
+        ),
+    ],
+)
+def test_a_data_set_of_a_plugin_that_cannot_be_loaded(cfg, records, told):
+    DatasetCatalog.register("theirs", lambda: records)
+    MetadataCatalog.get("theirs").thing_classes = ["cat", "dog"]
+    cfg.DATASETS.TEST = ("theirs",)
+    try:
+        with pytest.raises(InputError, match=f"^DATASETS.TEST: 'theirs' {told}"):
+            check_annotations(cfg)
+    finally:
+        forget("theirs")
+
+
+def test_voc_needs_classes(cfg):
+    cfg.DATASETS.VOC_FORMAT["x"] = CfgNode({"ROOT": "x", "SPLIT": "test", "CLASSES": ["cat"]})
+    cfg.DATASETS.TEST, cfg.MODEL.META_ARCHITECTURE = ("x",), "ProposalNetwork"
+    register_datasets(cfg)
+    with pytest.raises(InputError, match=r"^DATASETS.TEST: x cannot be evaluated: ProposalNetwork predicts no classes"):
+        check_evaluation(cfg)
+
+
+@pytest.mark.parametrize(
+    ("expected", "told"),
+    [
+        (["bbox"], r"each must be \[task, metric, value, tolerance\], got \['bbox'\]"),
+        (["bbox", "AP", "high", 1], "each must be"),
+        (["bbox", "mAP", 40, 1], "got 'bbox/mAP'; the evaluation gives bbox/AP, "),
+    ],
+)
+def test_results_that_nobody_can_expect(set_up, expected, told):
+    with pytest.raises(InputError, match=f"^TEST.EXPECTED_RESULTS: {told}"):
+        set_up(options={"TEST.EXPECTED_RESULTS": [expected]})
+
+
+def test_expected_results(set_up):
+    assert set_up(options={"TEST.EXPECTED_RESULTS": [["bbox", "AP50", 40.0, 1.5]]}).TEST.EXPECTED_RESULTS
 
 
 def test_a_test_class_without_images(cfg, tmp_path):
@@ -317,4 +364,4 @@ def test_warnings_are_in_the_log_file(set_up, monkeypatch, tmp_path):
     monkeypatch.undo()
     set_up(lambda data: data["annotations"][0].update(area="x"))
     log = (tmp_path / "output" / "log.txt").read_text()
-    assert log.count("instances.json: area of 1 of the annotations (first: annotations[0]) is not a number") == 1
+    assert log.count("instances.json: area of 1 of the annotations (first: annotations[0]) is no possible area") == 1

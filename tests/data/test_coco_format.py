@@ -95,8 +95,8 @@ def assign(kind, i, field, value):
         (assign("images", 1, "width", "64"), r"images\[1\] has width '64', which is not a whole number above 0"),
         (assign("images", 1, "width", 20.5), r"images\[1\] has width 20.5, which is not a whole number above 0"),
         (assign("images", 1, "height", -1), r"images\[1\] has height -1, which is not a whole number above 0"),
-        (assign("images", 0, "id", [1]), r"images\[0\] has id \[1\], which is not a number"),
-        (assign("images", 0, "id", 2**70), r"images\[0\] has id 11805.*, which is not a number or text"),
+        (assign("images", 0, "id", [1]), r"images\[0\] has id \[1\], which is not a whole number"),
+        (assign("images", 0, "id", 2**70), r"images\[0\] has id 11805.*, which is not a whole number of 64 bits"),
         (assign("images", 0, "id", "one"), "ids of images are numbers and text, such as 2 and 'one'; use one kind"),
         (assign("categories", 0, "id", "five"), "ids of categories are numbers and text, such as 3 and 'five'; use"),
         (
@@ -134,7 +134,7 @@ HALF = {"size": [10, 20], "counts": [150, 51]}
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("category_id", None, "None, which is not a number or text"),
+        ("category_id", None, "None, which is not a whole number of 64 bits, or text"),
         ("ignore", 1, "1, which is not 0; Detectron2 has no use for it"),
         ("iscrowd", 2, "2, which is not 0 or 1"),
         ("bbox", [], r"\[\], which is not a list of four numbers, x, y, width, height\."),
@@ -210,7 +210,10 @@ def test_polygons_without_area(dataset, data, polygons, caplog):
     data["annotations"][0]["segmentation"] = polygons
     annotation = load(dataset, data)[0]["annotations"][0]
     assert (annotation["bbox"], annotation["segmentation"]) == ([0, 0, 20, 10], [])
-    assert "segmentation of 1 of the annotations (first: annotations[0]) is a flat list or has polygons" in caplog.text
+    assert (
+        "segmentation of 1 of the annotations (first: annotations[0]) is a flat list, read as one polygon, or has"
+        in caplog.text
+    )
     assert not dataset.contents.without_mask
 
 

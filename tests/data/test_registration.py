@@ -214,6 +214,18 @@ def test_number_of_training_images(cfg, shapes_root):
     assert count_training_images(cfg) == 16
 
 
+def test_training_images_that_lack_what_is_learned(cfg):
+    DatasetCatalog.register("boxes", lambda: [{"file_name": "a.jpg", "annotations": [{"category_id": 0}]}])
+    cfg.DATASETS.TRAIN, cfg.MODEL.MASK_ON = ("boxes",), True
+    with pytest.raises(InputError, match=r"^a\.jpg: an annotation has no segmentation, but MODEL.MASK_ON asks"):
+        count_training_images(cfg)
+    cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON = False, True
+    with pytest.raises(
+        InputError, match=r"MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE leaves out those with fewer"
+    ):
+        count_training_images(cfg)
+
+
 def test_registration_reads_no_file(cfg):
     register_datasets(define(cfg, a=COCO, b=VOC, c=FOLDER))
     assert {"a", "b", "c"} <= set(DatasetCatalog)
