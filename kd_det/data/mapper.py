@@ -56,7 +56,7 @@ class DetectionMapper(DatasetMapper):
 
 
 def check_masks(record: dict[str, Any]) -> None:
-    """Check that all objects of an image that are trained on have a mask.
+    """Checks that all objects of an image that are trained on have a mask.
 
     Raises:
         InputError: If one has none.

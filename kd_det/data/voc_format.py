@@ -228,7 +228,7 @@ def _read_split(path: str) -> list[str]:
 
 
 def _parse(xml: str) -> ElementTree.Element:
-    """Return the root of an XML file, whose tags lose their namespaces."""
+    """Returns the root of an XML file, whose tags lose their namespaces."""
     try:
         root = ElementTree.parse(xml).getroot()
     # An encoding that is unknown is a LookupError, one that the parser does not read a ValueError.
@@ -240,7 +240,7 @@ def _parse(xml: str) -> ElementTree.Element:
 
 
 def _find_objects(xml: str, root: ElementTree.Element) -> list[ElementTree.Element]:
-    """Return the objects of an annotation, which may have none; but they are nowhere else than right below its root."""
+    """Returns the objects of an annotation; there may be none, but they lie nowhere else than right below its root."""
     objects = root.findall("object")
     if len(objects) < sum(1 for _ in root.iter("object")):
         raise InputError(f"{xml}: an <object> lies inside another tag; it must be right below <{root.tag}>.")
