@@ -59,7 +59,7 @@ def define_datasets(cfg: CfgNode) -> Iterator[tuple[str, CocoFormat | VocFormat 
     for name, entry in cfg.DATASETS.IMAGE_FOLDER.items():
         key = f"DATASETS.IMAGE_FOLDER.{name}"
         (root,) = _read_entry(key, entry, {"ROOT": str})
-        yield key, ImageFolder(name, resolve(root))
+        yield key, ImageFolder(name, root)
 
 
 def class_names(name: str) -> list[str]:

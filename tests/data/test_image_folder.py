@@ -32,6 +32,17 @@ def test_relative_root_is_resolved_when_used(root, monkeypatch):
     assert len(dataset()) == 3
 
 
+def test_relative_root_lies_in_datasets_where_no_folder_is_named(cfg, root, monkeypatch, tmp_path):
+    (tmp_path / "datasets").mkdir()
+    root.rename(tmp_path / "datasets" / "mine")
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    monkeypatch.chdir(tmp_path)
+    cfg.DATASETS.IMAGE_FOLDER["mine"] = {"ROOT": "mine"}
+    cfg.DATASETS.TRAIN = ("mine",)
+    register_datasets(cfg)
+    check_files(cfg)
+
+
 def test_missing_folder(cfg, tmp_path):
     cfg.DATASETS.IMAGE_FOLDER["mine"] = {"ROOT": "nowhere"}
     cfg.DATASETS.TRAIN = ("mine",)

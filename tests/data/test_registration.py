@@ -74,7 +74,7 @@ def test_entries_of_a_yaml_file(cfg, tmp_path):
     assert (a.json_file, a.image_root, a.evaluator_type) == (str(tmp_path / "a.json"), "/images", "coco")
     assert (b.dirname, b.split, b.year, b.evaluator_type) == (str(tmp_path / "voc"), "train", 2007, "pascal_voc")
     assert b.thing_classes == ["cat", "dog"]
-    assert DatasetCatalog["c"] == ImageFolder("c", str(tmp_path / "images"))
+    assert DatasetCatalog["c"] == ImageFolder("c", "images")
     assert MetadataCatalog.get("c").evaluator_type == "classification"
 
 
