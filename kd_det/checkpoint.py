@@ -88,7 +88,7 @@ class KDCheckpointer(DetectionCheckpointer):
         last = self.get_checkpoint_file()
         try:
             if not os.path.isfile(last):
-                raise UnreadableError(f"{last} does not exist")
+                raise UnreadableError(f"{last}, which {TAG} names, is no file")
             return self._resume(last)
         except UnreadableError as error:
             reasons = [str(error)]

@@ -45,8 +45,10 @@ def check_damage(path: str | Path) -> None:
     """
     with readable(path):
         with open(path, "rb") as file:
-            zipped = file.read(2) == b"PK"
-        if not zipped:
+            begin = file.read(2)
+        if not begin:
+            raise EOFError("the file is empty")
+        if begin != b"PK":
             logger.info("%s has no checksums: damage to its numbers would not be noticed.", path)
             return
         with zipfile.ZipFile(path) as archive:

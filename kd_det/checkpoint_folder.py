@@ -49,7 +49,7 @@ def record_run(folder: str, run: str) -> None:
 def recorded_run(folder: str) -> str | None:
     """Read which run the folder's checkpoints belong to; None if that was not written down."""
     path = Path(folder, RUN)
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
 
 
 def read_headers(folder: str) -> tuple[dict[str, Header], dict[str, str]]:

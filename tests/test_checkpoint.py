@@ -161,9 +161,8 @@ def test_when_all_are_damaged_the_run_does_not_begin_anew(model, tmp_path):
     own = save_four(model, tmp_path)
     for path in tmp_path.glob("*.pth"):
         path.write_bytes(b"")
-    with pytest.raises(
-        InputError, match=r"^--resume: .*model_0000007.pth: not a .*model_0000001.pth: .* No checkpoint"
-    ):
+    told = r"^--resume: .*model_0000007.pth: not a .*: the file is empty; .*model_0000001.pth: .* No checkpoint"
+    with pytest.raises(InputError, match=told):
         own.resume_or_load("", resume=True)
 
 
@@ -234,6 +233,21 @@ def test_the_final_checkpoint_of_a_shorter_run_is_gone_on_from_too(model, tmp_pa
     own.save("model_0000007", iteration=7)
     flip(tmp_path / "model_0000007.pth")
     assert own.resume_or_load("", resume=True)["iteration"] == 4
+
+
+def test_a_record_of_the_run_that_an_editor_has_saved(model, tmp_path):
+    own = save_as("a", model, tmp_path, 1, 3)
+    (tmp_path / "run_id").write_text("a\n")
+    (tmp_path / "model_0000003.pth").write_bytes(b"")
+    assert own.resume_or_load("", resume=True)["iteration"] == 1
+
+
+def test_an_empty_tag(model, tmp_path, caplog):
+    """As a crash of a machine may leave it."""
+    own = save_as("a", model, tmp_path, 1, 3)
+    (tmp_path / "last_checkpoint").write_bytes(b"")
+    assert own.resume_or_load("", resume=True)["iteration"] == 3
+    assert f"{tmp_path}/, which last_checkpoint names, is no file. Going on with" in caplog.text
 
 
 def test_without_a_record_of_the_run_the_files_tell_it(model, tmp_path):

@@ -51,13 +51,18 @@ def test_a_second_run_in_the_folder_ends_and_the_first_goes_on(task, tmp_path):
 
 
 def test_what_killed_runs_left_is_removed(tmp_path):
-    folders = [tmp_path, *(tmp_path / name for name in ("pretrain", "peer_2", "gen_1/pretrain"))]
-    other = tmp_path / "another_run"
-    for folder in (*folders, other):
+    """But for a generation, where another run may write now: the chain claims it when its turn comes."""
+    folders = [tmp_path, *(tmp_path / name for name in ("pretrain", "peer_2"))]
+    generation, other = tmp_path / "gen_1", tmp_path / "another_run"
+    for folder in (*folders, generation, generation / "pretrain", other):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "unfinished-1.partial").touch()
     claim(str(tmp_path))
     release(str(tmp_path))
+    left = {path.parent for path in tmp_path.rglob("*.partial")}
+    assert left == {generation, generation / "pretrain", other}
+    claim(str(generation))
+    release(str(generation))
     assert list(tmp_path.rglob("*.partial")) == [other / "unfinished-1.partial"]
 
 

@@ -113,6 +113,12 @@ def test_a_run_that_begins_anew_leaves_the_lines_of_the_one_before(tmp_path):
     assert iterations(tmp_path) == [0, 0]
 
 
+def test_a_file_that_cannot_be_written_is_told_also_in_the_first_iteration(tmp_path):
+    (tmp_path / "metrics.json").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"metrics\.json"):
+        train(digits(tmp_path, **{"SOLVER.MAX_ITER": 1}), resume=False)
+
+
 @pytest.mark.parametrize(
     ("start", "kept"), [(0, []), (19, []), (20, [19]), (40, [19, 39]), (60, [19, 39, 59]), (99, [19, 39, 59])]
 )

@@ -22,6 +22,18 @@ from kd_det.files import naming, write_whole
 logger = logging.getLogger(__name__)
 
 
+class ProgressPrinter(CommonMetricPrinter):
+    """Detectron2's, which at a second line about an iteration, after an error in it, may divide by zero."""
+
+    last = -1
+
+    def write(self) -> None:
+        iteration = get_event_storage().iter
+        if iteration != self.last:
+            self.last = iteration
+            super().write()
+
+
 class MetricsWriter(EventWriter):
     """Writes scalars as lines of JSON, one per iteration, in Detectron2's format.
 
@@ -120,7 +132,7 @@ def build_writers(cfg: CfgNode, trainer: TrainerBase) -> list[EventWriter]:
     """
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     return [
-        CommonMetricPrinter(cfg.SOLVER.MAX_ITER),
+        ProgressPrinter(cfg.SOLVER.MAX_ITER),
         MetricsWriter(metrics_path(cfg)),
         *([WandbWriter(cfg, trainer)] if cfg.WANDB.PROJECT else []),
         TensorBoardWriter(cfg.OUTPUT_DIR),

@@ -13,8 +13,8 @@ from kd_det.errors import InputError
 from kd_det.files import Lock, explain, naming, remove_unfinished
 
 logger = logging.getLogger(__name__)
-# The folders that a run writes into, below its own.
-PARTS = ("", "pretrain", "peer_*", "gen_*", "gen_*/pretrain")
+# The folders that a run writes into without a claim on them: its own, and some below it. A generation claims its own.
+PARTS = ("", "pretrain", "peer_*")
 _claims: dict[str, Lock] = {}
 
 
