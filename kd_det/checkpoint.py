@@ -237,11 +237,14 @@ def load_strictly(model: nn.Module, path: str, *, key: str) -> dict[str, Any]:
         What else the file holds.
 
     Raises:
-        InputError: If there is no such file, it cannot be read, or keys are missing, unexpected or of another shape.
+        UnreadableError: If there is no such file, or it cannot be read.
+        InputError: If keys are missing, unexpected or of another shape.
     """
     find_file(path, key)
     try:
         return _StrictCheckpointer(model).load(path)
+    except UnreadableError as error:
+        raise UnreadableError(f"{key}: {error}") from error
     except InputError as error:
         raise InputError(f"{key}: {path} does not fit the config's {type(model).__name__}: {error}") from error
 

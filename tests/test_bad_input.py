@@ -199,8 +199,7 @@ def test_teacher_that_is_truncated(run, teacher, tmp_path):
     with open(teacher["KD.TEACHER.WEIGHTS"], "rb") as file:
         path.write_bytes(file.read()[: 20 * 1024])
     told = run({"KD.TEACHER.WEIGHTS": str(path)})
-    assert told.startswith(f"KD.TEACHER.WEIGHTS: {path} does not fit the config's GeneralizedRCNN: ")
-    assert f"{path}: not a checkpoint that can be loaded safely: " in told
+    assert told.startswith(f"KD.TEACHER.WEIGHTS: {path}: not a checkpoint that can be loaded safely: ")
 
 
 def test_teacher_of_another_architecture(run, tmp_path):

@@ -17,6 +17,7 @@ from kd_det.config_checks import registered_parts
 from kd_det.errors import InputError
 from kd_det.export.run_folder import load_student
 from kd_det.export.torchscript import trace
+from kd_det.files import naming
 from kd_det.formats import backbone_of_classifier
 
 
@@ -69,13 +70,13 @@ def export_student(
     model = load_student(cfg, weights, device, ema=ema)
     plain, needs = plain_config(cfg, str(target.resolve() / "student.pth"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+    with naming(output), tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         folder = Path(temporary, target.name)
         folder.mkdir()
-        torch.save({"model": model.state_dict()}, folder / "student.pth")
+        _save({"model": model.state_dict()}, folder / "student.pth")
         (folder / "student.yaml").write_text(header(needs) + plain.dump(), encoding="utf-8")
         if isinstance(model, ImageClassifier):
-            torch.save(backbone_checkpoint(model), folder / "backbone.pth")
+            _save(backbone_checkpoint(model), folder / "backbone.pth")
         model = _read_back(folder, needs, device)
         outputs, tried = [], []
         if sample is not None:
@@ -133,6 +134,11 @@ def _drop_unknown(node: CfgNode, known: CfgNode) -> None:
             del node[key]
         elif isinstance(node[key], CfgNode):
             _drop_unknown(node[key], known[key])
+
+
+def _save(data: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # Given the path, torch would tell no reason where it cannot be written.
+        torch.save(data, file)
 
 
 def _read_back(folder: Path, needs: list[str], device: str) -> nn.Module:

@@ -43,7 +43,9 @@ def trace(model: nn.Module, sample: Tensor, path: str) -> tuple[list[str], list[
     with warnings.catch_warnings():
         # About constants that the comparison below shows to be harmless.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        torch.jit.trace(adapter, (sample,), check_trace=False).save(path)
+        traced = torch.jit.trace(adapter, (sample,), check_trace=False)
+    with open(path, "wb") as file:  # Given the path, torch would tell no reason where it cannot be written.
+        torch.jit.save(traced, file)
     traced = torch.jit.load(path, map_location=sample.device)
     for image in (sample, other):
         _compare(adapter(image), traced(image), image.shape[-2:], tolerance)

@@ -1,6 +1,7 @@
 """tools/export_student.py: what it writes is what stock Detectron2 and TorchScript read, and all of it or nothing."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -193,6 +194,23 @@ def test_a_failure_leaves_nothing(options, message, tmp_path, save_run):
             tiny_cfg(options=options), weights, str(tmp_path / "made/out"), sample=torch.rand(3, 64, 96) * 255
         )
     assert os.listdir(tmp_path / "made") == []
+
+
+def test_a_full_disk_is_told(tmp_path, save_run):
+    """As one on which only so many bytes have room; student.ts is larger than student.pth."""
+    _, weights = find_run(save_run(tmp_path / "run", tiny_cfg()))
+    export_student(tiny_cfg(), weights, str(tmp_path / "whole"))
+    size = (tmp_path / "whole/student.pth").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit, sample in ((size - 1, None), (size, torch.rand(3, 64, 96) * 255)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as error:
+                export_student(tiny_cfg(), weights, str(tmp_path / "made/out"), sample=sample)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert error.value.filename == str(tmp_path / "made/out")
+        assert os.listdir(tmp_path / "made") == []
 
 
 @pytest.mark.parametrize(
