@@ -1,4 +1,4 @@
-"""Checkpoints: loaded without running code from the file, strictly where asked; a damaged one is passed over."""
+"""Saves and loads checkpoints: no code in a file is run, damaged files are skipped, and strict loading is available."""
 
 import os
 from collections.abc import Iterator
@@ -26,21 +26,22 @@ from kd_det.formats import fit_names, read_weights
 
 
 class KDCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer with safe loading and atomic writing.
+    """Extends Detectron2's checkpointer by safe loading and atomic writing.
 
-    Given the student as `model` and the heads as the checkpointable ``kd_heads``, ``"model"`` in every file is
-    the plain student. Loads what Detectron2 loads (``.pkl`` of its zoos, ``.pth``), and ResNets of torchvision and timm
-    as they come.
+    With the student as `model` and the heads as the checkpointable ``kd_heads``, ``"model"`` in every file is the plain
+    student. Loads what Detectron2 loads (``.pkl`` of its zoos, ``.pth``), and ResNets of torchvision and timm without
+    conversion.
 
     Attributes:
-        keep: How many checkpoints of iterations stay, this run's newest ones; 0: all.
-        run: Id of the run that is saved; None where there is no run.
-        loaded: The file that was loaded last, and how many of the model's keys were in it, of how many; None before.
+        keep: Number of this run's newest checkpoints of iterations to keep; 0 keeps all.
+        run: Id of the run that is saved; None without a run.
+        loaded: The last file that was loaded, the number of the model's keys that it had, and the number of all keys of
+            the model; None before the first load.
 
     Raises:
         InputError: When loading, if the file does not exist, cannot be read, holds anything but arrays and plain
             containers, shares no key with the model, or lacks a checkpointable that is to be loaded. When saving, if
-            the file cannot be written; the checkpoints before it are still there.
+            the file cannot be written; earlier checkpoints are then still there.
         FloatingPointError: When saving, if a weight is not finite.
     """
 
@@ -49,7 +50,7 @@ class KDCheckpointer(DetectionCheckpointer):
     loaded: tuple[str, int, int] | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write a checkpoint, whole or not at all; it becomes the one that a run is resumed from."""
+        """Writes a checkpoint atomically and makes it the one that the run is resumed from."""
         if not self.save_dir or not self.save_to_disk:
             return
         self._check_weights()
@@ -60,7 +61,7 @@ class KDCheckpointer(DetectionCheckpointer):
                 os.remove(path)
 
     def write(self, name: str, **kwargs: Any) -> None:
-        """Write a checkpoint that no run is resumed from."""
+        """Writes a checkpoint atomically, without making it the one that the run is resumed from."""
         data = {"model": self.model.state_dict()}
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
         path = os.path.join(self.save_dir, f"{name}.pth")
@@ -77,11 +78,13 @@ class KDCheckpointer(DetectionCheckpointer):
         return os.path.join(self.save_dir, read_tag(self.save_dir))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """See Detectron2. Where the last checkpoint is damaged or gone, this run's newest one before it is loaded.
+        """Resumes from the last checkpoint or loads `path`, as in Detectron2.
+
+        If the last checkpoint is damaged or gone, this run's newest earlier one is loaded.
 
         Raises:
-            UnreadableError: If all are damaged or gone.
-            InputError: If the model has keys that the one which is loaded lacks.
+            UnreadableError: If all checkpoints are damaged or gone.
+            InputError: If the loaded checkpoint lacks keys of the model.
         """
         if not (resume and self.has_checkpoint()):
             return self.load(path, checkpointables=[])
@@ -92,8 +95,8 @@ class KDCheckpointer(DetectionCheckpointer):
             return self._resume(last)
         except UnreadableError as error:
             reasons = [str(error)]
-        earlier, others = find_earlier(last)
-        reasons += others
+        earlier, further_reasons = find_earlier(last)
+        reasons += further_reasons
         for file in earlier:
             try:
                 loaded = self._resume(file)
@@ -117,22 +120,22 @@ class KDCheckpointer(DetectionCheckpointer):
         return loaded
 
     def retreat(self, limit: int, *, begun: bool) -> None:
-        """Let the run be resumed from its newest checkpoint up to an iteration, if the last one is newer.
+        """Makes the run resume from its newest checkpoint that was written by an iteration, if the last one is newer.
 
         Args:
-            limit: The iteration.
-            begun: Whether the run began in this process; without such a checkpoint it will then begin anew. A resumed
-                run keeps its last checkpoint in that case.
+            limit: The last iteration that such a checkpoint may have.
+            begun: Whether the run began in this process. If so, and there is no such checkpoint, the run begins anew
+                when it is resumed; a run that was itself resumed keeps its last checkpoint instead.
         """
         if not self.save_to_disk or not self.has_checkpoint():
             return
         last = self.get_checkpoint_file()
-        own = {path: x.iteration for path, x in read_headers(self.save_dir)[0].items() if x.run == self.run}
-        if own.get(last, limit) <= limit:
+        iterations = {path: x.iteration for path, x in read_headers(self.save_dir)[0].items() if x.run == self.run}
+        if iterations.get(last, limit) <= limit:
             return
-        earlier = [path for path, iteration in own.items() if iteration <= limit]
+        earlier = [path for path, iteration in iterations.items() if iteration <= limit]
         if earlier:
-            newest = os.path.basename(max(earlier, key=own.get))
+            newest = os.path.basename(max(earlier, key=iterations.get))
             self.tag_last_checkpoint(newest)
             self.logger.warning("The training had diverged at %s: --resume goes on from %s.", last, newest)
         elif begun:
@@ -150,7 +153,7 @@ class KDCheckpointer(DetectionCheckpointer):
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         self._required = list(self.checkpointables) if checkpointables is None else checkpointables
         self._path = path
-        self._parsed_url_during_load = None  # Left behind by a load that failed.
+        self._parsed_url_during_load = None  # A load that failed leaves this behind.
         return super().load(find_file(path, "MODEL.WEIGHTS") if path else path, checkpointables)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -169,7 +172,7 @@ class KDCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]):
         offered = list(checkpoint["model"])
-        own = counted_keys(self.model)
+        keys = counted_keys(self.model)
         try:
             if checkpoint.pop("matching_heuristics", False):
                 checkpoint["model"] = align_and_update_state_dicts(
@@ -184,23 +187,23 @@ class KDCheckpointer(DetectionCheckpointer):
             raise InputError(
                 f"{self._path}: its weights do not fit {name}: {type(error).__name__}: {reason(error)}"
             ) from error
-        # Counters of batch norms make no difference: frozen ones have none, and torch fills in those that are missing.
+        # The counters of batch norms do not matter: frozen ones have none, and torch supplies those that are missing.
         incompatible.missing_keys[:] = filter(is_counted, incompatible.missing_keys)
         incompatible.unexpected_keys[:] = filter(is_counted, incompatible.unexpected_keys)
-        matched = len(own - set(incompatible.missing_keys))
-        self.logger.info("%d of the model's %d keys were in the checkpoint.", matched, len(own))
-        self.loaded = self._path, matched, len(own)
+        matched = len(keys - set(incompatible.missing_keys))
+        self.logger.info("%d of the model's %d keys were in the checkpoint.", matched, len(keys))
+        self.loaded = self._path, matched, len(keys)
         if not matched:
             raise InputError(
-                f"{self._path}: the checkpoint has none of the {len(own)} keys of {type(self.model).__name__}; "
+                f"{self._path}: the checkpoint has none of the {len(keys)} keys of {type(self.model).__name__}; "
                 f"it has {shorten(offered)}."
             )
         return incompatible
 
     def _check_types(self, state: dict[str, Tensor]) -> None:
-        """Check that real numbers are loaded where the model has such, and log where their precision is another."""
-        own = self.model.state_dict()
-        pairs = {key: (value.dtype, own[key].dtype) for key, value in state.items() if key in own}
+        """Checks that the model's floating-point weights are loaded as such, and logs changes of precision."""
+        expected = self.model.state_dict()
+        pairs = {key: (value.dtype, expected[key].dtype) for key, value in state.items() if key in expected}
         others = {key: types for key, types in pairs.items() if types[1].is_floating_point and types[0] != types[1]}
         wrong = [f"{key} is {a} instead of {b}" for key, (a, b) in others.items() if not a.is_floating_point]
         if wrong:
@@ -211,7 +214,7 @@ class KDCheckpointer(DetectionCheckpointer):
 
 class _StrictCheckpointer(KDCheckpointer):
     def _log_incompatible_keys(self, incompatible) -> None:
-        shapes = [f"{key} {found} instead of {own}" for key, found, own in incompatible.incorrect_shapes]
+        shapes = [f"{key} {actual} instead of {expected}" for key, actual, expected in incompatible.incorrect_shapes]
         wrong = {key for key, *_ in incompatible.incorrect_shapes}
         missing = [key for key in incompatible.missing_keys if key not in wrong]
         # Older zoo files hold the pixel statistics, which come from the config.
@@ -221,20 +224,20 @@ class _StrictCheckpointer(KDCheckpointer):
         total = len(counted_keys(self.model))
         matched = total - len(incompatible.missing_keys)
         parts = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-        told = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in parts.items() if keys)
-        raise InputError(f"{matched} of {total} keys ({matched / total:.0%}) match; {told}.")
+        message = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in parts.items() if keys)
+        raise InputError(f"{matched} of {total} keys ({matched / total:.0%}) match; {message}.")
 
 
 def load_strictly(model: nn.Module, path: str, *, key: str) -> dict[str, Any]:
-    """Load weights that must fit a model key for key.
+    """Loads weights that must match a model key for key.
 
     Args:
-        model: A model as :func:`build_model` makes it.
+        model: A model of Detectron2's ``build_model``.
         path: Path or URL of a detector's checkpoint, ``.pth`` or ``.pkl``.
         key: The config key that names the file, for messages.
 
     Returns:
-        What else the file holds.
+        The rest of the file's content.
 
     Raises:
         UnreadableError: If there is no such file, or it cannot be read.
@@ -251,31 +254,35 @@ def load_strictly(model: nn.Module, path: str, *, key: str) -> dict[str, Any]:
 
 @contextmanager
 def fits(key: str, path: str) -> Iterator[None]:
-    """Around the loading of what a run wrote, of whatever parts.
+    """Turns errors from loading a checkpoint that does not match this config into an InputError.
+
+    Args:
+        key: The config key or argument that names the checkpoint, for messages.
+        path: The checkpoint or its folder, for messages.
 
     Raises:
-        InputError: If a part does not fit what it is loaded into.
+        InputError: If a part of the checkpoint does not fit the object that loads it.
     """
     try:
         yield
     except (InputError, torch.cuda.OutOfMemoryError):
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        told = f"{type(error).__name__}: {reason(error)}"
-        raise InputError(f"{key}: {path} was written by a run with another config ({told}).") from error
+        message = f"{type(error).__name__}: {reason(error)}"
+        raise InputError(f"{key}: {path} was written by a run with another config ({message}).") from error
 
 
 def is_counted(key: str) -> bool:
-    """Whether a key counts when checkpoint and model are compared; the counters of batch norms do not."""
+    """Returns whether a key is compared between checkpoint and model; leaves out num_batches_tracked of batch norms."""
     return not key.endswith("num_batches_tracked")
 
 
 def counted_keys(model: nn.Module) -> set[str]:
-    """Keys that a checkpoint can match."""
+    """Returns the keys of a model that a checkpoint is compared with."""
     return set(filter(is_counted, model.state_dict()))
 
 
 def shorten(names: list[str], shown: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
+    """Returns the first names of a list and the number of the others, as text."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

@@ -1,4 +1,4 @@
-"""Read checkpoint files: safely, only if their checksums are right, and where that is enough, their header alone."""
+"""Reads checkpoint files safely and verifies their checksums; can also read only the header."""
 
 import logging
 import os
@@ -14,18 +14,18 @@ import torch
 from kd_det.errors import UnreadableError, reason
 
 logger = logging.getLogger(__name__)
-# Keys under which files hold their weights; one may lie inside another.
+# Keys under which files store their weights; these may be nested.
 CONTAINERS = ("model", "state_dict", "model_state_dict")
-# A zip file that unpacks to more than so many times its own size is refused.
+# A zip file that unpacks to more than this many times its own size is refused.
 LARGEST_RATIO = 10
 
 
 class Header(NamedTuple):
-    """What a checkpoint says about itself.
+    """Describes the origin of a checkpoint.
 
     Attributes:
         run: Id of the run that wrote it; None in a file that was not written by a trainer.
-        iteration: The iteration after which it was written; -1 in a file that does not say it.
+        iteration: The iteration after which it was written; -1 in a file that does not record it.
     """
 
     run: str | None
@@ -33,12 +33,13 @@ class Header(NamedTuple):
 
 
 def load_safely(path: str, *, mmap: bool = False) -> Any:
-    """Load a file of ``torch.save`` without running code from it."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)  # Before torch 2.6 False is the default.
+    """Loads a file of ``torch.save`` without running code in it."""
+    # Before torch 2.6, weights_only is False by default.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def check_damage(path: str | Path) -> None:
-    """Compare a file with its checksums; a file in a format that has none passes, and the log says so.
+    """Checks a file against its checksums; a file without checksums passes, which is logged.
 
     Raises:
         UnreadableError: If the file is damaged or cannot be read.
@@ -61,7 +62,7 @@ def check_damage(path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this package, its tensors only when they are used.
+    """Reads a checkpoint of this package; its tensors are read when they are used.
 
     Raises:
         UnreadableError: If it is damaged or cannot be loaded safely.
@@ -72,7 +73,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_header(path: str | Path) -> Header:
-    """Read who wrote a checkpoint and when, without reading its tensors.
+    """Reads which run wrote a checkpoint and after which iteration, without reading its tensors.
 
     Raises:
         UnreadableError: If that part of the file is damaged or missing.
@@ -81,14 +82,14 @@ def read_header(path: str | Path) -> Header:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if name.endswith("/data.pkl"):
-                    archive.read(name)  # Compares it with its checksum.
+                    archive.read(name)  # This checks its checksum.
         data = load_safely(path, mmap=True)
         return Header(data.get("trainer", {}).get("run"), int(data.get("iteration", -1)))
 
 
 @contextmanager
 def readable(path: str | Path) -> Iterator[None]:
-    """Turn whatever a broken or hostile file provokes into an UnreadableError."""
+    """Turns any error that a broken or malicious file causes into an UnreadableError."""
     try:
         yield
     except Exception as error:
@@ -97,7 +98,7 @@ def readable(path: str | Path) -> Iterator[None]:
 
 
 def explain(path: str, error: Exception) -> str:
-    """Say why a file cannot be read; where it holds objects, also how to take its weights out."""
+    """Explains why a file cannot be read, and if it holds objects, how to extract its weights."""
     unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
     if not unsafe:
         return f"{type(error).__name__}: {reason(error)}"
@@ -106,7 +107,7 @@ def explain(path: str, error: Exception) -> str:
 
 
 def conversion(path: str, rest: str, *, safe: bool) -> str:
-    """Write a command that reads the weights of a file as ``d``, and does the rest with them."""
+    """Returns a shell command that reads the weights of a file as ``d`` and then runs `rest`."""
     return (
         f"python -c \"import torch; d = torch.load({path!r}, map_location='cpu', weights_only={safe}); "
         f'd = next((d[k] for k in {CONTAINERS} if k in d), d); {rest}"'

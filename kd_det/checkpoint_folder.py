@@ -1,4 +1,4 @@
-"""The checkpoints in a run's output folder: which are this run's, which come before others, and which is the last."""
+"""Finds the checkpoints in an output folder: those of a run, the earlier ones, and the last one."""
 
 import logging
 import os
@@ -11,20 +11,20 @@ from kd_det.files import write_whole
 
 logger = logging.getLogger(__name__)
 FINAL = "model_final.pth"
-# Holds the name of the checkpoint that a run is resumed from.
+# File that holds the name of the checkpoint to resume from.
 TAG = "last_checkpoint"
-# Holds the id of the run, which a damaged checkpoint can no longer tell.
+# File that holds the id of the run, for when the checkpoint that has it is damaged.
 RUN = "run_id"
 
 
 def iteration_of(path: str) -> int:
-    """The iteration after which a checkpoint was written, as its name says; -1 where it says none."""
-    found = re.fullmatch(r"model_(\d+)\.pth", os.path.basename(path))
-    return int(found[1]) if found else -1
+    """Returns the iteration in the name of a checkpoint; -1 if its name has none."""
+    match = re.fullmatch(r"model_(\d+)\.pth", os.path.basename(path))
+    return int(match[1]) if match else -1
 
 
 def read_tag(folder: str | Path) -> str:
-    """Read the name of the checkpoint that a run is resumed from; it is empty if the folder has no tag.
+    """Reads the name of the checkpoint to resume from; it is empty if the folder has no tag.
 
     Raises:
         InputError: If the tag is not a text file.
@@ -41,22 +41,22 @@ def read_tag(folder: str | Path) -> str:
 
 
 def record_run(folder: str, run: str) -> None:
-    """Write down which run the folder's checkpoints belong to, unless that is known."""
+    """Records which run the checkpoints in the folder belong to, unless that is already recorded."""
     if recorded_run(folder) != run:
         write_whole(os.path.join(folder, RUN), lambda file: file.write(run.encode()))
 
 
 def recorded_run(folder: str) -> str | None:
-    """Read which run the folder's checkpoints belong to; None if that was not written down."""
+    """Reads which run the checkpoints in the folder belong to; None if that is not recorded."""
     path = Path(folder, RUN)
     return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
 
 
 def read_headers(folder: str) -> tuple[dict[str, Header], dict[str, str]]:
-    """Read the headers of the checkpoints that a run can be resumed from.
+    """Reads the headers of the checkpoints that a run can be resumed from.
 
     Returns:
-        Path to header, and path to the reason why a header cannot be read.
+        A dict that maps paths to headers, and one that maps paths to the reasons why their headers cannot be read.
     """
     headers, reasons = {}, {}
     for name in sorted(os.listdir(folder), reverse=True):
@@ -70,10 +70,10 @@ def read_headers(folder: str) -> tuple[dict[str, Header], dict[str, str]]:
 
 
 def find_earlier(last: str) -> tuple[list[str], list[str]]:
-    """Find the checkpoints of a run from before its last one, which is damaged or gone.
+    """Finds the checkpoints of a run that precede its last one, which is damaged or gone.
 
     Returns:
-        Their paths, the newest first, and the reasons why others cannot be read.
+        Their paths, newest first, and the reasons why other checkpoints cannot be read.
 
     Raises:
         InputError: If the folder has checkpoints of several runs, and nothing says which is this one.
@@ -92,42 +92,43 @@ def find_earlier(last: str) -> tuple[list[str], list[str]]:
             f"--resume: {last} cannot be read, and {folder} has checkpoints of {len(runs)} runs; write the name of the "
             f"one to go on from into {folder}/{TAG}."
         )
-    found = {
+    iterations = {
         path: header.iteration
         for path, header in headers.items()
         if path != last and header.run in runs and (limit < 0 or header.iteration < limit)
     }
-    return sorted(found, key=found.get, reverse=True), list(reasons.values())
+    return sorted(iterations, key=iterations.get, reverse=True), list(reasons.values())
 
 
 def find_superseded(folder: str, run: str | None, iteration: int | None, *, keep: int) -> list[str]:
-    """Find the checkpoints of iterations that need not stay; those of other runs do.
+    """Finds the checkpoints of iterations that may be deleted; those of other runs are never among them.
 
     Args:
         folder: Output folder of the run.
-        run: Its id.
-        iteration: The one after which a checkpoint was just written. What was written after later ones, before the run
-            went back, stays least, as does what cannot be read.
-        keep: How many stay.
+        run: Id of the run.
+        iteration: The iteration after which a checkpoint was just written. Checkpoints of later iterations, which the
+            run wrote before it went back, are the first to go, together with those that cannot be read.
+        keep: Number of checkpoints to keep.
     """
     headers, reasons = read_headers(folder)
-    own = {path: header.iteration for path, header in headers.items() if header.run == run} | dict.fromkeys(reasons, -1)
+    iterations = {path: header.iteration for path, header in headers.items() if header.run == run}
+    iterations |= dict.fromkeys(reasons, -1)
 
     def rank(path: str) -> tuple[bool, int]:
-        return iteration is None or 0 <= own[path] <= iteration, own[path]
+        return iteration is None or 0 <= iterations[path] <= iteration, iterations[path]
 
-    return sorted((path for path in own if iteration_of(path) >= 0), key=rank, reverse=True)[keep:]
+    return sorted((path for path in iterations if iteration_of(path) >= 0), key=rank, reverse=True)[keep:]
 
 
 def finished_iterations(folder: str | Path) -> int:
-    """Count the iterations of the run in a folder; 0 unless it came to its end and its final checkpoint is whole."""
+    """Counts the iterations of the run in a folder; 0 unless the run finished and its final checkpoint is intact."""
     path = Path(folder, FINAL)
     header = read_whole_header(path) if read_tag(folder) == FINAL and path.is_file() else None
     return header.iteration + 1 if header else 0
 
 
 def read_whole_header(path: Path) -> Header | None:
-    """Read a checkpoint's header; None, with a warning, if the file is damaged anywhere."""
+    """Reads a checkpoint's header; returns None and logs a warning if any part of the file is damaged."""
     try:
         check_damage(path)
         return read_header(path)
