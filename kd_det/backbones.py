@@ -1,4 +1,4 @@
-"""Backbones that Detectron2 lacks: timm's networks, and narrow ResNets of basic blocks."""
+"""Adds backbones that Detectron2 lacks: timm networks, and narrow ResNets of basic blocks."""
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -12,20 +12,20 @@ from kd_det.errors import InputError
 from kd_det.timm_models import create_resizable_timm_model
 
 BASIC_BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
-# Detectors give images of many sizes, all multiples of an FPN's 32.
+# Size of a test image. Detectors pass on images of many sizes, all of them multiples of the 32 that an FPN needs.
 PROBE = (64, 96)
 STAGES = ("stem", "res2", "res3", "res4", "res5")
 
 
 class TimmBackbone(Backbone):
-    """A network of the timm library as a backbone; its stages are named by stride, ``res2`` (4) to ``res5`` (32).
+    """Wraps a network of the timm library; stages are named by their stride, from ``res2`` (4) to ``res5`` (32).
 
     Args:
         name: timm's name of the network.
         pretrained: Whether to start from timm's ImageNet weights.
-        norm: "BN", "FrozenBN" or "SyncBN": what batch normalisations become.
+        norm: Replacement of the batch normalisations: "BN", "FrozenBN" or "SyncBN".
         in_channels: Channels of the image.
-        out_features: Stages to give out.
+        out_features: Stages to return.
     """
 
     def __init__(self, name: str, *, pretrained: bool, norm: str, in_channels: int, out_features: list[str]):
@@ -58,13 +58,14 @@ class TimmBackbone(Backbone):
         return {name: shape for name, (_, shape) in self._stages.items()}
 
 
-# timm's own conversions: its normalisations may hold the activation, which those of torch and Detectron2 would drop.
+# These conversions are timm's own: its normalisations may include the activation, which the conversions of torch and
+# Detectron2 would drop.
 NORMS = {"BN": lambda net: net, "FrozenBN": freeze_batch_norm_2d, "SyncBN": convert_sync_batchnorm}
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """The network that ``MODEL.TIMM`` names, below an FPN as ``MODEL.FPN`` describes it."""
+    """Builds the network that ``MODEL.TIMM`` names, with an FPN as ``MODEL.FPN`` describes it."""
     bottom_up = TimmBackbone(
         cfg.MODEL.TIMM.NAME,
         pretrained=cfg.MODEL.TIMM.PRETRAINED,
@@ -77,9 +78,10 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 @BACKBONE_REGISTRY.register()
 def build_basic_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """A ResNet of basic blocks and any width below an FPN, for small data: Detectron2's own must be 64 wide.
+    """Builds an FPN on a ResNet of basic blocks and any width, for small data; Detectron2's own must be 64 wide.
 
-    ``MODEL.RESNETS``: DEPTH 10, 18 or 34; STEM_OUT_CHANNELS; RES2_OUT_CHANNELS, doubled at each later stage; NORM.
+    It reads these keys of ``MODEL.RESNETS``: DEPTH (10, 18 or 34), STEM_OUT_CHANNELS, RES2_OUT_CHANNELS (doubled at
+    each later stage) and NORM.
     """
     node = cfg.MODEL.RESNETS
     if node.DEPTH not in BASIC_BLOCKS:
@@ -110,7 +112,7 @@ def build_basic_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Bac
 
 
 def add_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """Put an FPN on a backbone, as Detectron2's ResNet-FPN has it."""
+    """Puts an FPN on a backbone, as in Detectron2's ResNet-FPN."""
     return FPN(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,

@@ -1,4 +1,4 @@
-"""Files that a reader sees whole or not at all, folders with one writer, and errors of file systems in plain words."""
+"""Writes files atomically, locks folders for one writer, and explains file-system errors in plain words."""
 
 import errno
 import fcntl
@@ -12,7 +12,7 @@ from typing import BinaryIO, ClassVar
 
 from kd_det.errors import InputError
 
-# What to do about an error of a file system. Errors with other numbers are about sockets, processes and the like.
+# Maps error numbers of file systems to remedies. Other error numbers concern sockets, processes and the like.
 REMEDIES = {
     errno.ENOSPC: "make room on the disk",
     errno.EDQUOT: "make room: the quota is used up",
@@ -34,23 +34,23 @@ REMEDIES = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 LOCK = ".lock"
-# What `flock` says where a file system does not support locks.
+# Error numbers of `flock` on a file system that does not support locks.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 # ---- Writing ----
 def write_whole(path: str, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside its place, flush it to the disk, and rename it.
+    """Writes a file under a temporary name in the same folder, flushes it to the disk, and renames it.
 
-    Whenever the process or the machine dies, the path holds all of the file, or what it held before. What was written
-    until then stays in the folder, in a file of a name of its own: see :func:`remove_unfinished`.
+    Whenever the process or the machine dies, the path holds either the whole file or its previous content. The
+    unfinished file stays in the folder under its temporary name; see :func:`remove_unfinished`.
 
     Args:
         path: Path of the file.
-        write: Writes its content.
+        write: Function that writes the content.
 
     Raises:
-        InputError: If the disk is full or the file cannot be written; the path still holds what it held before.
+        InputError: If the disk is full or the file cannot be written; the path then still has its previous content.
     """
     folder = os.path.dirname(path)
     partial = os.path.join(folder, f"unfinished-{uuid.uuid4().hex}.partial")
@@ -78,31 +78,31 @@ def write_whole(path: str, write: Callable[[BinaryIO], object]) -> None:
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Remove what :func:`write_whole` left behind in processes that were killed; none may be writing there now."""
+    """Removes the unfinished files that killed processes left; no process may be in :func:`write_whole` there."""
     for path in Path(folder).glob("unfinished*.partial"):
         path.unlink(missing_ok=True)
 
 
 # ---- Errors ----
 def is_file_error(error: BaseException) -> bool:
-    """Whether an error comes from a file system: it names a file, or has one of the numbers of such errors."""
+    """Returns whether an error comes from a file system: it names a file or has a number of ``REMEDIES``."""
     return isinstance(error, OSError) and (error.filename is not None or error.errno in REMEDIES)
 
 
 def find_file_error(error: BaseException) -> OSError | None:
-    """The error of a file system that an error is, or that torch.save hides behind one of its own."""
+    """Returns the file-system error that an error is, or that torch.save hides behind its own; None if there is none."""
     cause = error.__context__ if isinstance(error, RuntimeError) else error
     return cause if is_file_error(cause) else None
 
 
 def explain(error: OSError) -> str:
-    """The reason of a file system's error, and what to do about it."""
+    """Explains a file-system error and what to do about it."""
     return "; ".join(filter(None, (error.strerror or str(error), REMEDIES.get(error.errno))))
 
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Let a file system's errors inside that name no file, such as that of a full disk, name this file or folder."""
+    """Adds this path to file-system errors in the body that name no file, such as that of a full disk."""
     try:
         yield
     except Exception as error:
@@ -114,19 +114,19 @@ def naming(path: str | Path) -> Iterator[None]:
 
 # ---- One writer ----
 class Lock:
-    """Keeps a folder for one process, among those of all machines that share it, until it is released.
+    """Reserves a folder for one process, among the processes of all machines that share it, until it is released.
 
-    The kernel releases it when the process ends, however it ends: the file that is left behind locks nothing. Processes
-    that are forked meanwhile do not hold it.
+    The kernel releases the lock when the process ends, however it ends; the file that it leaves behind locks nothing.
+    Processes that are forked meanwhile do not hold the lock.
 
     Args:
         folder: The folder, which must exist.
 
     Attributes:
-        doubt: Why the file system may not keep others from writing there, too; empty where it does.
+        doubt: Reason why the file system may let other processes write there, too; empty if it does not.
 
     Raises:
-        BlockingIOError: If another process holds it; the message names process and host.
+        BlockingIOError: If another process holds the lock; the message names the process and its host.
         OSError: If the folder cannot be written to.
     """
 

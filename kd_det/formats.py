@@ -1,4 +1,4 @@
-"""Weights as other projects store and name them, read without running code from a file."""
+"""Reads weights as other projects store and name them, without running code in a file."""
 
 import pickle
 import re
@@ -17,25 +17,25 @@ from kd_det.unpickling import load_arrays
 
 # Every ResNet of torchvision and timm has this key.
 RESNET_KEY = "layer1.0.conv1.weight"
-# The parts of their blocks that Detectron2's ResNets have, too.
+# Parts of the blocks that Detectron2's ResNets have, too.
 RESNET_PARTS = re.compile(r"layer\d\.\d+\.(?:conv\d|bn\d|downsample\.[01])\.")
 
 
 # ---- Reading ----
 def read_weights(path: str) -> dict[str, Any]:
-    """Read a file of weights without running code from it.
+    """Reads a file of weights without running code in it.
 
     Args:
         path: A local file: anything that ``torch.save`` wrote, ``.safetensors``, a ``.pkl`` of Detectron2's or Caffe2's
             zoo, or a ``.pyth`` of pycls.
 
     Returns:
-        "model", which maps names to tensors; what else the file holds; and Detectron2's hints how to match the names,
-        "__author__" and "matching_heuristics".
+        "model", which maps names to tensors; the rest of the file's content; and Detectron2's hints on how to match the
+        names, "__author__" and "matching_heuristics".
 
     Raises:
         UnreadableError: If the file is damaged, or holds anything but arrays and plain containers.
-        InputError: If it holds no weights.
+        InputError: If it contains no weights.
     """
     check_damage(path)
     with readable(path):
@@ -47,12 +47,12 @@ def read_weights(path: str) -> dict[str, Any]:
 
 
 def plain_state(state: Any, path: str) -> OrderedDict[str, Tensor]:
-    """Rebuild a state dict from its names and numbers alone, and the versions of its modules.
+    """Rebuilds a state dict from nothing but its names, its numbers and the versions of its modules.
 
     A file can give containers and tensors attributes that hide their methods.
 
     Args:
-        state: What the file holds.
+        state: The content of the file.
         path: The file, for messages.
 
     Raises:
@@ -65,7 +65,7 @@ def plain_state(state: Any, path: str) -> OrderedDict[str, Tensor]:
     for key, value in items:
         try:
             plain[key] = Tensor.detach(value) if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-        except TypeError as error:  # Numbers that torch does not have.
+        except TypeError as error:  # Torch lacks this type of numbers.
             raise InputError(f"{path}: {key} has numbers of a type that cannot be loaded, {value.dtype}.") from error
         if plain[key].layout != torch.strided or plain[key].device.type != "cpu" or plain[key].is_quantized:
             raise InputError(f"{path}: {key} is a sparse, quantized or empty (meta) tensor; it must be a dense one.")
@@ -79,14 +79,14 @@ def plain_state(state: Any, path: str) -> OrderedDict[str, Tensor]:
 
 
 def _is_torch_file(path: str) -> bool:
-    """Whether ``torch.save`` wrote a file, in today's format or that of before torch 1.6."""
+    """Returns whether ``torch.save`` wrote a file, in today's format or the one before torch 1.6."""
     with open(path, "rb") as file:
         return file.read(64).startswith((b"PK\x03\x04", pickle.dumps(MAGIC_NUMBER, protocol=2)))
 
 
 def _read_torch(path: str) -> dict[str, Any]:
     loaded = load_safely(path)
-    if path.endswith(".pyth"):  # As pycls writes it; its names are matched as Detectron2 does.
+    if path.endswith(".pyth"):  # A file of pycls, whose names Detectron2 matches.
         return {"model": loaded["model_state"], "__author__": "pycls", "matching_heuristics": True}
     if isinstance(loaded, dict) and "model" in loaded:
         return dict(dict.items(loaded))
@@ -104,7 +104,7 @@ def _read_zoo_pickle(path: str) -> dict[str, Any]:
 
 # ---- Naming ----
 def fit_names(loaded: dict[str, Any], own: Collection[str], path: str) -> dict[str, Any]:
-    """Prepare the names of what :func:`read_weights` gave for a model.
+    """Adapts the names of weights from :func:`read_weights` to a model.
 
     Args:
         loaded: The content of the file.
@@ -112,7 +112,7 @@ def fit_names(loaded: dict[str, Any], own: Collection[str], path: str) -> dict[s
         path: The file, for messages.
 
     Returns:
-        The same with other names, where they are not the model's.
+        The same content, with names that differ from the model's replaced.
 
     Raises:
         InputError: If the file holds several networks, or a ResNet that Detectron2 does not have.
@@ -129,9 +129,9 @@ def fit_names(loaded: dict[str, Any], own: Collection[str], path: str) -> dict[s
 
 
 def name_part(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
-    """Name the weights of a part of a model, such as its backbone; {} where most are not of such a part.
+    """Renames the weights of a part of a model, such as its backbone, to the model's; {} if most fit no such part.
 
-    A network of timm that gives features has ``stages_0`` for ``stages.0``.
+    timm's feature extractors write ``stages_0`` for ``stages.0``.
     """
     ends = {(end := key[i + 1 :]).replace("_", "."): end for key in own for i, x in enumerate(key) if x == "."}
     named = {ends.get(key.replace("_", "."), key): value for key, value in state.items()}
@@ -140,7 +140,7 @@ def name_part(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tenso
 
 
 def strip_wrappers(state: dict[str, Tensor], own: Collection[str], path: str) -> dict[str, Tensor]:
-    """Leave out the prefix that a wrapper such as DDP, ``torch.compile`` or Lightning put before the model's keys.
+    """Removes the prefix that a wrapper such as DDP, ``torch.compile`` or Lightning added to the model's keys.
 
     Args:
         state: A state dict.
@@ -148,7 +148,7 @@ def strip_wrappers(state: dict[str, Tensor], own: Collection[str], path: str) ->
         path: The file, for messages.
 
     Raises:
-        InputError: If keys of several networks lie beside each other.
+        InputError: If the state dict holds several networks.
     """
     state = _rename(state, lambda key: key.replace("_orig_mod.", "").removeprefix("module."))
     prefixes = Counter(prefix for prefix in (_wrapper(key, own) for key in state) if prefix is not None)
@@ -168,14 +168,14 @@ def strip_wrappers(state: dict[str, Tensor], own: Collection[str], path: str) ->
 
 
 def _wrapper(key: str, own: Collection[str]) -> str | None:
-    """What stands before one of the model's keys; None where no such key is the end of this one."""
+    """Returns the prefix of a key that ends with one of the model's keys; None if it ends with none of them."""
     parts = key.split(".", maxsplit=8)
     starts = (i for i in range(len(parts)) if ".".join(parts[i:]) in own)
     return next(("".join(f"{part}." for part in parts[:i]) for i in starts), None)
 
 
 def _rename(state: dict[str, Tensor], change: Callable[[str], str | None]) -> OrderedDict[str, Tensor]:
-    """Change the keys of a state dict and of its modules' versions; those that become None are left out."""
+    """Renames the keys of a state dict and of its modules' versions; keys that become None are left out."""
     renamed = OrderedDict((new, value) for key, value in state.items() if (new := change(key)) is not None)
     versions = {change(f"{key}."): node for key, node in getattr(state, "_metadata", {}).items()}
     renamed._metadata = {key[:-1]: node for key, node in versions.items() if key is not None}
@@ -183,12 +183,12 @@ def _rename(state: dict[str, Tensor], change: Callable[[str], str | None]) -> Or
 
 
 def rename_torchvision_resnet(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Give the weights of a ResNet of torchvision or timm Detectron2's names.
+    """Renames the weights of a torchvision or timm ResNet to Detectron2's names.
 
     ``layer1.0.bn1.weight`` becomes ``res2.0.conv1.norm.weight``.
 
     Raises:
-        InputError: If it has parts that Detectron2's ResNets lack, as ResNet-D has.
+        InputError: If the ResNet has parts that Detectron2's ResNets lack, such as those of ResNet-D.
     """
     other = [
         key for key in state if re.match(r"conv1\.\d", key) or (key.startswith("layer") and not RESNET_PARTS.match(key))
@@ -209,5 +209,5 @@ def rename_torchvision_resnet(state: dict[str, Tensor], path: str) -> dict[str, 
 
 
 def backbone_of_classifier(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's weights of an image classifier, named so that those of a detector's backbone match them."""
+    """Returns the backbone weights of an image classifier, with names that match a detector's backbone."""
     return {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}

@@ -1,4 +1,4 @@
-"""Let packages import their modules when one of their names is first used: a command line is then parsed at once."""
+"""Lets packages import their modules only when one of their names is used, so that command lines are parsed at once."""
 
 import sys
 from collections.abc import Callable
@@ -9,12 +9,12 @@ _modules: dict[str, tuple[str, ...]] = {}
 
 
 def lazy_names(package: str, modules: tuple[str, ...]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make ``__getattr__`` and ``__dir__`` of a package whose ``__all__`` is defined in some of its modules.
+    """Makes ``__getattr__`` and ``__dir__`` of a package whose modules define the names in its ``__all__``.
 
-    The first name that is used imports all of these modules; see :func:`import_names`.
+    The first use of a name imports all of these modules; see :func:`import_names`.
 
     Args:
-        package: Its ``__name__``.
+        package: ``__name__`` of the package.
         modules: Names of the modules in the package.
     """
     _modules[package] = modules
@@ -34,10 +34,10 @@ def lazy_names(package: str, modules: tuple[str, ...]) -> tuple[Callable[[str], 
 
 
 def import_names(package: str) -> None:
-    """Import the modules behind the lazy names of a package and of its parent: all is registered together."""
+    """Imports the modules of the lazy names of a package and its parent, so that all of them register their parts."""
     parent = package.rpartition(".")[0]
     if parent in _modules:
         import_names(parent)
     namespace = vars(sys.modules[package])
-    for found in [vars(import_module(f"{package}.{module}")) for module in _modules[package]]:
-        namespace.update({name: found[name] for name in namespace["__all__"] if name in found})
+    for defined in [vars(import_module(f"{package}.{module}")) for module in _modules[package]]:
+        namespace.update({name: defined[name] for name in namespace["__all__"] if name in defined})

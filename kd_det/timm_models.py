@@ -1,4 +1,4 @@
-"""The creation of timm's networks, with one line for what cannot be."""
+"""Creates timm networks and reports failures in one line."""
 
 from contextlib import suppress
 from typing import Any
@@ -12,22 +12,22 @@ from kd_det.errors import InputError, reason
 
 
 def create_timm_model(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
-    """Create a network of the timm library.
+    """Creates a network of the timm library.
 
     Args:
         name: timm's name of the network.
         pretrained: Whether to fetch timm's weights.
-        options: More of ``timm.create_model``.
+        options: Further arguments of ``timm.create_model``.
 
     Raises:
         InputError: If timm does not know the network, or its weights cannot be fetched or read.
-        TypeError: If the network does not have an option.
+        TypeError: If the network does not accept an option.
     """
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except TypeError:
         raise
-    except Exception as error:  # Hubs, their libraries and broken files have their own.
+    except Exception as error:  # Hubs, their libraries and broken files raise their own errors.
         if isinstance(error, RuntimeError) or not pretrained:
             raise InputError(f"MODEL.TIMM.NAME: {name!r}: {reason(error)}") from error
         raise InputError(
@@ -38,21 +38,21 @@ def create_timm_model(name: str, *, pretrained: bool, **options: Any) -> nn.Modu
 
 
 def create_resizable_timm_model(name: str, size: tuple[int, int], **options: Any) -> nn.Module:
-    """Create a network of the timm library that takes images of a size, even if it was made for another one.
+    """Creates a network of the timm library that takes images of a given size, even if it was made for another one.
 
     Args:
         name: timm's name of the network.
-        size: Height and width of images that it must take.
-        options: Of :func:`create_timm_model`.
+        size: Height and width of the images that the network must accept.
+        options: Further arguments of :func:`create_timm_model`.
 
     Raises:
-        InputError: As of :func:`create_timm_model`, or if the network takes images of other sizes only.
+        InputError: For the reasons of :func:`create_timm_model`, or if the network only takes images of other sizes.
     """
     net = create_timm_model(name, **options)
     rejection = probe(net, size, options["in_chans"])
     if rejection is None:
         return net
-    with suppress(TypeError):  # Not every network has the option.
+    with suppress(TypeError):  # Not every network has this option.
         net = create_timm_model(name, dynamic_img_size=True, **options)
         rejection = probe(net, size, options["in_chans"])
     if rejection is None:
@@ -64,7 +64,7 @@ def create_resizable_timm_model(name: str, size: tuple[int, int], **options: Any
 
 @torch.no_grad()
 def probe(net: nn.Module, size: tuple[int, int], channels: int) -> Exception | None:
-    """Let a network see a black image; the error with which it rejects the image, or None."""
+    """Runs a network on a black image; returns the error with which it rejects the image, or None."""
     training = net.training
     try:
         net.eval()(torch.zeros(1, channels, *size))

@@ -1,4 +1,4 @@
-"""Reads pickles of numpy arrays without running code from them and without believing what they say about memory."""
+"""Reads pickles of numpy arrays without running code in them and without trusting what they say about memory."""
 
 import pickle
 from typing import Any
@@ -7,17 +7,17 @@ import numpy as np
 
 
 def load_arrays(path: str) -> Any:
-    """Read a pickle of arrays of numbers and plain containers, as Detectron2's zoo and proposal files are.
+    """Reads a pickle of numeric arrays and plain containers, such as Detectron2's zoo and proposal files.
 
     Raises:
-        pickle.UnpicklingError: If it holds anything else. A broken file may raise any exception.
+        pickle.UnpicklingError: If it holds anything else. A broken file may cause any exception.
     """
     with open(path, "rb") as file:
         return _ArrayUnpickler(file, encoding="latin1").load()
 
 
 class _Dtype:
-    """A dtype of numbers. A file never gets hold of numpy's own, whose state holds flags that numpy trusts."""
+    """Replaces numpy's dtype, whose state has flags that numpy trusts, by one that allows numbers only."""
 
     __slots__ = ("value",)
 
@@ -31,14 +31,14 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """An array whose state is checked before numpy takes it."""
+    """Checks the state of an array before numpy accepts it."""
 
     def __new__(cls, *_: Any):
         return super().__new__(cls, 0, np.uint8)
 
     def __setstate__(self, state: tuple) -> None:
         *_, shape, dtype, is_fortran, data = state
-        data = data.encode("latin1") if isinstance(data, str) else data  # A string of Python 2.
+        data = data.encode("latin1") if isinstance(data, str) else data  # Python 2 wrote a string.
         checked = np.ndarray(shape, dtype.value, data)
         if checked.nbytes != len(data):
             raise pickle.UnpicklingError(f"it has {len(data)} bytes for an array of {checked.nbytes}")
@@ -48,7 +48,7 @@ class _Array(np.ndarray):
     def from_buffer(
         cls, data: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str, axes: tuple[int, ...] | None = None
     ) -> "_Array":
-        """Rebuild an array as ``pickle`` writes it since protocol 5."""
+        """Rebuilds an array that ``pickle`` wrote with protocol 5."""
         array = cls()
         array.__setstate__((shape, dtype, order == "F", data))
         return array.transpose(axes) if order == "K" else array
@@ -61,15 +61,15 @@ class _Array(np.ndarray):
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    # What a file may call. A BUILD of a class or a method would set its attributes; these refuse it, as classes have a
-    # __setstate__ and methods no attributes.
+    # Maps the names that a file may call to replacements. The opcode BUILD would set attributes of a class or a method,
+    # but these refuse it: the classes have a __setstate__, and methods have no attributes.
     allowed = {  # noqa: RUF012
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _Dtype,
         ("numpy._core.multiarray", "_reconstruct"): _Array,
         ("numpy._core.multiarray", "scalar"): _Array.scalar,
         ("numpy._core.numeric", "_frombuffer"): _Array.from_buffer,
-        ("detectron2.structures.boxes", "BoxMode"): int,  # In proposal files.
+        ("detectron2.structures.boxes", "BoxMode"): int,  # Proposal files use it.
     }
 
     def find_class(self, module: str, name: str) -> Any:
