@@ -90,7 +90,7 @@ def is_file_error(error: BaseException) -> bool:
 
 
 def find_file_error(error: BaseException) -> OSError | None:
-    """Returns the file-system error that an error is, or that torch.save hides behind its own; None if there is none."""
+    """Returns the file-system error that an error is, or that torch.save hides behind its own, else None."""
     cause = error.__context__ if isinstance(error, RuntimeError) else error
     return cause if is_file_error(cause) else None
 

@@ -48,7 +48,7 @@ class _Array(np.ndarray):
     def from_buffer(
         cls, data: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str, axes: tuple[int, ...] | None = None
     ) -> "_Array":
-        """Rebuilds an array that ``pickle`` wrote with protocol 5."""
+        """Rebuilds an array that ``pickle`` wrote with protocol 5 or later."""
         array = cls()
         array.__setstate__((shape, dtype, order == "F", data))
         return array.transpose(axes) if order == "K" else array
