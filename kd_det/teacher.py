@@ -1,4 +1,4 @@
-"""The teacher: a frozen model that is seen by no optimizer, checkpoint or DDP bucket."""
+"""Builds and runs the teacher: a frozen model that no optimizer, checkpoint or DDP bucket contains."""
 
 import hashlib
 import logging
@@ -23,25 +23,26 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class Teacher:
-    """A frozen model and its tap.
+    """Computes signals of a frozen model through its tap.
 
-    It is no ``nn.Module``: held by one, it stays out of its parameters, its state_dict and its ``train()``.
+    It is not an ``nn.Module``, so that its parameters stay out of the parameters, the state_dict and the ``train()`` of
+    a module that holds it.
 
     Args:
         model: The trained model. It is frozen and put into evaluation mode.
-        flip_channels: Whether the images come in the reversed channel order (RGB for BGR or the other way round).
-        student_std: The pixel standard deviations of the network that input gradients are compared with, in the order
-            of its own channels; None if they are the model's.
-        dtype: Precision of the forward.
-        batch_statistics: Whether its batch norms use the statistics of the batch instead of those it was trained with,
-            which stay as they are.
-        channels_last: Whether its convolutions keep the channels last in memory.
+        flip_channels: Whether the images come in the opposite channel order (RGB instead of BGR, or the reverse).
+        student_std: Pixel standard deviations of the network whose input gradients are compared with the teacher's, in
+            the order of that network's channels; None if they are those of the model.
+        dtype: Precision of the forward pass.
+        batch_statistics: Whether its batch norms use the statistics of the batch instead of the stored ones, which do
+            not change.
+        channels_last: Whether its convolution weights are stored with the channels last.
         compiled: Whether its backbone is compiled, without the FPN on top of it.
-        side_stream: Whether what :meth:`start` computes runs on a CUDA stream of its own; without a GPU it does not.
-        source: Where the model comes from, for messages.
+        side_stream: Whether :meth:`start` computes on a separate CUDA stream; this has no effect without a GPU.
+        source: Origin of the model, for messages.
 
     Raises:
-        InputError: If batch norms are to use the statistics of the batch, but there are none, or frozen ones only.
+        InputError: If batch norms are to use the statistics of the batch, but the model has none, or only frozen ones.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Teacher:
         if channels_last:
             model.to(memory_format=torch.channels_last)
         if compiled:
-            # The method alone: hooks on the module, which the tap sets at each step, stay outside.
+            # Only the method is compiled: the hooks on the module, which the tap sets at each step, stay outside.
             network = getattr(model.backbone, "bottom_up", model.backbone)
             network.forward = torch.compile(network.forward, dynamic=True)
 
@@ -80,7 +81,7 @@ class Teacher:
         return next(self.model.parameters()).device
 
     def fingerprint(self) -> str:
-        """A hash of the weights."""
+        """Computes a hash of the weights."""
         digest = hashlib.sha256()
         for key, value in self.model.state_dict().items():
             digest.update(key.encode())
@@ -88,16 +89,16 @@ class Teacher:
         return digest.hexdigest()
 
     def to(self, device: torch.device) -> "Teacher":
-        """Move the model, unless it is there."""
+        """Moves the model to a device, unless it is already there."""
         if self.device != device:
             self.model.to(device)
         return self
 
     def check(self, names: Collection[str]) -> None:
-        """Check that the teacher can compute the named signals, all of which its model has.
+        """Checks that the teacher can compute the named signals, all of which its model has.
 
         Raises:
-            InputError: If one of them lies inside of what is compiled.
+            InputError: If one of them comes from inside the compiled backbone.
         """
         inside = sorted(name for name in names if name.endswith("_preact") and not name.startswith(BOX_SIGNALS))
         if self.compiled and inside:
@@ -108,12 +109,12 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batched_inputs: list[dict], names: Collection[str], student: Signals) -> Signals:
-        """Compute the named signals on the student's batch.
+        """Computes the named signals on the student's batch.
 
         Args:
             batched_inputs: As the data loader gives them to the student.
-            names: The signals that some head asked for; parts of the model behind none of them do not run.
-            student: The student's signals, whose boxes ROI signals are computed on.
+            names: The signals that some head asked for; parts of the model that none of them needs do not run.
+            student: The student's signals; ROI signals are computed on their boxes.
         """
         if self.flip_channels:
             batched_inputs = flipped(batched_inputs)
@@ -124,9 +125,9 @@ class Teacher:
         return {name: signal.detach() for name, signal in signals.items()}
 
     def start(self, batched_inputs: list[dict], names: Collection[str]) -> Signals:
-        """Compute what needs no boxes, before the student runs; :meth:`finish` does the rest.
+        """Computes the signals that need no boxes, before the student runs; :meth:`finish` computes the others.
 
-        On a side stream nothing but :meth:`finish` may read the result.
+        With a side stream, only :meth:`finish` may read the result.
 
         Args:
             batched_inputs: As the data loader gives them to the student.
@@ -140,15 +141,15 @@ class Teacher:
 
     @torch.no_grad()
     def finish(self, started: Signals, names: Collection[str], student: Signals) -> Signals:
-        """Compute the signals of boxes.
+        """Computes the signals of boxes.
 
         Args:
-            started: What :meth:`start` gave for these names.
+            started: The result of :meth:`start` for these names.
             names: The signals that some head asked for.
-            student: The student's signals, whose boxes they are computed on.
+            student: The student's signals, on whose boxes they are computed.
 
         Returns:
-            The signals that :meth:`__call__` gives.
+            The signals that :meth:`__call__` would return.
         """
         if self.stream is not None:
             current = torch.cuda.current_stream(self.device)
@@ -159,12 +160,12 @@ class Teacher:
         if not late:
             return started
         with self._autocast():
-            found = self.tap.recompute(started, late, student)
-        kept = {name: signal for name, signal in started.items() if name in names}
-        return kept | {name: signal.detach() for name, signal in found.items()}
+            recomputed = self.tap.recompute(started, late, student)
+        requested = {name: signal for name, signal in started.items() if name in names}
+        return requested | {name: signal.detach() for name, signal in recomputed.items()}
 
     def _by_student_input(self, gradient: Tensor) -> Tensor:
-        """The gradient with respect to the normalised image (N, C, H, W) as the student sees it, by the chain rule."""
+        """Converts a gradient, by the chain rule, to the student's normalisation of the image (N, C, H, W)."""
         std = self.model.pixel_std
         if self.flip_channels:
             gradient, std = gradient.flip(1), std.flip(0)
@@ -177,7 +178,7 @@ class Teacher:
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        """Run on the side stream, after all that the current stream was given so far."""
+        """Runs the body on the side stream, after everything that the current stream has queued so far."""
         if not self.side_stream or self.device.type != "cuda":
             yield
             return
@@ -189,7 +190,7 @@ class Teacher:
 
 
 def use_batch_statistics(model: nn.Module) -> None:
-    """Let the batch norms of a model in evaluation mode use the statistics of the batch, and keep nothing of them."""
+    """Makes the batch norms of a model in evaluation mode use the statistics of the batch without storing them."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         raise InputError("KD.TEACHER.BATCH_NORM: is 'train', but the teacher has no batch norm, or frozen ones only.")
@@ -198,7 +199,7 @@ def use_batch_statistics(model: nn.Module) -> None:
 
 
 def build_teacher(cfg: CfgNode) -> Teacher:
-    """Build the teacher that ``KD.TEACHER`` names and load its weights strictly.
+    """Builds the teacher that ``KD.TEACHER`` names and loads its weights strictly.
 
     Args:
         cfg: The student's config.
@@ -218,7 +219,7 @@ def build_teacher(cfg: CfgNode) -> Teacher:
 
 
 def teacher_options(cfg: CfgNode) -> dict:
-    """How the teacher computes: arguments of :class:`Teacher` that ``KD.TEACHER`` holds.
+    """Collects the arguments of :class:`Teacher` that ``KD.TEACHER`` holds, such as its precision.
 
     Raises:
         InputError: If KD.TEACHER.DTYPE or KD.TEACHER.BATCH_NORM is unknown.
@@ -240,7 +241,7 @@ def teacher_options(cfg: CfgNode) -> dict:
 
 
 def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:
-    """The teacher's own config, on the student's device, and the path of its weights."""
+    """Loads the teacher's own config, set to the student's device, and the path of its weights."""
     node = cfg.KD.TEACHER
     if not node.CONFIG_FILE:
         raise InputError("KD.TEACHER.CONFIG_FILE: no teacher is named; give a config file or the name of a zoo config.")
@@ -258,7 +259,7 @@ def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:
 
 
 def zoo_weights(name: str) -> str:
-    """URL of the trained model of a config of the model zoo."""
+    """Returns the URL of the trained model of a model-zoo config."""
     try:
         return model_zoo.get_checkpoint_url(name)
     except RuntimeError as error:
