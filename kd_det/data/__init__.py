@@ -1,4 +1,4 @@
-"""Data sets named in the config, reading of images, and synthetic scenes."""
+"""Registers and checks the data sets that a config names, reads images, and draws synthetic scenes."""
 
 from kd_det.data.checks import check_annotations, check_files, check_num_classes
 from kd_det.data.coco_evaluator import CocoEvaluator

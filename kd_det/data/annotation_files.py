@@ -1,4 +1,4 @@
-"""Instance masks written as COCO JSON and as Pascal VOC XML."""
+"""Writes instance masks as COCO JSON and as Pascal VOC XML."""
 
 import json
 import os
@@ -13,16 +13,16 @@ from pycocotools import mask as mask_util
 
 
 def mask_to_polygons(mask: np.ndarray) -> list[list[float]]:
-    """Outer borders of a mask, exact enough to give the same pixels when drawn by pycocotools.
+    """Traces the outer borders of a mask exactly enough for pycocotools to draw the same pixels again.
 
-    A contour of OpenCV runs through the centres of the border pixels and loses half a pixel on every side. On a mask of
-    four times the size that is an eighth of a pixel. Holes are filled: a COCO polygon cannot have any.
+    A contour of OpenCV runs through the centres of the border pixels and loses half a pixel on every side; on a mask
+    that is enlarged four times, it loses only an eighth of a pixel. Holes are filled, since a COCO polygon has none.
 
     Args:
         mask: (H, W) bool with at least one pixel.
 
     Returns:
-        One polygon (x, y, x, y, ...) per connected region.
+        A polygon (x, y, x, y, ...) for each connected region.
     """
     mask = mask.astype(np.uint8)
     x, y, width, height = cv2.boundingRect(mask)
@@ -32,11 +32,11 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[float]]:
 
 
 def coco_annotation(mask: np.ndarray, **fields: Any) -> dict[str, Any]:
-    """A COCO annotation whose polygons, box (the tight one) and area agree with each other.
+    """Makes a COCO annotation whose polygons, tight box and area agree with each other.
 
     Args:
         mask: (H, W) bool with at least one pixel.
-        fields: `id`, `image_id` and `category_id`.
+        fields: The other fields: `id`, `image_id` and `category_id`.
     """
     polygons = mask_to_polygons(mask)
     rle = mask_util.merge(mask_util.frPyObjects(polygons, *mask.shape))
@@ -45,7 +45,7 @@ def coco_annotation(mask: np.ndarray, **fields: Any) -> dict[str, Any]:
 
 
 def write_coco(path: Path, images: list[dict], annotations: list[dict], class_names: Iterable[str]) -> None:
-    """Write a COCO annotation file; the first class has id 1. A reader sees all of it or the file before it."""
+    """Writes a COCO annotation file atomically; the first class has id 1."""
     categories = [{"id": i, "name": name} for i, name in enumerate(class_names, 1)]
     data = {"images": images, "annotations": annotations, "categories": categories}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,12 +55,12 @@ def write_coco(path: Path, images: list[dict], annotations: list[dict], class_na
 
 
 def write_voc(path: Path, image: dict[str, Any], objects: Iterable[tuple[str, list[int]]]) -> None:
-    """Write the VOC annotation of one image.
+    """Writes the VOC annotation of one image.
 
     Args:
         path: The XML file.
         image: The image's entry in the COCO file.
-        objects: Class name and COCO box (x, y, width, height) of each.
+        objects: Class name and COCO box (x, y, width, height) of each object.
     """
     root = ElementTree.Element("annotation")
 
@@ -74,7 +74,7 @@ def write_voc(path: Path, image: dict[str, Any], objects: Iterable[tuple[str, li
     for name, (x, y, width, height) in objects:
         thing = ElementTree.SubElement(root, "object")
         add(thing, name=name, pose="Unspecified", truncated=0, difficult=0)
-        # Pixels are counted from 1, and the last one belongs to the box.
+        # VOC counts pixels from 1, and the last one belongs to the box.
         add(ElementTree.SubElement(thing, "bndbox"), xmin=x + 1, ymin=y + 1, xmax=x + width, ymax=y + height)
     ElementTree.indent(root)
     ElementTree.ElementTree(root).write(path, encoding="utf-8")

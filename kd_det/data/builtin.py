@@ -1,4 +1,4 @@
-"""Data sets for image classification that need no definition in the config. Importing this module registers them."""
+"""Registers, when imported, data sets for image classification that need no definition in the config."""
 
 import importlib.util
 import os
@@ -17,12 +17,12 @@ from kd_det.errors import InputError
 
 @dataclass(frozen=True)
 class Cifar:
-    """CIFAR-10 or CIFAR-100 from its official files, as a function for the DatasetCatalog.
+    """Loads CIFAR-10 or CIFAR-100 from its official files; a function for the DatasetCatalog.
 
     Attributes:
         name: Name of the data set.
-        reader: torchvision's reader, which compares the files with their checksums.
-        train: The training images or the test images.
+        reader: torchvision's reader, which checks the files against their checksums.
+        train: Whether to load the training images instead of the test images.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Cifar:
     train: bool
 
     def __call__(self) -> list[dict[str, Any]]:
-        """Dicts with the `image` (H, W, 3) as uint8 RGB, its `label`, and a `file_name` for messages.
+        """Returns dicts with the `image` (H, W, 3) as uint8 RGB, its `label`, and a `file_name` for messages.
 
         Raises:
             InputError: If a file is missing or is not the official one.
@@ -68,20 +68,20 @@ class Cifar:
 
 @dataclass(frozen=True)
 class Digits:
-    """scikit-learn's handwritten digits, 8 x 8 pixels, which come with that library and need no download.
+    """Loads scikit-learn's handwritten digits, 8 x 8 pixels, which come with that library and need no download.
 
-    Of each class every fifth image is a test image.
+    Every fifth image of each class is a test image.
 
     Attributes:
         name: Name of the data set.
-        train: The training images or the test images.
+        train: Whether to load the training images instead of the test images.
     """
 
     name: str
     train: bool
 
     def __call__(self) -> list[dict[str, Any]]:
-        """Dicts as those of :class:`Cifar`.
+        """Returns dicts like those of :class:`Cifar`.
 
         Raises:
             InputError: If scikit-learn is not installed.
@@ -93,9 +93,9 @@ class Digits:
         is_test = np.zeros(len(digits.target), dtype=bool)
         for digit in range(10):
             is_test[np.flatnonzero(digits.target == digit)[4::5]] = True
-        own = is_test != self.train
-        grey = np.round(digits.images[own] * (255 / 16)).astype(np.uint8)  # their white is 16
-        return _records(self.name, np.repeat(grey[..., None], 3, axis=3), digits.target[own].tolist())
+        chosen = is_test != self.train
+        grey = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # White is 16 in these images.
+        return _records(self.name, np.repeat(grey[..., None], 3, axis=3), digits.target[chosen].tolist())
 
     def metadata(self) -> dict[str, Any]:
         return {"evaluator_type": "classification"}
@@ -120,7 +120,7 @@ BUILTIN = {
 } | {name: ImageFolder(name, name.replace("_", "/")) for name in ("imagenet_train", "imagenet_val")}
 
 
-@cache  # a test set is asked for at every evaluation
+@cache  # Every evaluation loads the test set again.
 def _read_cifar(reader: type[CIFAR10], root: str, train: bool) -> tuple[np.ndarray, list[int], list[str]]:
     dataset = reader(root, train)
     return np.ascontiguousarray(dataset.data), dataset.targets, dataset.classes
@@ -134,6 +134,6 @@ def _records(name: str, images: np.ndarray, labels: list[int]) -> list[dict[str,
 
 
 for _name, _dataset in BUILTIN.items():
-    if _name not in DatasetCatalog:  # other code may have one of that name
+    if _name not in DatasetCatalog:  # Other code may have registered this name.
         DatasetCatalog.register(_name, _dataset)
         MetadataCatalog.get(_name).set(**_dataset.metadata())

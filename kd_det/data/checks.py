@@ -1,4 +1,4 @@
-"""Checks of the data sets that a config names, before a model is built."""
+"""Checks the data sets that a config names, before a model is built."""
 
 import logging
 from collections.abc import Iterator
@@ -22,16 +22,16 @@ NUM_CLASSES = {
     "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
     "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
 }
-# What the metadata of Detectron2's own detection data sets names on the disk.
+# Metadata of Detectron2's own detection data sets that names files and folders.
 PATHS = ("json_file", "image_root", "dirname")
-# Keypoints of a person in COCO, for which COCOeval knows the scales.
+# Number of keypoints of a person in COCO; COCOeval has default scales for them.
 COCO_KEYPOINTS = 17
 
 
 def check_files(cfg: CfgNode, *, train: bool = True) -> None:
-    """Check that the data sets of DATASETS.TEST and, if `train`, of DATASETS.TRAIN are known and on the disk.
+    """Checks that the data sets of DATASETS.TEST and, if `train`, of DATASETS.TRAIN are known and on the disk.
 
-    Reads the annotations of DATASETS.VOC_FORMAT, too; those of COCO_FORMAT are read by :func:`check_num_classes`.
+    This also reads the annotations of DATASETS.VOC_FORMAT; :func:`check_num_classes` reads those of COCO_FORMAT.
 
     Raises:
         InputError: If a data set is unknown, or a file or folder of it is missing.
@@ -57,14 +57,14 @@ def check_files(cfg: CfgNode, *, train: bool = True) -> None:
 
 
 def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
-    """Compare the classes of the data sets with each other and with the number that the config gives the model.
+    """Compares the classes of the data sets with each other and with the model's number of classes.
 
     Reads and validates the annotation files of DATASETS.COCO_FORMAT and of Detectron2's own VOC data sets; call
     :func:`check_files` first.
 
     Raises:
-        InputError: If a data set has more classes than the model, or orders them otherwise than another data set, or
-            if it is one for detection and the model an image classifier, or the other way round.
+        InputError: If a data set has more classes than the model, orders them differently from another data set, or is
+            made for detection while the model is an image classifier, or the reverse.
     """
     architecture = student_config(cfg).MODEL.META_ARCHITECTURE
     key = NUM_CLASSES.get(architecture)
@@ -83,22 +83,22 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
     classes = {name: class_names(name) for _, name in _used(cfg, train)}
     classes = {name: names for name, names in classes.items() if names}
     for name, names in classes.items():
-        told = f"data set {name!r} has {len(names)} classes ({_shorten(names)})"
+        summary = f"data set {name!r} has {len(names)} classes ({_shorten(names)})"
         if len(names) > model_classes:
-            raise InputError(f"{key}: {model_classes} found, but {told}; set {key} to {len(names)}.")
+            raise InputError(f"{key}: {model_classes} found, but {summary}; set {key} to {len(names)}.")
         if len(names) < model_classes:
-            logger.warning("%s is %d, but %s; no evaluation counts the others.", key, model_classes, told)
+            logger.warning("%s is %d, but %s; no evaluation counts the others.", key, model_classes, summary)
         first, expected = next(iter(classes.items()))
         if any(a != b for a, b in zip(names, expected, strict=False)):
             raise InputError(
-                f"DATASETS: {told}, but {first!r} has {_shorten(expected)}: a class must have the same index in both."
+                f"DATASETS: {summary}, but {first!r} has {_shorten(expected)}: a class must have the same index in both."
             )
 
 
 def check_annotations(cfg: CfgNode, *, train: bool = True) -> None:
-    """Check that the data sets have what the config's model is trained on and what its evaluation compares with.
+    """Checks that the data sets have the annotations that the training and the evaluation of the model need.
 
-    Reads all annotations of DATASETS.TEST, which a training would meet at its end only.
+    If `train`, this reads all annotations of DATASETS.TEST, which a training run would otherwise read only at its end.
 
     Raises:
         InputError: If masks or keypoints are missing or do not fit the config, or an annotation file is wrong.
@@ -132,10 +132,10 @@ def _check_objects(cfg: CfgNode, place: str, dataset: CocoFormat) -> None:
     if contents.objects:
         return
     crowds = contents.annotations and f": all {contents.annotations} annotations have iscrowd 1 or unknown images"
-    told = f"{place}: {dataset.name!r} has no objects{crowds or ''} ({dataset.json_file})"
+    message = f"{place}: {dataset.name!r} has no objects{crowds or ''} ({dataset.json_file})"
     if place == "DATASETS.TRAIN" and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        raise InputError(f"{told}; DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out images without objects.")
-    logger.warning("%s: %s.", told, "nothing to learn from" if place == "DATASETS.TRAIN" else "its AP will be nan")
+        raise InputError(f"{message}; DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out images without objects.")
+    logger.warning("%s: %s.", message, "nothing to learn from" if place == "DATASETS.TRAIN" else "its AP will be nan")
 
 
 def _check_masks(cfg: CfgNode, place: str, dataset: CocoFormat) -> None:
@@ -153,7 +153,7 @@ def _check_masks(cfg: CfgNode, place: str, dataset: CocoFormat) -> None:
 
 
 def _check_keypoints(cfg: CfgNode, train: bool) -> None:
-    """Check the keypoints of all data sets against each other, the model and the scales of the evaluation."""
+    """Compares the keypoints of all data sets with each other, with the model and with the evaluation's scales."""
     count, expected = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, None
     for place, name in _used(cfg, train):
         names = _keypoint_names(place, name)
