@@ -83,15 +83,15 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
     classes = {name: class_names(name) for _, name in _used(cfg, train)}
     classes = {name: names for name, names in classes.items() if names}
     for name, names in classes.items():
-        summary = f"data set {name!r} has {len(names)} classes ({_shorten(names)})"
+        text = f"data set {name!r} has {len(names)} classes ({_shorten(names)})"
         if len(names) > model_classes:
-            raise InputError(f"{key}: {model_classes} found, but {summary}; set {key} to {len(names)}.")
+            raise InputError(f"{key}: {model_classes} found, but {text}; set {key} to {len(names)}.")
         if len(names) < model_classes:
-            logger.warning("%s is %d, but %s; no evaluation counts the others.", key, model_classes, summary)
+            logger.warning("%s is %d, but %s; no evaluation counts the others.", key, model_classes, text)
         first, expected = next(iter(classes.items()))
         if any(a != b for a, b in zip(names, expected, strict=False)):
             raise InputError(
-                f"DATASETS: {summary}, but {first!r} has {_shorten(expected)}: a class must have the same index in both."
+                f"DATASETS: {text}, but {first!r} has {_shorten(expected)}: a class must have the same index in both."
             )
 
 

@@ -1,4 +1,4 @@
-"""COCO's metrics of any data set that has COCO annotations."""
+"""Computes COCO's metrics for any data set with COCO annotations."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,26 +15,26 @@ from kd_det.data.coco_format import CocoFormat
 
 
 class CocoEvaluator(COCOEvaluator):
-    """Detectron2's evaluator, for models of more classes than the data set, and for annotations that lack something.
+    """Extends Detectron2's evaluator to models with more classes than the data set, and to incomplete annotations.
 
-    Predictions of classes that the data set does not have are left out. Of several classes with one name each has its
-    own AP. Objects of a data set of DATASETS.COCO_FORMAT without a mask count as crowds where masks are evaluated: they
-    are neither found nor missed.
+    Predictions of classes that the data set does not have are left out. If several classes share a name, each still has
+    its own AP. When masks are evaluated, objects without a mask in a data set of DATASETS.COCO_FORMAT count as crowds:
+    they are neither hits nor misses.
 
     Args:
-        dataset_name: A data set that has been loaded before.
+        dataset_name: Name of a data set that has already been loaded.
         masks: Whether masks are evaluated.
-        options: Of Detectron2's evaluator.
+        options: Further arguments of Detectron2's evaluator.
     """
 
     def __init__(self, dataset_name: str, *, masks: bool, **options: Any):
         dataset = DatasetCatalog.data.get(dataset_name)
-        own = isinstance(dataset, CocoFormat)
-        with dataset.for_evaluation() if own else nullcontext(dataset_name) as name:
+        is_coco_format = isinstance(dataset, CocoFormat)
+        with dataset.for_evaluation() if is_coco_format else nullcontext(dataset_name) as name:
             super().__init__(name, **options)
         if self._do_evaluation and complete(self._coco_api.dataset["annotations"]):
             self._coco_api.createIndex()
-        if own and masks:
+        if is_coco_format and masks:
             for annotation in self._coco_api.anns.values():
                 if not annotation.get("segmentation"):
                     x, y, width, height = annotation["bbox"]
@@ -58,6 +58,6 @@ class CocoEvaluator(COCOEvaluator):
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Return class names of which those that several classes share are followed by the number of the class."""
+    """Returns class names; adds the number of the class to a name that several classes share."""
     counts = Counter(names)
     return [name if counts[name] == 1 else f"{name} (class {i})" for i, name in enumerate(names, 1)]

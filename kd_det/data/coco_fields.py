@@ -1,4 +1,4 @@
-"""The fields of a COCO file that Detectron2, pycocotools and COCOeval read, and what each of them must be."""
+"""Defines the fields of a COCO file that Detectron2, pycocotools and COCOeval read, and their allowed values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,21 +6,21 @@ from typing import Any
 
 from kd_det.data.coco_masks import are_numbers, read_segmentation
 
-# COCOeval ignores what is larger.
+# COCOeval ignores larger objects.
 LARGEST_AREA = 1e10
 FLAGS = {"0": 0, "0.0": 0, "False": 0, "false": 0, "": 0, "1": 1, "1.0": 1, "True": 1, "true": 1}
 
 
 @dataclass(frozen=True)
 class Field:
-    """A field of the images, annotations or categories.
+    """Describes a field of the images, annotations or categories.
 
     Attributes:
-        read: Returns the value as those who read it need it, the very same object where it is right as it is; raises
-            a ValueError that says what it must be.
-        required: Whether every item needs it. Others are read as null where they are missing, and left out where they
-            are read as None.
-        change: What becomes of a value that is not usable as it is, for a warning; "" where its meaning stays.
+        read: Returns the value as its readers need it, which is the very same object if it is already correct; raises a
+            ValueError that says what the value must be.
+        required: Whether every item needs the field. A missing optional field is read as null; a field that is read as
+            None is removed.
+        change: Text for a warning that describes a value which had to be changed; "" if its meaning is unchanged.
     """
 
     read: Callable[[Any], Any]
@@ -76,7 +76,7 @@ def read_ignore(value: Any) -> int | None:
 
 
 def read_area(value: Any) -> float | None:
-    """Return an area that COCOeval can use, else None."""
+    """Returns the area if COCOeval can use it, else None."""
     return value if type(value) in (int, float) and 0 <= value <= LARGEST_AREA else None
 
 

@@ -1,4 +1,4 @@
-"""Reads a COCO file so that Detectron2, pycocotools and COCOeval can use all of it, or says what they cannot use."""
+"""Reads a COCO file so that Detectron2, pycocotools and COCOeval can use all of it, or reports what they cannot use."""
 
 import contextlib
 import json
@@ -15,19 +15,19 @@ from kd_det.data.coco_masks import mask_area, read_segmentation
 from kd_det.errors import InputError
 
 Item = dict[str, Any]
-# Pixels. A smaller side is 0 in the precision of a network.
+# Shortest side of a box in pixels; a shorter one is 0 in the precision of a network.
 SMALLEST = 1e-3
 
 
 @dataclass
 class CocoFile:
-    """The content of a COCO file.
+    """Holds the content of a COCO file.
 
     Attributes:
         path: The file.
-        data: Its content, valid, and complete for the evaluation.
-        changed: Whether `data` is other than the file says, or in another encoding.
-        notes: What has been changed in its meaning, for the log.
+        data: Its content, which is valid and complete for the evaluation.
+        changed: Whether `data` differs from the content of the file, or the file has another encoding.
+        notes: Descriptions of the changes that affect the meaning, for the log.
     """
 
     path: str
@@ -37,7 +37,7 @@ class CocoFile:
 
     @contextlib.contextmanager
     def readable(self) -> Iterator[str]:
-        """Yield a path from which pycocotools reads the data: the file itself, or a copy that is deleted afterwards."""
+        """Yields a path from which pycocotools can read the data: the file, or a copy that is deleted afterwards."""
         if not self.changed:
             yield self.path
             return
@@ -49,13 +49,13 @@ class CocoFile:
 
 
 def read_coco(path: str) -> CocoFile:
-    """Read and check a COCO file; see :data:`~kd_det.data.coco_fields.FIELDS` for what every field must be.
+    """Reads and checks a COCO file; :data:`~kd_det.data.coco_fields.FIELDS` describes the fields.
 
-    Fields that only the evaluation needs are supplied where they are missing: `area`, `iscrowd`, `num_keypoints`, and
-    annotation ids of which none is 0, because COCOeval takes 0 for no match.
+    Fields that only the evaluation needs are supplied if they are missing: `area`, `iscrowd`, `num_keypoints`, and
+    annotation ids other than 0, which COCOeval takes for no match.
 
     Raises:
-        InputError: If the file or an item is malformed; names both.
+        InputError: If the file or an item is malformed; the message names both.
     """
     data, plain = _load(path)
     reader = _Reader(path, data)
@@ -64,7 +64,7 @@ def read_coco(path: str) -> CocoFile:
 
 
 def _load(path: str) -> tuple[dict[str, Any], bool]:
-    """Return the JSON of a file, and whether it is plain ASCII, which pycocotools reads whatever the locale is."""
+    """Returns the JSON of a file and whether it is plain ASCII, which pycocotools can read under any locale."""
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -88,7 +88,7 @@ class _Reader:
         self.notes: list[str] = []
 
     def run(self) -> None:
-        """Check and complete everything."""
+        """Checks and completes the whole content."""
         self._check_lists()
         for key in FIELDS:
             self._read_fields(key)
@@ -138,11 +138,11 @@ class _Reader:
                 else:
                     item[name] = value
         for name, places in changes.items():
-            found = f"{name} of {len(places)} of the {key} (first: {key}[{places[0]}])"
-            self.notes.append(f"{self.path}: {found} is {FIELDS[key][name].change}.")
+            subject = f"{name} of {len(places)} of the {key} (first: {key}[{places[0]}])"
+            self.notes.append(f"{self.path}: {subject} is {FIELDS[key][name].change}.")
 
     def _check_ids(self, key: str) -> None:
-        """Refuse what cannot be sorted or told apart."""
+        """Refuses ids that are repeated or that cannot be sorted."""
         ids = [item["id"] for item in self.data[key]]
         repeated = [id_ for id_, count in Counter(ids).items() if count > 1]
         if repeated:
@@ -198,7 +198,7 @@ class _Reader:
                 self._complete_keypoints_of(item, categories[item["category_id"]], points)
 
     def _complete_keypoints_of(self, item: Item, category: Item, points: int) -> None:
-        """Count the visible keypoints; an object without keypoints gets invisible ones, as others of its image have."""
+        """Counts the visible keypoints; an object without keypoints gets invisible ones, to match other objects."""
         names = category.get("keypoints", ())
         if "keypoints" not in item:
             self.changed = True
@@ -214,9 +214,9 @@ class _Reader:
 
 
 def complete(annotations: list[Item]) -> bool:
-    """Supply, in place, what COCOeval reads of annotations: `iscrowd`, `area`, and ids of which none is 0.
+    """Supplies, in place, the fields of annotations that COCOeval reads: `iscrowd`, `area`, and ids other than 0.
 
-    COCOeval takes the id 0 for no match, so that an object of this id is always missed.
+    COCOeval takes the id 0 for no match, so that an object with this id always counts as missed.
 
     Returns:
         Whether anything has changed.
@@ -234,7 +234,7 @@ def complete(annotations: list[Item]) -> bool:
 
 
 def _area(item: Item) -> float:
-    """Return the area that an annotation gives, else that of its mask or its box."""
+    """Returns the area of an annotation: the given one, else that of its mask or its box."""
     given = read_area(item.get("area"))
     if given is not None:
         return given
@@ -247,6 +247,6 @@ def _area(item: Item) -> float:
 
 
 def _is_inside(box: Iterable[float], width: int, height: int) -> bool:
-    """Return whether a box has an area and lies in the image, with a tolerance of one pixel."""
+    """Returns whether a box has an area and lies in the image, with a tolerance of one pixel."""
     x, y, w, h = box
     return w >= SMALLEST and h >= SMALLEST and x >= -1 and y >= -1 and x + w <= width + 1 and y + h <= height + 1

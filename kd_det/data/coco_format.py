@@ -1,4 +1,4 @@
-"""A COCO-format annotation file and its image folder as a Detectron2 data set."""
+"""Makes a Detectron2 data set of a COCO annotation file and an image folder."""
 
 import contextlib
 import logging
@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Contents:
-    """What the checks before a run need to know of a COCO file.
+    """Summarises a COCO file for the checks before a run.
 
     Attributes:
         classes: Class names in the order of their ids.
-        keypoints: Names of the keypoints of the categories that have any, each list once.
+        keypoints: Lists of keypoint names of the categories that have any, without duplicates.
         annotations: Number of annotations.
-        objects: Number of those that are trained on: not crowds, and in an image of the file.
-        without_mask: Which objects have no segmentation, as indices into the file's annotations.
-        with_rle: Which objects have an RLE mask.
+        objects: Number of annotations that are trained on: not crowds, and in an image of the file.
+        without_mask: Indices, in the file's annotations, of the objects without a segmentation.
+        with_rle: Indices of the objects with an RLE mask.
         changed: Whether Detectron2 reads a changed copy of the file.
     """
 
@@ -44,14 +44,14 @@ class Contents:
 
 @dataclass(frozen=True)
 class CocoFormat:
-    """The data set as a function for the DatasetCatalog: calling it validates and loads.
+    """Validates and loads a data set in COCO format; a function for the DatasetCatalog.
 
     Attributes:
         name: Name of the data set.
-        json_file: Annotations: polygons, RLE or boxes alone.
-        image_root: The folder below which the images lie.
-        flip_pairs: Pairs of keypoints that change places in a mirrored image; None: those that differ in left and
-            right alone.
+        json_file: Annotation file with polygons, RLE masks, or only boxes.
+        image_root: The folder that contains the images.
+        flip_pairs: Pairs of keypoints that swap places in a mirrored image; None takes those whose names differ only in
+            left and right.
     """
 
     name: str
@@ -63,9 +63,9 @@ class CocoFormat:
         return f"{self.json_file} with {self.image_root}"
 
     def __call__(self) -> list[dict[str, Any]]:
-        """Detectron2's dicts of all images; also completes the metadata, as `load_coco_json` does.
+        """Returns Detectron2's dicts of all images and completes the metadata, as `load_coco_json` does.
 
-        An object whose polygons all have fewer than three points has the segmentation [].
+        An object whose polygons all have fewer than three points gets the segmentation [].
 
         Raises:
             InputError: If the file, an image or an annotation is missing or malformed.
@@ -88,7 +88,7 @@ class CocoFormat:
 
     @cached_property
     def contents(self) -> Contents:
-        """What is in the file. The first access reads and validates it."""
+        """Summarises the file; the first access reads and validates it."""
         file = self._read()
         for note in file.notes:
             logger.warning(note)
@@ -117,10 +117,10 @@ class CocoFormat:
 
     @property
     def keypoint_pairs(self) -> list[tuple[str, str]]:
-        """The keypoints that change places in a mirrored image.
+        """Returns the pairs of keypoints that swap places in a mirrored image.
 
         Raises:
-            InputError: If FLIP_PAIRS names others than the file.
+            InputError: If FLIP_PAIRS names keypoints that the file does not have.
         """
         names = self.contents.keypoints[0]
         pairs = mirrored_pairs(names) if self.flip_pairs is None else self.flip_pairs
@@ -134,9 +134,9 @@ class CocoFormat:
 
     @contextlib.contextmanager
     def for_evaluation(self) -> Iterator[str]:
-        """Yield a name whose metadata names annotations that COCOeval can use, and all else that the evaluation needs.
+        """Yields a data set name whose metadata is complete and names an annotation file that COCOeval can use.
 
-        It is the data set's own one unless the file has to be changed; then it is a name that ends with the context.
+        It is the data set's own name unless the file had to be changed; then it is a name that exists only in the body.
         """
         if not self.contents.changed:
             yield self.name
@@ -175,7 +175,7 @@ class CocoFormat:
         paths = []
         for image in file.data["images"]:
             path = os.path.join(self.image_root, image["file_name"])
-            if not os.path.isfile(path) and os.path.isfile(path.replace("\\", "/")):  # Written on Windows.
+            if not os.path.isfile(path) and os.path.isfile(path.replace("\\", "/")):  # The file was written on Windows.
                 image["file_name"] = image["file_name"].replace("\\", "/")
                 file.changed, path = True, os.path.join(self.image_root, image["file_name"])
             paths.append(path)

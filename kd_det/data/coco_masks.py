@@ -1,4 +1,4 @@
-"""Masks of COCO annotations: polygons and RLE, checked before pycocotools reads them, which trusts what it is given."""
+"""Checks polygons and RLE masks of COCO annotations before they reach pycocotools, which trusts its input."""
 
 from typing import Any
 
@@ -6,28 +6,28 @@ import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.structures import PolygonMasks
 
-# Pixels. Beyond, pycocotools runs out of its integers or of memory.
+# Largest coordinate in pixels; beyond it, pycocotools overflows its integers or runs out of memory.
 FARTHEST = 1e6
 
 
 def are_numbers(values: Any) -> bool:
-    """Return whether something is a list of finite numbers of the size of pixels."""
+    """Returns whether a value is a list of finite numbers that can be pixel coordinates."""
     if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
         return False
     try:
-        return sum(map(abs, values)) <= FARTHEST * len(values)  # Not if one of them is nan.
+        return sum(map(abs, values)) <= FARTHEST * len(values)  # This is False if one of them is nan.
     except OverflowError:
         return False
 
 
 def read_segmentation(value: Any) -> list[list[float]] | dict[str, Any] | None:
-    """Return what pycocotools and Detectron2 can read of a segmentation.
+    """Returns the part of a segmentation that pycocotools and Detectron2 can read.
 
     Returns:
-        Polygons of three points or more, [] where there are none but smaller ones, an RLE, or None for no mask.
+        Polygons of three points or more, [] if all polygons have fewer, an RLE mask, or None without a mask.
 
     Raises:
-        ValueError: If it is neither polygons nor RLE; says what is needed.
+        ValueError: If it is neither polygons nor RLE; the message says what is needed.
     """
     if value is None or value in ([], {}):
         return None
@@ -41,7 +41,7 @@ def read_segmentation(value: Any) -> list[list[float]] | dict[str, Any] | None:
 
 
 def mask_area(segmentation: list[list[float]] | dict[str, Any]) -> float:
-    """Return the area of a mask, as Detectron2 computes it where it writes a COCO file."""
+    """Returns the area of a mask, computed as Detectron2 does when it writes a COCO file."""
     if isinstance(segmentation, list):
         return float(PolygonMasks([segmentation]).area()[0])
     counts = segmentation["counts"]
@@ -65,10 +65,10 @@ def _read_rle(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decode_runs(counts: str) -> np.ndarray:
-    """Return the lengths of the runs of a compressed RLE, which pycocotools would read without looking at them.
+    """Returns the run lengths of a compressed RLE mask, which pycocotools would read unchecked.
 
-    A run is written in groups of five bits, the lowest first, with a bit that says whether another one follows; from
-    the fourth run on it is the difference to the run before the last.
+    A run is written in groups of five bits, lowest first, each with a bit that says whether another group follows. From
+    the fourth run on, the value is the difference from the run two places before.
     """
     codes = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
     if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
@@ -76,7 +76,7 @@ def _decode_runs(counts: str) -> np.ndarray:
     ends = np.flatnonzero(codes & 32 == 0)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
-    if lengths.max() > 7:  # More than 32 bits.
+    if lengths.max() > 7:  # The value has more than 32 bits.
         raise ValueError(counts)
     places = np.arange(len(codes)) - np.repeat(starts, lengths)
     runs = np.add.reduceat((codes & 31) << 5 * places, starts) - ((codes[ends] & 16) // 16 << 5 * lengths)

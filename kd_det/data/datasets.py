@@ -1,4 +1,4 @@
-"""Data sets that are named in the config: their registration, their classes and their number of images."""
+"""Registers the data sets that a config defines, and returns their classes and images."""
 
 import logging
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Register every data set of DATASETS.COCO_FORMAT, VOC_FORMAT and IMAGE_FOLDER; reads no file.
+    """Registers every data set of DATASETS.COCO_FORMAT, VOC_FORMAT and IMAGE_FOLDER; reads no file.
 
-    Doing so again with the same definitions changes nothing.
+    Registering the same definitions again changes nothing.
 
     Raises:
         InputError: If an entry lacks a key or has an unknown one or a wrong value, or if its name is taken.
@@ -34,7 +34,7 @@ def register_datasets(cfg: CfgNode) -> None:
 
 
 def define_datasets(cfg: CfgNode) -> Iterator[tuple[str, CocoFormat | VocFormat | ImageFolder]]:
-    """Yield the key and the definition of every data set of DATASETS.COCO_FORMAT, VOC_FORMAT and IMAGE_FOLDER.
+    """Yields the key and the definition of every data set of DATASETS.COCO_FORMAT, VOC_FORMAT and IMAGE_FOLDER.
 
     Raises:
         InputError: If an entry lacks a key or has an unknown one or a wrong value.
@@ -63,13 +63,13 @@ def define_datasets(cfg: CfgNode) -> Iterator[tuple[str, CocoFormat | VocFormat 
 
 
 def class_names(name: str) -> list[str]:
-    """Names of the classes of a data set, in the order of their indices; [] where it does not tell them."""
+    """Returns the class names of a data set, in the order of their indices; [] if it does not name them."""
     known = getattr(DatasetCatalog[name], "classes", None)
     return MetadataCatalog.get(name).get("thing_classes", []) if known is None else known
 
 
 def known_class_names(cfg: CfgNode) -> list[str]:
-    """Names of the classes of a config's data sets, registered or not; [] where they cannot be read."""
+    """Returns the class names of a config's data sets, registered or not; [] if they cannot be read."""
     names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
     with suppress(InputError, KeyError, OSError):
         defined = {dataset.name: dataset for _, dataset in define_datasets(cfg)}
@@ -82,17 +82,20 @@ def known_class_names(cfg: CfgNode) -> list[str]:
 
 
 def choose_images(records: list[dict], count: int) -> list[dict]:
-    """At most so many images, evenly spread over those with objects, or over all where none has: the same each time."""
+    """Chooses at most `count` images, evenly spread over those with objects (or over all if none has any).
+
+    The choice is the same each time.
+    """
     worth = [record for record in records if record.get("annotations", True)] or records
     count = min(count, len(worth))
     return [worth[i * len(worth) // count] for i in range(count)]
 
 
 def load_training_images(cfg: CfgNode, **options: Any) -> list[dict[str, Any]]:
-    """Detectron2's dicts of all images of DATASETS.TRAIN that are trained on.
+    """Returns Detectron2's dicts of all images of DATASETS.TRAIN that are trained on.
 
     Args:
-        options: More of Detectron2's ``get_detection_dataset_dicts``.
+        options: Further arguments of Detectron2's ``get_detection_dataset_dicts``.
 
     Raises:
         InputError: If DATASETS.TRAIN is empty, no image is left, a file is wrong or masks are missing.
@@ -116,7 +119,7 @@ def load_training_images(cfg: CfgNode, **options: Any) -> list[dict[str, Any]]:
 
 
 def _leave_out_maskless(records: list[dict[str, Any]], filter_empty: bool) -> list[dict[str, Any]]:
-    """Leave out objects whose polygons are all too small to be masks, and the images that are left without objects."""
+    """Leaves out objects whose polygons are all too small to be masks, and images that then have no objects."""
     maskless = 0
     for record in records:
         check_masks(record)
@@ -134,10 +137,10 @@ def _leave_out_maskless(records: list[dict[str, Any]], filter_empty: bool) -> li
 
 
 def count_training_images(cfg: CfgNode) -> int:
-    """Number of images of an epoch: those of all data sets of DATASETS.TRAIN that the training loader does not drop.
+    """Counts the images of an epoch: those of all data sets of DATASETS.TRAIN that the training loader does not drop.
 
     Raises:
-        InputError: As of :func:`load_training_images`.
+        InputError: For the reasons of :func:`load_training_images`.
     """
     return len(load_training_images(cfg, check_consistency=False))
 
@@ -147,7 +150,7 @@ def _names_of(dataset: CocoFormat | VocFormat | ImageFolder) -> list[str]:
 
 
 def _read_entry(key: str, entry: Any, required: dict[str, Any], optional: dict[str, Any] | None = None) -> list[Any]:
-    """The values of an entry, those of the required keys first."""
+    """Returns the values of an entry, those of the required keys first."""
     optional = optional or {}
     allowed = ", ".join([*required, *optional])
     if not isinstance(entry, dict):
@@ -162,7 +165,7 @@ def _read_entry(key: str, entry: Any, required: dict[str, Any], optional: dict[s
 
 
 def _read_pairs(key: str, pairs: Any) -> tuple[tuple[str, str], ...]:
-    """Pairs of names of keypoints."""
+    """Returns pairs of keypoint names as tuples, after a check."""
     names = [name for pair in pairs for name in pair] if _is_list(pairs) and all(map(_is_list, pairs)) else [None]
     if not all(isinstance(name, str) for name in names) or any(len(pair) != 2 for pair in pairs):
         raise InputError(f"{key}: {pairs!r} found; a list of pairs of keypoint names, [[left, right], ...], is needed.")
