@@ -1,4 +1,4 @@
-"""A folder with one folder of images per class as a Detectron2 data set."""
+"""Makes a Detectron2 data set of a folder with one folder of images per class."""
 
 import os
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from kd_det.errors import InputError
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The data set as a function for the DatasetCatalog: calling it looks for the images, but reads none.
+    """Lists the images of the data set without reading them; a function for the DatasetCatalog.
 
     Attributes:
         name: Name of the data set.
-        root: Folder with one folder per class; where it is relative, it is resolved when the data set is used.
+        root: Folder with one folder per class; a relative path is resolved when the data set is used.
     """
 
     name: str
@@ -27,10 +27,10 @@ class ImageFolder:
         return f"the image folder {self.root}"
 
     def __call__(self) -> list[dict[str, Any]]:
-        """Return dicts with the `file_name` and the `label` of all images, sorted by class and by name.
+        """Returns dicts with the `file_name` and the `label` of all images, sorted by class and by name.
 
         Raises:
-            InputError: As of :attr:`classes` and :meth:`check_files`.
+            InputError: For the reasons of :attr:`classes` and :meth:`check_files`.
         """
         indices = {name: index for index, name in enumerate(self.classes)}
         self.check_files()
@@ -52,10 +52,10 @@ class ImageFolder:
 
     @cached_property
     def classes(self) -> list[str]:
-        """Names of the folders of classes, sorted; hidden folders, such as `.ipynb_checkpoints`, are not among them.
+        """Returns the sorted names of the class folders, without hidden folders such as `.ipynb_checkpoints`.
 
         Raises:
-            InputError: If the folder is missing or has no folders of classes.
+            InputError: If the folder is missing or has no class folders.
         """
         classes = self._find_classes()
         if not classes:
@@ -73,10 +73,10 @@ class ImageFolder:
 
 
 def _has_image(root: str, name: str) -> bool:
-    walk = os.walk(os.path.join(root, name), followlinks=True)  # as make_dataset does
+    walk = os.walk(os.path.join(root, name), followlinks=True)  # Like make_dataset, this follows links.
     return any(_is_image(root, os.path.join(folder, file)) for folder, _, files in walk for file in files)
 
 
 def _is_image(root: str, path: str) -> bool:
-    """Whether a file below a folder is named like an image, and neither it nor a folder around it is hidden."""
+    """Returns whether a file is named like an image, and neither it nor a folder between it and the root is hidden."""
     return f"{os.sep}." not in path.removeprefix(root) and has_file_allowed_extension(path, IMG_EXTENSIONS)

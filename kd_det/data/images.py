@@ -1,4 +1,4 @@
-"""Reading of images, whatever their pixels are, telling which file is at fault."""
+"""Reads images with pixels of any kind, and names the file in every error."""
 
 import io
 import logging
@@ -13,33 +13,34 @@ from PIL import ExifTags, Image
 
 from kd_det.errors import InputError
 
-# Detectron2 opens an image with this before its file name by :class:`EightBitHandler`.
+# Prefix of a file name that makes Detectron2 open the image through :class:`EightBitHandler`.
 EIGHT_BITS = "8bit://"
 # The largest values of pixels with the usual numbers of bits.
 WHITES = (255, 1023, 4095, 16383, 65535)
-TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+# EXIF orientations that swap width and height.
+TURNED = (5, 6, 7, 8)
 
-# Types of pixels that were reported by this process.
+# Types of pixels that this process has already reported.
 _warned: set[str] = set()
 
 
 def read_image(file_name: str | os.PathLike, image_format: str) -> np.ndarray:
-    """Read an image as Detectron2's `read_image` does, (H, W, C), turned as its EXIF data says.
+    """Reads an image (H, W, C) as Detectron2's `read_image` does, turned as its EXIF data says.
 
-    Grey images of more than 8 bits, of which Detectron2 cuts off whatever is above 255, are scaled first, as
-    :func:`scale_to_8_bits` describes.
+    Grey images of more than 8 bits, whose values above 255 Detectron2 would clip, are first scaled by
+    :func:`scale_to_8_bits`.
 
     Raises:
         InputError: If the file is missing or not an image.
     """
     try:
         return utils.read_image(EIGHT_BITS + os.fspath(file_name), image_format)
-    except Exception as error:  # broken files raise anything from OSError to SyntaxError
+    except Exception as error:  # Broken files raise anything from OSError to SyntaxError.
         raise InputError(f"{file_name}: not an image that can be read: {error}") from error
 
 
 def image_size(file_name: str | os.PathLike) -> tuple[int, int]:
-    """Return the width and the height that :func:`read_image` gives an image, without decoding it.
+    """Returns the width and the height of an image as :func:`read_image` would return it, without decoding it.
 
     Raises:
         InputError: If the file is missing or not an image.
@@ -54,17 +55,18 @@ def image_size(file_name: str | os.PathLike) -> tuple[int, int]:
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Return the suffixes of the image files that can be read, in lower case and with the dot."""
+    """Returns the suffixes of the image files that can be read, in lower case and with the dot."""
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 
 def scale_to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    """Scale grey values of 16 or 32 bits, or floating ones, to 0 to 255.
+    """Scales grey values of 16 or 32 bits, or floating-point ones, to the range from 0 to 255.
 
-    Zero stays black and the white of the image's bit depth becomes 255. The depth is the least of 8, 10, 12, 14 and 16
-    that holds the image's largest value, so the pixels of a 12-bit camera stored in 16 bits keep their contrast, and
-    values up to 255 stay as they are. Larger values take the largest as white; floating ones up to 1 take 1. Negative
-    values move the black to the smallest one. Pixels that are not a number are black.
+    Zero stays black, and the white of the image's bit depth becomes 255. The depth is the smallest of 8, 10, 12, 14 and
+    16 bits that holds the image's largest value, so that images of a 12-bit camera stored in 16 bits keep their
+    contrast, and values up to 255 do not change. If the values exceed 16 bits, the largest one is white; if they are
+    floating-point numbers up to 1, 1 is white. If there are negative values, the smallest one is black. Pixels that are
+    not a number are black.
 
     Raises:
         ValueError: If no pixel is finite.
@@ -81,7 +83,7 @@ def scale_to_8_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 class EightBitHandler(PathHandler):
-    """Opens an image for Detectron2; one of more than 8 bits per channel as a copy in memory that has 8."""
+    """Opens an image for Detectron2, or an 8-bit copy in memory if it has more than 8 bits per channel."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return [EIGHT_BITS]
@@ -90,7 +92,7 @@ class EightBitHandler(PathHandler):
         path = path.removeprefix(EIGHT_BITS)
         file = PathManager.open(path, mode)
         image = Image.open(file)
-        # I;16, I;16B, I and F; Pillow itself reads colours of 16 bits as ones of 8.
+        # These modes are I;16, I;16B, I and F; Pillow itself reads 16-bit colours as 8-bit ones.
         if not image.mode.startswith(("I", "F")):
             file.seek(0)
             return file

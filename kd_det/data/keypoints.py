@@ -1,4 +1,4 @@
-"""Names of keypoints that change places in a mirrored image."""
+"""Finds the keypoints that swap places in a mirrored image, by their names."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
 def mirrored_pairs(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Return the pairs of names that differ in left and right alone: left_eye and right_eye, or eye.L and eye.R."""
+    """Pairs the names that differ only in left and right, such as eye.L and eye.R or left_eye and right_eye."""
     pairs = []
     for i, name in enumerate(names):
         other = WORD.sub(_other_side, name)

@@ -1,4 +1,4 @@
-"""Training batches of a run that can be resumed: the same images, with the same augmentation, in the same order."""
+"""Makes training batches that a resumed run repeats: the same images in the same order, with the same augmentation."""
 
 import itertools
 import random
@@ -21,16 +21,16 @@ from kd_det.data.proposals import proposal_files
 from kd_det.data.workers import end_with_the_run
 from kd_det.errors import InputError
 
-# Meta-architectures that learn from semantic segmentations.
+# Meta-architectures that are trained on semantic segmentations.
 SEGMENTING = ("PanopticFPN", "SemanticSegmentor")
 
 
 def seed_everything(*key: int, cuda: bool = True) -> None:
-    """Seed the random generators of Python, numpy and torch from several numbers, all of which count.
+    """Seeds the random generators of Python, numpy and torch from several numbers.
 
     Args:
-        key: For example the run's seed, the iteration and the rank; each 0 or more.
-        cuda: Whether to seed those of the GPUs, too.
+        key: Numbers that are 0 or more, such as the run's seed, the iteration and the rank; each of them matters.
+        cuda: Whether to seed the generators of the GPUs, too.
     """
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
     random.seed(seed)
@@ -40,7 +40,7 @@ def seed_everything(*key: int, cuda: bool = True) -> None:
 
 @contextmanager
 def own_random_numbers(*key: int) -> Iterator[None]:
-    """Seeds all random generators of the CPU inside; afterwards they go on as if nothing had been drawn."""
+    """Seeds all random generators of the CPU for the body, and restores their states afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed_everything(*key, cuda=False)
     try:
@@ -52,11 +52,11 @@ def own_random_numbers(*key: int) -> Iterator[None]:
 
 
 class SeededDataset(Dataset):
-    """Maps an index and a seed to an example: whoever does it, and whenever, draws the same random numbers.
+    """Maps an index and a seed to an example; the same seed always gives the same random numbers, in any process.
 
     Args:
         records: The dicts of the data set.
-        mapper: Makes an example of a dict.
+        mapper: Turns a dict into an example.
     """
 
     def __init__(self, records: Sequence[dict[str, Any]], mapper: Callable[[dict[str, Any]], dict[str, Any]]):
@@ -68,7 +68,7 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> dict[str, Any]:
         index, seed = item
-        if get_worker_info() is not None:  # nobody else draws random numbers in a worker
+        if get_worker_info() is not None:  # Nothing else in a worker draws random numbers.
             seed_everything(*seed, cuda=False)
             return self.mapper(self.records[index])
         with own_random_numbers(*seed):
@@ -76,16 +76,16 @@ class SeededDataset(Dataset):
 
 
 class TrainingBatches(BatchSampler):
-    """This process's endless batches of a :class:`SeededDataset`, the same for the same seed.
+    """Yields this process's endless batches of a :class:`SeededDataset`, which depend only on the seed.
 
     Attributes:
         seed: Seed of the order and of the examples, equal in all processes.
-        start: Iterations to leave out at the beginning, as if they had been given.
+        start: Number of iterations to skip at the beginning, as if their batches had been used.
 
     Args:
-        make_sampler: Makes the sampler of a seed, which gives indices to this process.
-        batch_size: Images per batch and process.
-        groups: Group of each index; a batch holds images of one group. None: one group.
+        make_sampler: Maps a seed to a sampler of the indices for this process.
+        batch_size: Number of images per batch and process.
+        groups: Group of each index; a batch holds images of one group. None puts all images into one group.
     """
 
     def __init__(self, make_sampler: Callable[[int], Sampler], batch_size: int, groups: Sequence[int] | None = None):
@@ -117,7 +117,7 @@ def build_training_loader(
     groups: Sequence[int] | None = None,
     collate_fn: Callable[[list], Any] = list,
 ) -> DataLoader:
-    """A loader of :class:`TrainingBatches`, which are its ``batch_sampler``.
+    """Builds a loader with :class:`TrainingBatches` as its ``batch_sampler``.
 
     Raises:
         InputError: If SOLVER.IMS_PER_BATCH does not split evenly over the processes.
@@ -132,13 +132,14 @@ def build_training_loader(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=collate_fn,
         worker_init_fn=end_with_the_run,
-        # Of its own, because a loader draws a number when it begins, which is at another iteration in a resumed run.
+        # The loader has its own generator: it draws a number when it starts, which a resumed run does at another
+        # iteration.
         generator=torch.Generator(),
     )
 
 
 def build_detection_training_loader(cfg: CfgNode) -> DataLoader:
-    """Endless batches of DATASETS.TRAIN, as Detectron2's own loader makes them, but such that a run can be resumed.
+    """Builds a loader of endless batches of DATASETS.TRAIN, like Detectron2's, but for runs that can be resumed.
 
     Raises:
         InputError: If there is no image, the sampler is unknown or the batch does not split evenly.
@@ -152,10 +153,10 @@ def build_detection_training_loader(cfg: CfgNode) -> DataLoader:
 
 
 def check_segments(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:
-    """Check that images have semantic segmentations where the model learns from them.
+    """Checks that all images have semantic segmentations if the model learns from them.
 
     Raises:
-        InputError: If one has none.
+        InputError: If an image has none.
     """
     architecture = student_config(cfg).MODEL.META_ARCHITECTURE
     if architecture not in SEGMENTING:
@@ -169,7 +170,7 @@ def check_segments(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:
 
 
 def sampler_factory(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> Callable[[int], Sampler]:
-    """Makes the sampler of a seed that ``DATALOADER.SAMPLER_TRAIN`` names.
+    """Returns a function that maps a seed to the sampler that ``DATALOADER.SAMPLER_TRAIN`` names.
 
     Raises:
         InputError: If there is no such sampler.
@@ -185,7 +186,7 @@ def sampler_factory(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> Callable
     if node.SAMPLER_TRAIN == "RandomSubsetTrainingSampler" and "RANDOM_SUBSET_RATIO" in node:
         ratio = node.RANDOM_SUBSET_RATIO
         return lambda seed: RandomSubsetTrainingSampler(len(records), ratio, seed_shuffle=seed, seed_subset=seed)
-    # The key of the last one is younger than some Detectron2.
+    # Older versions of Detectron2 lack the last sampler's key.
     last = ["RandomSubsetTrainingSampler"] if "RANDOM_SUBSET_RATIO" in node else []
     allowed = ", ".join(["TrainingSampler", "RepeatFactorTrainingSampler", *last])
     raise InputError(f"DATALOADER.SAMPLER_TRAIN: got {node.SAMPLER_TRAIN!r}; allowed are {allowed}.")

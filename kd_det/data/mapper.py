@@ -1,4 +1,4 @@
-"""Detectron2's mapper, telling which file is at fault."""
+"""Extends Detectron2's mapper by errors that name the file at fault."""
 
 import os
 from typing import Any
@@ -12,19 +12,20 @@ from kd_det.errors import InputError
 
 
 class DetectionMapper(DatasetMapper):
-    """The stock mapper, with errors that name the image and with images that have no objects.
+    """Extends the stock mapper by errors that name the image, and by support for images without objects.
 
-    An image without annotations becomes empty instances, also with cropping, where the stock mapper fails.
+    An image without annotations gets empty instances, even with cropping, where the stock mapper fails.
 
     Raises:
-        InputError: When called, if the image cannot be read or has another size than its annotation says, or if masks
-            are asked for and an annotation has none. A worker of a data loader raises it with its traceback as text.
+        InputError: When called, if the image cannot be read, if its size differs from that in its annotation, or if
+            masks are needed and an annotation has none. If it is raised in a worker of a data loader, its message has
+            the traceback as text.
     """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         if not is_train and cfg.MODEL.KEYPOINT_ON:
-            # The stock mapper would look for the keypoints of the training data.
+            # The stock mapper would look up the keypoints of the training data.
             cfg = cfg.clone()
             cfg.defrost()
             cfg.MODEL.KEYPOINT_ON = False
@@ -34,10 +35,10 @@ class DetectionMapper(DatasetMapper):
         file_name = dataset_dict["file_name"]
         try:
             record = super().__call__(dataset_dict | {"file_name": EIGHT_BITS + os.fspath(file_name)})
-        except (utils.SizeMismatchError, InputError) as error:  # they name the file, and what is wrong
+        except (utils.SizeMismatchError, InputError) as error:  # These errors already name the file and its fault.
             raise InputError(str(error).replace(EIGHT_BITS, "")) from error
         except Exception:
-            # Whether it was the file, a second look tells.
+            # Read the file again to find out whether it is at fault.
             read_image(file_name, self.image_format)
             raise
         return record | {"file_name": file_name}

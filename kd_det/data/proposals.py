@@ -1,4 +1,4 @@
-"""Files of boxes that were proposed before training, for models with ``MODEL.LOAD_PROPOSALS``."""
+"""Reads files of precomputed proposals, for models with ``MODEL.LOAD_PROPOSALS``."""
 
 import pickle
 import tempfile
@@ -20,19 +20,19 @@ IDS, LOGITS = ("ids", "indexes"), ("objectness_logits", "scores")
 
 @contextmanager
 def proposal_files(cfg: CfgNode, split: str, names: list[str]) -> Iterator[list[str] | None]:
-    """Rewrite the proposal files of data sets, so that Detectron2, which unpickles them, meets numbers only.
+    """Rewrites the proposal files of data sets so that they hold only numbers, because Detectron2 unpickles them.
 
     Args:
         cfg: The run's config.
         split: "TRAIN" or "TEST".
-        names: Data sets of DATASETS.TRAIN or DATASETS.TEST.
+        names: Names of data sets of DATASETS.TRAIN or DATASETS.TEST.
 
     Yields:
         Paths of the rewritten files, for Detectron2's ``get_detection_dataset_dicts``; None without
         MODEL.LOAD_PROPOSALS.
 
     Raises:
-        InputError: If there is no file for a data set, it is no proposal file, or it lacks an image.
+        InputError: If there is no file for a data set, the file does not hold proposals, or it lacks an image.
     """
     if not cfg.MODEL.LOAD_PROPOSALS:
         yield None
@@ -56,18 +56,18 @@ def proposal_files(cfg: CfgNode, split: str, names: list[str]) -> Iterator[list[
 
 
 def read_proposals(path: str, key: str) -> dict[str, Any]:
-    """Read a file of Detectron2's format without running code from it.
+    """Reads a file in Detectron2's format without running code in it.
 
     Args:
         path: A path or URL.
         key: The config key that names it, for messages.
 
     Returns:
-        "ids"; "boxes", an array (N, 4) for each; "objectness_logits", an array (N,) for each; and "bbox_mode", where
-        the file names one.
+        "ids"; "boxes", an array (N, 4) for each id; "objectness_logits", an array (N,) for each id; and "bbox_mode" if
+        the file has it.
 
     Raises:
-        InputError: If it is no such file.
+        InputError: If it is not such a file.
     """
     local = fetch(path, key)
     try:
@@ -77,7 +77,7 @@ def read_proposals(path: str, key: str) -> dict[str, Any]:
         logits = [np.asarray(x, np.float32).reshape(len(box)) for x, box in zip(logits, boxes, strict=True)]
         ids = [str(x) for x, _ in zip(ids, boxes, strict=True)]
         mode = {"bbox_mode": int(data["bbox_mode"])} if "bbox_mode" in data else {}
-    except Exception as error:  # whatever a broken or hostile file provokes
+    except Exception as error:  # A broken or malicious file may cause any error.
         raise InputError(
             f"{key}: {path}: not a file of proposals, a pickle of ids, boxes and objectness_logits: "
             f"{type(error).__name__}: {reason(error)}"

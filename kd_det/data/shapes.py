@@ -1,10 +1,10 @@
-"""Synthetic scenes: textured shapes of six classes that overlap on a textured background."""
+"""Draws synthetic scenes: textured shapes of six classes that overlap on a textured background."""
 
 import cv2
 import numpy as np
 
 CLASSES = ("disc", "square", "triangle", "ring", "cross", "star")
-# To be raised with every change of the pictures: folders made by another version count as different.
+# Raise this with every change of the pictures: a folder made by another version counts as different.
 VERSION = 1
 MIN_VISIBLE_SHARE = 0.3
 MIN_VISIBLE_PIXELS = 25
@@ -12,17 +12,18 @@ SUBPIXEL_BITS = 4
 
 
 def make_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """Draw a scene.
+    """Draws a scene.
 
-    Later shapes hide earlier ones; clutter of no class (blobs, bars, lines) lies among them. A shape of which less than
-    30 % or 25 pixels can be seen stays in the picture, but is not reported.
+    Later shapes hide earlier ones; clutter without a class (blobs, bars, lines) lies among them. A shape of which less
+    than 30 % or fewer than 25 pixels are visible stays in the picture, but is not returned.
 
     Args:
-        rng: Source of everything random.
+        rng: Source of all randomness.
         size: Side of the image in pixels. Shapes measure 16 to 72 pixels at 160 and scale with it.
 
     Returns:
-        The image, (size, size, 3) uint8 in BGR; for each object its class index and visible mask, (size, size) bool.
+        The image, (size, size, 3) uint8 in BGR, and the class index and the visible mask, (size, size) bool, of each
+        object.
     """
     image = _texture(rng, size, size, rng.uniform(0, 255, 3), contrast=45)
     objects = []
@@ -59,17 +60,17 @@ def _hide(objects: list[tuple[int, np.ndarray, float]], mask: np.ndarray) -> Non
 
 
 def _polygon(radii: np.ndarray) -> np.ndarray:
-    """Points at equal angles around the origin, at the given distances."""
+    """Returns points at equal angles around the origin, at the given distances from it."""
     angles = np.linspace(0, 2 * np.pi, len(radii), endpoint=False)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None]
 
 
 def _outline(rng: np.random.Generator, name: str) -> list[np.ndarray]:
-    """Contours of a class within the unit circle; those after the first are holes."""
+    """Returns the contours of a class within the unit circle; those after the first are holes."""
     if name == "cross":
         a, b = rng.uniform(0.2, 0.36), 0.93
         quarter = np.array([[b, -a], [b, a], [a, a]])
-        turn = np.array([[0, 1], [-1, 0]])  # of row vectors, by a right angle
+        turn = np.array([[0, 1], [-1, 0]])  # This turns row vectors by a right angle.
         return [np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])]
     if name == "star":
         return [_polygon(np.tile([1, rng.uniform(0.4, 0.55)], 5))]
@@ -80,7 +81,7 @@ def _outline(rng: np.random.Generator, name: str) -> list[np.ndarray]:
 
 
 def _clutter(rng: np.random.Generator) -> list[np.ndarray]:
-    """A bar or an irregular blob within the unit circle."""
+    """Returns the contour of a bar or an irregular blob within the unit circle."""
     if rng.random() < 0.4:
         return [np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * [0.95, rng.uniform(0.1, 0.3)]]
     angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
@@ -89,7 +90,7 @@ def _clutter(rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def _place(rng: np.random.Generator, size: int, contours: list[np.ndarray]) -> list[np.ndarray]:
-    """Squeeze a little, turn, scale and move contours of the unit circle into the image."""
+    """Squeezes contours in the unit circle a little, and rotates, scales and moves them into the image."""
     radius = size / 160 * np.exp(rng.uniform(np.log(16), np.log(72))) / 2
     squeeze = np.diag([1, rng.uniform(0.8, 1)])
     angle = rng.uniform(0, 2 * np.pi)
@@ -99,14 +100,14 @@ def _place(rng: np.random.Generator, size: int, contours: list[np.ndarray]) -> l
 
 
 def _rasterise(contours: list[np.ndarray], size: int) -> np.ndarray:
-    """Coverage of each pixel, (size, size) float32 from 0 to 1; fillPoly leaves holes open."""
+    """Computes the coverage of each pixel, (size, size) float32 from 0 to 1; fillPoly leaves holes open."""
     fixed = [np.round(contour * 2**SUBPIXEL_BITS).astype(np.int32) for contour in contours]
     canvas = np.zeros((size, size), np.uint8)
     return cv2.fillPoly(canvas, fixed, 255, cv2.LINE_AA, SUBPIXEL_BITS).astype(np.float32) / 255
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, alpha: np.ndarray) -> None:
-    """Fill a region of the image with a texture; one in eight resembles what is beneath."""
+    """Fills a region of the image with a texture; about one in eight resembles the region beneath."""
     x, y, width, height = cv2.boundingRect((alpha > 0).astype(np.uint8))
     patch, alpha = image[y : y + height, x : x + width], alpha[y : y + height, x : x + width, None]
     if not patch.size:
@@ -118,7 +119,7 @@ def _paint(rng: np.random.Generator, image: np.ndarray, alpha: np.ndarray) -> No
 
 
 def _texture(rng: np.random.Generator, height: int, width: int, colour: np.ndarray, contrast: float) -> np.ndarray:
-    """A gradient, stripes, checks or clouds around a colour, (height, width, 3) float32."""
+    """Draws a gradient, stripes, checks or clouds around a colour, (height, width, 3) float32."""
     kind = rng.choice(["gradient", "stripes", "checks", "clouds"])
     angle, period = rng.uniform(0, 2 * np.pi), max(height, width) * rng.uniform(0.03, 0.25) + 3
     y, x = np.ogrid[:height, :width]

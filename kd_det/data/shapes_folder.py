@@ -1,4 +1,4 @@
-"""A folder of synthetic scenes, in COCO and in Pascal VOC layout at once."""
+"""Writes a folder of synthetic scenes that is in both COCO and Pascal VOC layout."""
 
 import json
 import tempfile
@@ -16,25 +16,25 @@ MIN_SIZE = 64
 
 
 def write_shapes(output: str | Path, *, train: int = 600, test: int = 150, size: int = 160, seed: int = 0) -> bool:
-    """Write JPEGImages, Annotations and ImageSets (VOC), coco/instances_{train,test}.json and parameters.json.
+    """Writes JPEGImages, Annotations and ImageSets (VOC), coco/instances_{train,test}.json and parameters.json.
 
-    All of the folder appears at once, or nothing. An image depends on the seed, its split, its number and the size
-    alone: with more images, the first ones stay as they are.
+    The whole folder appears at once, or not at all. An image depends only on the seed, its split, its number and the
+    size, so that the first images stay the same when there are more of them.
 
     Args:
         output: The folder.
         train: Number of images to train on.
         test: Number of images to test on.
         size: Side of the images in pixels.
-        seed: Seed of everything random.
+        seed: Seed of all randomness.
 
     Returns:
-        False if the folder is there already, made with the same parameters.
+        False if the folder already exists and was made with the same parameters.
 
     Raises:
         InputError: If the folder holds anything else, or a parameter is too small.
     """
-    # Detectron2 reads no VOC split of a single image.
+    # Detectron2 cannot read a VOC split with a single image.
     for name, value, least in (("train", train, 2), ("test", test, 2), ("size", size, MIN_SIZE), ("seed", seed, 0)):
         if value < least:
             raise InputError(f"{name}: {value} found; {least} or more is allowed.")
@@ -63,14 +63,14 @@ def _write_split(folder: Path, split: str, count: int, size: int, seed: list[int
         name = f"{split}_{number:05}"
         cv2.imwrite(str(folder / "JPEGImages" / f"{name}.jpg"), scene, [cv2.IMWRITE_JPEG_QUALITY, 92])
         image = {"id": number + 1, "file_name": f"{name}.jpg", "width": size, "height": size}
-        own = [
+        new = [
             coco_annotation(mask, id=len(annotations) + i, image_id=image["id"], category_id=class_index + 1)
             for i, (class_index, mask) in enumerate(objects, 1)
         ]
-        boxes = [(CLASSES[annotation["category_id"] - 1], annotation["bbox"]) for annotation in own]
+        boxes = [(CLASSES[annotation["category_id"] - 1], annotation["bbox"]) for annotation in new]
         write_voc(folder / "Annotations" / f"{name}.xml", image, boxes)
         images.append(image)
-        annotations += own
+        annotations += new
         progress.update()
     names = (Path(image["file_name"]).stem for image in images)
     (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The metric of Pascal VOC, on annotations as kd_det reads them."""
+"""Computes the metric of Pascal VOC on annotations as kd_det reads them."""
 
 import logging
 from collections import defaultdict
@@ -12,12 +12,12 @@ from detectron2.utils import comm
 
 from kd_det.data.voc_format import VocImage, voc_dataset
 
-# In percent: the least overlaps at which a detection is a hit.
+# Overlap thresholds in percent, above which a detection is a hit.
 OVERLAPS = range(50, 100, 5)
 
 
 class Detection(NamedTuple):
-    """A detected box with its score and the name of its image."""
+    """Holds a detected box with its score and the name of its image."""
 
     image: str
     score: float
@@ -25,18 +25,18 @@ class Detection(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """The objects of one class in one image: boxes (M, 4) and which of them do not count, (M,)."""
+    """Holds the objects of one class in one image: boxes (M, 4) and whether each is difficult, (M,)."""
 
     boxes: np.ndarray
     difficult: np.ndarray
 
 
 class VocEvaluator(DatasetEvaluator):
-    """Average precision of boxes, equal to Detectron2's ``PascalVOCDetectionEvaluator`` where that one can evaluate.
+    """Computes the average precision of boxes, as Detectron2's ``PascalVOCDetectionEvaluator`` does where it can.
 
-    Detectron2's parses the annotations itself and needs whole numbers, every tag and names without blanks; a class
-    without an object makes its mean too low, or not a number. Here annotations are those of
-    :class:`~kd_det.data.voc_format.VocFormat`, and the mean is over the classes that have an object which is not
+    Detectron2's evaluator parses the annotations itself, and needs whole numbers, every tag and names without blanks; a
+    class without an object makes its mean too low, or not a number. This one uses the annotations of
+    :class:`~kd_det.data.voc_format.VocFormat`, and averages over the classes that have an object which is not
     difficult.
 
     Args:
@@ -52,25 +52,27 @@ class VocEvaluator(DatasetEvaluator):
         self._detections: dict[int, list[Detection]] = defaultdict(list)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Keep the detections of a batch, rounded as the files of the VOC challenge have them.
+        """Stores the detections of a batch, rounded as in the files of the VOC challenge.
 
         Args:
             inputs: Dicts with `image_id`.
             outputs: Dicts with `instances`, which have `pred_boxes`, `scores` and `pred_classes`.
         """
         for record, output in zip(inputs, outputs, strict=True):
-            found = output["instances"].to("cpu")
-            boxes = found.pred_boxes.tensor.numpy() + np.array([1, 1, 0, 0], dtype=np.float32)
-            for box, score, category in zip(boxes, found.scores.tolist(), found.pred_classes.tolist(), strict=True):
+            instances = output["instances"].to("cpu")
+            boxes = instances.pred_boxes.tensor.numpy() + np.array([1, 1, 0, 0], dtype=np.float32)
+            for box, score, category in zip(
+                boxes, instances.scores.tolist(), instances.pred_classes.tolist(), strict=True
+            ):
                 rounded = tuple(float(f"{value:.1f}") for value in box)
                 self._detections[category].append(Detection(record["image_id"], float(f"{score:.3f}"), rounded))
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Gather the detections of all processes and compare them with the annotations.
+        """Gathers the detections of all processes and compares them with the annotations.
 
         Returns:
-            In the main process ``bbox`` to `AP` (mean over overlaps of 50 to 95 %), `AP50` and `AP75`, in percent; not
-            a number if no class has an object. Else {}.
+            In the main process, a dict that maps ``bbox`` to `AP` (mean over overlaps of 50 to 95 %), `AP50` and
+            `AP75`, in percent, which are not a number if no class has an object. In other processes, {}.
         """
         parts = comm.gather(self._detections)
         if not comm.is_main_process():
@@ -93,25 +95,25 @@ class VocEvaluator(DatasetEvaluator):
 
 
 def objects_by_class(images: Iterable[VocImage]) -> dict[int, dict[str, Objects]]:
-    """Map the classes that have an object which is not difficult to name of an image to its objects of that class."""
+    """Maps each class with an object that is not difficult to a dict from image names to the objects of that class."""
     boxes = defaultdict(lambda: defaultdict(list))
     for image in images:
         for thing in image.objects:
             boxes[thing.category][image.name].append((thing.box, thing.difficult))
-    found = {}
+    evaluated = {}
     for category, by_image in boxes.items():
         objects = {name: Objects(*map(np.array, zip(*rows, strict=True))) for name, rows in by_image.items()}
         if not all(x.difficult.all() for x in objects.values()):
-            found[category] = objects
-    return found
+            evaluated[category] = objects
+    return evaluated
 
 
 def average_precisions(detections: list[Detection], objects: dict[str, Objects], *, is_2007: bool) -> list[float]:
-    """Compute the average precision of one class, in percent, at each of :data:`OVERLAPS`.
+    """Computes the average precision of one class, in percent, at each of :data:`OVERLAPS`.
 
     Args:
-        detections: Of this class, in all images.
-        objects: Name of each image that has objects of this class to these.
+        detections: Detections of this class in all images.
+        objects: Maps the name of each image with objects of this class to these objects.
         is_2007: Whether to take the mean of 11 points instead of the area under the curve.
     """
     order = np.argsort([-detection.score for detection in detections])
@@ -128,7 +130,7 @@ def average_precisions(detections: list[Detection], objects: dict[str, Objects],
 
 
 def best_match(box: tuple[float, ...], boxes: np.ndarray) -> tuple[float, int]:
-    """Return the largest overlap (intersection over union) of a box with others, and the index of that one.
+    """Returns the largest overlap (intersection over union) of a box with other boxes, and the index of that box.
 
     Pixels are counted as in VOC: a box from 3 to 5 is 3 pixels wide.
     """
@@ -136,8 +138,8 @@ def best_match(box: tuple[float, ...], boxes: np.ndarray) -> tuple[float, int]:
     width = np.maximum(np.minimum(x1, box[2]) - np.maximum(x0, box[0]) + 1.0, 0.0)
     height = np.maximum(np.minimum(y1, box[3]) - np.maximum(y0, box[1]) + 1.0, 0.0)
     shared = width * height
-    own = (box[2] - box[0] + 1.0) * (box[3] - box[1] + 1.0)
-    overlaps = shared / (own + (x1 - x0 + 1.0) * (y1 - y0 + 1.0) - shared)
+    area = (box[2] - box[0] + 1.0) * (box[3] - box[1] + 1.0)
+    overlaps = shared / (area + (x1 - x0 + 1.0) * (y1 - y0 + 1.0) - shared)
     best = int(np.argmax(overlaps))
     return float(overlaps[best]), best
 
@@ -145,12 +147,12 @@ def best_match(box: tuple[float, ...], boxes: np.ndarray) -> tuple[float, int]:
 def judge(
     matches: list[tuple[str, float, int]], objects: dict[str, Objects], threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Count hits and misses among the first 1, 2, ... detections; on a difficult object a detection is neither.
+    """Counts hits and misses among the first 1, 2, ... detections; a detection of a difficult object is neither.
 
     Args:
-        matches: Image, overlap and index of the best matching object of each detection, the highest score first.
-        objects: Name of each image to its objects.
-        threshold: The overlap that a hit exceeds.
+        matches: Image, overlap and index of the best matching object of each detection, highest score first.
+        objects: Maps the name of each image to its objects.
+        threshold: The overlap that a hit must exceed.
     """
     hits, misses = np.zeros(len(matches)), np.zeros(len(matches))
     taken = set()

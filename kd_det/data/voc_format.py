@@ -1,4 +1,4 @@
-"""A folder in the layout of Pascal VOC as a Detectron2 data set."""
+"""Makes a Detectron2 data set of a folder in the layout of Pascal VOC."""
 
 import codecs
 import math
@@ -17,13 +17,13 @@ from kd_det.data.coco_fields import FLAGS
 from kd_det.data.images import image_size, image_suffixes
 from kd_det.errors import InputError
 
-# What Detectron2's registration of a VOC data set leaves in its metadata.
+# Keys that Detectron2 puts into the metadata of a VOC data set when it registers it.
 METADATA = ("dirname", "split", "thing_classes", "year")
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 class VocObject(NamedTuple):
-    """An annotated object.
+    """Holds an annotated object.
 
     Attributes:
         category: Index of its class.
@@ -37,7 +37,7 @@ class VocObject(NamedTuple):
 
 
 class VocImage(NamedTuple):
-    """An image of a split: its name in the split, its file, its size and its objects."""
+    """Holds an image of a split: its name in the split, its file, its size and its objects."""
 
     name: str
     file_name: str
@@ -48,7 +48,7 @@ class VocImage(NamedTuple):
 
 @dataclass(frozen=True)
 class VocFormat:
-    """The data set as a function for the DatasetCatalog.
+    """Reads a data set in the layout of Pascal VOC; a function for the DatasetCatalog.
 
     Attributes:
         name: Name of the data set.
@@ -56,7 +56,7 @@ class VocFormat:
         split: Name of a file in ImageSets/Main, without its suffix.
         class_names: The classes, in the order of their indices.
         year: 2007 for the 11-point AP, 2012 for the area under the curve.
-        is_stock: Whether Detectron2 or a plugin registered it, not the config.
+        is_stock: Whether Detectron2 or a plugin registered it instead of the config.
     """
 
     name: str
@@ -70,10 +70,10 @@ class VocFormat:
         return f"{self.split} of {self.root} with the classes {', '.join(self.class_names)} and year {self.year}"
 
     def __call__(self) -> list[dict[str, Any]]:
-        """Return Detectron2's dicts of all images, as its `load_voc_instances` gives them.
+        """Returns Detectron2's dicts of all images, as its `load_voc_instances` does.
 
         Raises:
-            InputError: As of :attr:`images`.
+            InputError: For the reasons of :attr:`images`.
         """
         return [
             {
@@ -99,16 +99,16 @@ class VocFormat:
         }
 
     def check_files(self) -> None:
-        """Check the files and what is in them: the first call reads all annotations.
+        """Checks the files and their content; the first call reads all annotations.
 
         Raises:
-            InputError: As of :attr:`images`.
+            InputError: For the reasons of :attr:`images`.
         """
         _ = self.images
 
     @cached_property
     def images(self) -> tuple[VocImage, ...]:
-        """The images of the split, in its order.
+        """Reads the images of the split, in its order.
 
         Raises:
             InputError: If the split, an image or an annotation is missing or malformed.
@@ -143,20 +143,21 @@ class VocFormat:
         return VocImage(name, file_name, width, height, objects)
 
     def _find_image(self, name: str, root: ElementTree.Element) -> str:
-        """Return the path of an image: `<name>.jpg`, else the only image of that name, else the one of `<filename>`."""
+        """Finds an image: `<name>.jpg`, else the only image with that name, else the one in `<filename>`."""
         path = os.path.join(self._image_folder, name)
         if os.path.isfile(f"{path}.jpg"):
             return f"{path}.jpg"
-        found = [file for file in self._images_by_stem.get(path, []) if os.path.isfile(file)]
-        if len(found) == 1:
-            return found[0]
-        # Some tools write a path there, perhaps one of Windows.
+        candidates = [file for file in self._images_by_stem.get(path, []) if os.path.isfile(file)]
+        if len(candidates) == 1:
+            return candidates[0]
+        # Some tools write a path there, possibly a Windows path.
         stated = PureWindowsPath((root.findtext("filename") or "").strip()).name
         stated = os.path.join(os.path.dirname(path), stated)
         if os.path.isfile(stated):
             return stated
-        if found:
-            raise InputError(f"{path}: {len(found)} images have this name: {', '.join(found)}; keep one of them.")
+        if candidates:
+            names = ", ".join(candidates)
+            raise InputError(f"{path}: {len(candidates)} images have this name: {names}; keep one of them.")
         raise InputError(
             f"{path}.jpg: file not found, nor an image of this name with another suffix, but {self._split_file} lists "
             f"{name!r}."
@@ -168,7 +169,7 @@ class VocFormat:
 
     @cached_property
     def _images_by_stem(self) -> dict[str, list[str]]:
-        """Map the path of each image without its suffix to the paths with one."""
+        """Maps the path of each image without its suffix to the paths with a suffix."""
         paths: dict[str, list[str]] = {}
         for folder, _, files in os.walk(self._image_folder, followlinks=True):
             for file in sorted(files):
@@ -183,7 +184,7 @@ class VocFormat:
             raise InputError(f"{xml}: class {name!r} found; the config allows {', '.join(self.class_names)}.")
         box = tuple(_number(xml, thing, f"bndbox/{side}") for side in SIDES)
         xmin, ymin, xmax, ymax = box
-        # With a tolerance of one pixel, since some tools count pixels from 0.
+        # There is a tolerance of one pixel, since some tools count pixels from 0.
         if not (0 <= xmin <= xmax <= width + 1 and 0 <= ymin <= ymax <= height + 1):
             raise InputError(
                 f"{xml}: the box [{', '.join(f'{value:.10g}' for value in box)}] ({', '.join(SIDES)}) of a {name} is "
@@ -193,10 +194,10 @@ class VocFormat:
 
 
 def voc_dataset(name: str) -> VocFormat:
-    """Return a registered VOC data set; one of Detectron2's, such as ``voc_2007_test``, as if the config defined it.
+    """Returns a registered VOC data set as a :class:`VocFormat`, also one of Detectron2's, such as ``voc_2007_test``.
 
     Raises:
-        InputError: If its metadata does not say where it is.
+        InputError: If its metadata is incomplete.
     """
     dataset = DatasetCatalog[name]
     if isinstance(dataset, VocFormat):
@@ -212,7 +213,7 @@ def voc_dataset(name: str) -> VocFormat:
 def _read_split(path: str) -> list[str]:
     with open(path, "rb") as file:
         data = file.read()
-    # Windows writes text with a byte order mark, PowerShell in UTF-16.
+    # Windows writes text with a byte order mark; PowerShell writes UTF-16.
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         lines = data.decode(encoding).splitlines()
@@ -231,7 +232,7 @@ def _parse(xml: str) -> ElementTree.Element:
     """Returns the root of an XML file, whose tags lose their namespaces."""
     try:
         root = ElementTree.parse(xml).getroot()
-    # An encoding that is unknown is a LookupError, one that the parser does not read a ValueError.
+    # An unknown encoding raises a LookupError; one that the parser does not support raises a ValueError.
     except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:
         raise InputError(f"{xml}: not an XML file that can be read: {error}.") from error
     for element in root.iter():
@@ -255,7 +256,7 @@ def _is_difficult(xml: str, thing: ElementTree.Element) -> bool:
 
 
 def _size(xml: str, root: ElementTree.Element) -> tuple[int, int] | None:
-    """Width and height that an annotation states; None where it leaves them out or has zeros."""
+    """Returns the width and the height in an annotation; None if they are missing or 0."""
     sides = []
     for tag in ("size/width", "size/height"):
         if not (root.findtext(tag) or "").strip():

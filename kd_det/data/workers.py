@@ -1,4 +1,4 @@
-"""Worker processes of data loaders, which end with the run and not before."""
+"""Prepares worker processes of data loaders so that they end with the run and not before."""
 
 import multiprocessing
 import os
@@ -9,19 +9,19 @@ from types import TracebackType
 
 
 def end_with_the_run(worker: int) -> None:
-    """Make a data loader's worker deaf to the signals that ask a run to end: its last iteration needs the images.
+    """Ignores termination signals in a data-loader worker, so that the run's current iteration can finish.
 
-    A terminal or a cluster sends them to every process. SIGTERM of its own parent ends the worker, as ever.
+    A terminal or a cluster sends these signals to every process. A SIGTERM from the worker's own parent still ends it.
 
-    When the run is killed, its worker says nothing of images that it could not hand over.
+    If the run is killed, the worker does not report that it could not hand over its images.
 
     Args:
-        worker: Its number; ``worker_init_fn`` gets it.
+        worker: Number of the worker, which ``worker_init_fn`` receives.
     """
     sys.excepthook = _report
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Not on macOS.
+    if hasattr(signal, "sigwaitinfo"):  # This is missing on macOS.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey, args=(multiprocessing.parent_process().pid,), daemon=True).start()
 
