@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write some images per class of CIFAR-10 as folders of PNG files.
 
-Reads the official archive, unpacked to cifar-10-batches-py below $DETECTRON2_DATASETS (or datasets); datasets/README.md
-shows it and what is written.
+Reads the official archive, unpacked to cifar-10-batches-py in $DETECTRON2_DATASETS (or datasets). datasets/README.md
+shows its layout and that of the output.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def choose(labels: np.ndarray, count: int, seed: int) -> list[int]:
-    """Indices of `count` images of each class, in their order."""
+    """Chooses `count` images of each class at random, and returns their sorted indices."""
     rng = np.random.default_rng(seed)
     available = int(np.bincount(labels).min())
     if not 1 <= count <= available:

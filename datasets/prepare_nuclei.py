@@ -2,7 +2,7 @@
 """Convert the nuclei of the 2018 Data Science Bowl to COCO JSON.
 
 Reads stage1_train/<id>/images/<id>.png with one mask per nucleus in stage1_train/<id>/masks/*.png. Writes the images
-and annotations/instances_{train,test}.json to the output folder; datasets/README.md shows it.
+and annotations/instances_{train,test}.json to the output folder; datasets/README.md shows its layout.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from kd_det.engine.cli import run_tool
 from kd_det.errors import InputError
 
+# Greatest median of a grey image that counts as one with a dark background.
 DARK = 100
 
 
@@ -57,7 +58,7 @@ def find_images(source: Path, fluorescence: bool, max_side: int | None) -> list[
 
 
 def convert(paths: list[Path], output: Path, split: str) -> str:
-    """Copy the images of a split and write its annotations; tells what it has written."""
+    """Copies the images of a split, writes its annotations, and returns a summary."""
     from kd_det.data.annotation_files import coco_annotation, write_coco
 
     images, annotations = [], []

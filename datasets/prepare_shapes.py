@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the synthetic data set "shapes" of the quickstart: a few seconds, no download.
 
-The folder is in COCO and in Pascal VOC layout at once; datasets/README.md shows it.
+The folder is in both COCO and Pascal VOC layout; datasets/README.md shows it.
 """
 
 import argparse

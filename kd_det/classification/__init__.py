@@ -1,4 +1,4 @@
-"""Image classifiers as Detectron2 models: the meta-architecture, the networks of the CIFAR papers, data, evaluation."""
+"""Adds image classifiers to Detectron2: the meta-architecture, the networks of the CIFAR papers, data, evaluation."""
 
 from kd_det.classification import cifar as _  # noqa: F401  registration
 from kd_det.classification.image_classifier import ImageClassifier

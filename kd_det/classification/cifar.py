@@ -1,4 +1,4 @@
-"""The CIFAR family of the distillation papers, as backbones of image classifiers."""
+"""Builds the networks for CIFAR that distillation papers use, as backbones of image classifiers."""
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError
 
-# Blocks per stage, and channels of the stem and of each stage.
+# Number of blocks per stage, and number of channels of the stem and of each stage.
 RESNETS = {
     **{f"resnet{depth}": ((depth - 2) // 6, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": ((depth - 2) // 6, (32, 64, 128, 256)) for depth in (8, 32)},
@@ -19,7 +19,7 @@ WIDE_RESNETS = {f"wrn_{depth}_{width}": ((depth - 4) // 6, width) for depth in (
 
 
 class CifarStem(CNNBlockBase):
-    """A 3x3 convolution at full resolution, with its normalisation and ReLU."""
+    """Applies a 3x3 convolution at full resolution, a normalisation and a ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, *, norm: str = "BN"):
         super().__init__(in_channels, out_channels, 1)
@@ -33,7 +33,7 @@ class CifarStem(CNNBlockBase):
 
 
 class PaddingShortcut(nn.Module):
-    """A shortcut without parameters: every second cell, and channels of zeros on both sides."""
+    """Subsamples the cells by the stride and pads the channels with zeros on both sides, without parameters."""
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int):
         super().__init__()
@@ -46,7 +46,7 @@ class PaddingShortcut(nn.Module):
 
 
 class PaddingBlock(BasicBlock):
-    """Detectron2's basic block with a shortcut that has no parameters (He et al., 2016, option A)."""
+    """Replaces the shortcut of Detectron2's basic block by one without parameters (He et al., 2016, option A)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, norm: str = "BN"):
         super().__init__(in_channels, out_channels, stride=stride, norm=norm)
@@ -55,9 +55,9 @@ class PaddingBlock(BasicBlock):
 
 
 def build_cifar_resnet(name: str, *, in_channels: int, norm: str, shortcut: str) -> ResNet:
-    """A ResNet for images of 32 pixels (He et al., 2016, https://arxiv.org/abs/1512.03385, section 4.2).
+    """Builds a ResNet for images of 32 pixels (He et al., 2016, https://arxiv.org/abs/1512.03385, section 4.2).
 
-    ``x4`` names the wider ones of Tian et al. (2020, https://arxiv.org/abs/1910.10699).
+    Names with ``x4`` are the wider networks of Tian et al. (2020, https://arxiv.org/abs/1910.10699).
     """
     blocks, (stem_channels, *widths) = RESNETS[name]
     block = {"projection": BasicBlock, "padding": PaddingBlock}.get(shortcut)
@@ -76,7 +76,10 @@ def build_cifar_resnet(name: str, *, in_channels: int, norm: str, shortcut: str)
 
 
 class PreActivationBlock(nn.Module):
-    """Two 3x3 convolutions, each behind a normalisation and a ReLU; a shortcut that widens is behind the first ReLU."""
+    """Applies two 3x3 convolutions, each after a normalisation and a ReLU.
+
+    A shortcut that changes the number of channels starts after the first ReLU.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int, norm: str):
         super().__init__()
@@ -96,17 +99,17 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(Backbone):
-    """A wide residual network (Zagoruyko & Komodakis, 2016, https://arxiv.org/abs/1605.07146).
+    """Implements a wide residual network (Zagoruyko & Komodakis, 2016, https://arxiv.org/abs/1605.07146).
 
-    Outputs are the sums at the end of each stage, as the distillation papers take them, and ``pooled``.
+    Its outputs are ``pooled`` and the sums at the end of each stage, which the distillation papers use.
 
     Attributes:
-        preactivations: Name of each stage to the normalisation behind it, whose output goes into a ReLU.
+        preactivations: Maps the name of each stage to the normalisation after it, whose output goes into a ReLU.
 
     Args:
-        blocks: Blocks per stage.
-        width: Factor of the channels 16, 32, 64.
-        in_channels: Channels of the image.
+        blocks: Number of blocks per stage.
+        width: Factor that multiplies the channels 16, 32, 64.
+        in_channels: Number of channels of the image.
         norm: Normalisation.
     """
 
@@ -145,7 +148,7 @@ class WideResNet(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_cifar_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """The network that ``MODEL.CIFAR`` names; ``MODEL.RESNETS.NORM`` is its normalisation."""
+    """Builds the network that ``MODEL.CIFAR`` names; ``MODEL.RESNETS.NORM`` is its normalisation."""
     name = cfg.MODEL.CIFAR.NAME
     options = {"in_channels": input_shape.channels, "norm": cfg.MODEL.RESNETS.NORM}
     if name in RESNETS:

@@ -1,4 +1,4 @@
-"""Accuracy of image classifiers."""
+"""Computes the accuracy of image classifiers."""
 
 import logging
 
@@ -8,15 +8,15 @@ from detectron2.evaluation import DatasetEvaluator
 
 from kd_det.data import class_names
 
-# Up to this number of classes, each has a result of its own.
+# Largest number of classes for which each class gets its own result.
 MAX_LISTED = 100
 
 
 class ClassificationEvaluator(DatasetEvaluator):
-    """Top-1 and top-5 accuracy in percent, exact over all processes.
+    """Computes top-1 and top-5 accuracy in percent, exactly over all processes.
 
     Args:
-        dataset_name: Names the classes; the labels are those of the inputs.
+        dataset_name: Name of the data set, which gives the class names; the labels come from the inputs.
     """
 
     def __init__(self, dataset_name: str):
@@ -25,15 +25,15 @@ class ClassificationEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        # (K, 3): per class its images, and those with the label among the first 1 and the first 5 of the scores.
+        # (K, 3): for each class, the number of its images, and of those whose label is in the top 1 and the top 5.
         self._counts = None
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Count the hits of a batch.
+        """Counts the hits of a batch.
 
         Args:
             inputs: Dicts with `label`.
-            outputs: Dicts with `scores` (K,), of any scale: only their order counts.
+            outputs: Dicts with `scores` (K,) of any scale; only their order matters.
         """
         scores = torch.stack([output["scores"] for output in outputs])
         num_classes = scores.shape[1]
@@ -44,11 +44,12 @@ class ClassificationEvaluator(DatasetEvaluator):
         self._counts = counts if self._counts is None else self._counts + counts
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Sum the counts of all processes.
+        """Sums the counts of all processes.
 
         Returns:
-            In the main process ``classification`` to `top1`, `top5` (of more than 5 classes), `error` (100 - `top1`),
-            and, of up to 100 classes, `top1-NAME` of each that has images. Else {}.
+            In the main process, a dict that maps ``classification`` to `top1`, `top5` (with more than 5 classes),
+            `error` (100 - `top1`) and, with at most 100 classes, `top1-NAME` of each class that has images. In other
+            processes, {}.
         """
         parts = [part for part in comm.gather(self._counts) if part is not None]
         if not comm.is_main_process():
@@ -64,7 +65,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         results["error"] = 100 - results["top1"]
         if len(counts) <= MAX_LISTED:
             names = dict(enumerate(class_names(self._dataset_name)))
-            for index, (own, hits, _) in enumerate(counts.tolist()):
-                if own:
-                    results[f"top1-{names.get(index, index)}"] = 100 * hits / own
+            for index, (count, hits, _) in enumerate(counts.tolist()):
+                if count:
+                    results[f"top1-{names.get(index, index)}"] = 100 * hits / count
         return {"classification": results}

@@ -1,4 +1,4 @@
-"""The meta-architecture of image classifiers."""
+"""Defines the meta-architecture of image classifiers."""
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,13 @@ from kd_det.errors import InputError
 
 @META_ARCH_REGISTRY.register()
 class ImageClassifier(nn.Module):
-    """A backbone, its pooled feature, and a linear layer.
+    """Classifies images by a linear layer on the pooled feature of a backbone.
 
     Args:
-        backbone: Images (N, 3, H, W) to a dict of feature maps. Its output ``pooled`` (N, D) is taken where it has one;
-            else the last map is averaged over its cells.
-        linear: From the pooled feature to class logits.
-        pixel_mean: Mean of each channel in the order of the images, 0 to 255.
+        backbone: Maps images (N, 3, H, W) to a dict of feature maps. The pooled feature is its output ``pooled`` (N, D)
+            if it has one, else the mean of the last map over its cells.
+        linear: Maps the pooled feature to class logits.
+        pixel_mean: Mean of each channel, 0 to 255, in the channel order of the images.
         pixel_std: Standard deviation of each channel.
     """
 
@@ -54,13 +54,14 @@ class ImageClassifier(nn.Module):
         return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict]):
-        """Classify images.
+        """Classifies images.
 
         Args:
-            batched_inputs: Dicts with ``image`` (3, H, W), all of one size, and in training ``label``.
+            batched_inputs: Dicts with ``image`` (3, H, W), all of the same size, and in training also ``label``.
 
         Returns:
-            In training ``loss_cls``; in inference one dict per image with ``scores`` (K,), which sum to 1.
+            In training, a dict with ``loss_cls``; in inference, one dict per image with ``scores`` (K,), which sum to
+            1.
         """
         logits = self.classify(self.backbone(self.preprocess_image(batched_inputs)))
         if self.training:
@@ -68,20 +69,20 @@ class ImageClassifier(nn.Module):
         return [{"scores": scores} for scores in logits.float().softmax(dim=1)]
 
     def preprocess_image(self, batched_inputs: list[dict]) -> Tensor:
-        """Stack, move and normalise the images: (N, 3, H, W)."""
+        """Stacks the images to (N, 3, H, W), moves them to the device and normalises them."""
         images = torch.stack([x["image"] for x in batched_inputs]).to(self.device, non_blocking=True)
         return (images - self.pixel_mean) / self.pixel_std
 
     def labels(self, batched_inputs: list[dict]) -> Tensor:
-        """The images' classes, (N,)."""
+        """Returns the labels of the images, (N,)."""
         return torch.tensor([int(x["label"]) for x in batched_inputs], device=self.device)
 
     def classify(self, features: dict[str, Tensor]) -> Tensor:
-        """Logits (N, K) of the backbone's features."""
+        """Computes logits (N, K) from the backbone's features."""
         if "pooled" in features:
             return self.linear(features["pooled"])
         return self.linear(list(features.values())[-1].mean(dim=(2, 3)))
 
     def losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy of logits (N, K) and labels (N,)."""
+        """Computes the cross-entropy of logits (N, K) and labels (N,)."""
         return {"loss_cls": F.cross_entropy(logits.float(), labels)}

@@ -1,4 +1,4 @@
-"""Data loaders of image classifiers."""
+"""Builds the data loaders of image classifiers."""
 
 from collections.abc import Iterator
 from numbers import Integral
@@ -17,13 +17,13 @@ from kd_det.errors import InputError
 
 
 class SplitBatches:
-    """A loader whose batches of a few large tensors become lists of dicts, as Detectron2's models take them.
+    """Turns a loader's batches of a few large tensors into lists of dicts, which Detectron2's models expect.
 
-    A worker hands each tensor over by itself, so that one of a whole batch costs far less than one per image. The
-    images of a dict are views.
+    A worker hands over each tensor separately, so that one tensor per batch costs far less than one per image. The
+    images in the dicts are views.
 
     Args:
-        loader: Gives dicts of `image` (N, 3, H, W), `label` (N,) and `file_name`, N names.
+        loader: Yields dicts of `image` (N, 3, H, W), `label` (N,) and `file_name`, a list of N names.
     """
 
     def __init__(self, loader: DataLoader):
@@ -45,7 +45,9 @@ class SplitBatches:
 
 
 def build_classification_train_loader(cfg: CfgNode) -> SplitBatches:
-    """Endless shuffled batches of all data sets of DATASETS.TRAIN; SOLVER.IMS_PER_BATCH counts those of all processes.
+    """Builds a loader of endless shuffled batches of all data sets of DATASETS.TRAIN.
+
+    SOLVER.IMS_PER_BATCH is the number of images per iteration in all processes together.
 
     Raises:
         InputError: If a data set or a key is wrong.
@@ -62,7 +64,9 @@ def build_classification_train_loader(cfg: CfgNode) -> SplitBatches:
 
 
 def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> SplitBatches:
-    """Batches of all images of a data set in their order, as large as those of the training; the last may be smaller.
+    """Builds a loader of all images of a data set in their order.
+
+    Its batches are as large as in training; the last one may be smaller.
 
     Raises:
         InputError: If the data set or a key is wrong.
@@ -83,7 +87,7 @@ def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> SplitBa
 
 
 def _load(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
-    """The dicts of a data set, after a look at every label."""
+    """Loads the dicts of a data set and checks every label."""
     records = DatasetCatalog.get(name)
     if not records:
         raise InputError(f"data set {name!r} has no images.")

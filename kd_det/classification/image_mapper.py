@@ -1,4 +1,4 @@
-"""From a data set's dict to what an image classifier takes."""
+"""Maps the dicts of a data set to the inputs of an image classifier."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +14,12 @@ from kd_det.errors import InputError
 
 
 class ClassificationMapper:
-    """A function that reads and transforms an image; random numbers are torch's.
+    """Reads and transforms an image; all random numbers come from torch.
 
     Args:
-        is_train: As Detectron2's mappers have it.
-        transform: uint8 RGB (3, H, W) to an image of the size that the model takes.
-        image_format: RGB or BGR, the order of the channels that the model takes.
+        is_train: Whether the image is used in training, as in Detectron2's mappers.
+        transform: Maps a uint8 RGB image (3, H, W) to one of the size that the model takes.
+        image_format: Channel order that the model takes, RGB or BGR.
     """
 
     @configurable
@@ -42,10 +42,11 @@ class ClassificationMapper:
         """Read, transform and order the channels of one image.
 
         Args:
-            dataset_dict: `file_name`, `label`, and `image` (H, W, 3), uint8 RGB, where the image is not in that file.
+            dataset_dict: A dict with `file_name`, `label` and, if the image is not in that file, `image` (H, W, 3),
+                uint8 RGB.
 
         Returns:
-            `image` (3, SIZE, SIZE) uint8, `label` and `file_name`.
+            A dict with `image` (3, SIZE, SIZE) uint8, `label` and `file_name`.
 
         Raises:
             InputError: If the file is not an image that can be read.

@@ -1,4 +1,4 @@
-"""Any network of the timm library as the backbone of an image classifier."""
+"""Makes any network of the timm library the backbone of an image classifier."""
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -10,15 +10,15 @@ from kd_det.timm_models import create_resizable_timm_model
 
 
 class TimmClassifierBackbone(Backbone):
-    """A whole network of the timm library, but for its linear layer; ``pooled`` is what timm gives to that.
+    """Wraps a network of the timm library without its linear layer; ``pooled`` is the input of that layer.
 
-    Maps are named by stride, ``res2`` (4) to ``res5`` (32), and ``res1`` (2) where there is one.
+    Feature maps are named by their stride, from ``res2`` (4) to ``res5`` (32), and ``res1`` (2) if it exists.
 
     Args:
         name: timm's name of the network.
-        pretrained: Whether to start from timm's weights, the linear layer included where the classes are as many.
-        num_classes: Outputs of the linear layer.
-        in_channels: Channels of the image.
+        pretrained: Whether to start from timm's weights, including the linear layer if the number of classes matches.
+        num_classes: Number of outputs of the linear layer.
+        in_channels: Number of channels of the image.
         size: Height and width of the image.
     """
 
@@ -29,7 +29,7 @@ class TimmClassifierBackbone(Backbone):
         )
         if not isinstance(self.net.get_classifier(), nn.Linear) or not hasattr(self.net, "forward_intermediates"):
             raise InputError(f"MODEL.TIMM.NAME: {name!r} does not end with one linear layer behind feature maps.")
-        # Of several maps at one stride the last counts.
+        # If several maps have the same stride, the last one is used.
         info = self.net.feature_info
         self._indices = {f"res{x['reduction'].bit_length() - 1}": i for i, x in enumerate(info)}
         self._shapes = {
@@ -38,7 +38,7 @@ class TimmClassifierBackbone(Backbone):
         } | {"pooled": ShapeSpec(channels=self.net.get_classifier().in_features)}
 
     def detach_linear(self) -> nn.Linear:
-        """Take the linear layer off the network."""
+        """Removes the linear layer from the network and returns it."""
         linear = self.net.get_classifier()
         self.net.reset_classifier(0)
         return linear
@@ -53,7 +53,7 @@ class TimmClassifierBackbone(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_timm_classifier_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """The network that ``MODEL.TIMM`` names, for an ``ImageClassifier``."""
+    """Builds the network that ``MODEL.TIMM`` names, for an ``ImageClassifier``."""
     return TimmClassifierBackbone(
         cfg.MODEL.TIMM.NAME,
         pretrained=cfg.MODEL.TIMM.PRETRAINED,

@@ -1,4 +1,4 @@
-"""What is done to an image before it enters a classifier: augmentation in training, resizing in tests."""
+"""Transforms images before they enter a classifier: augmentation in training, resizing in tests."""
 
 from detectron2.config import CfgNode
 from torchvision.transforms import v2
@@ -10,13 +10,13 @@ FLIPS = {"horizontal": 0.5, "none": 0.0}
 
 
 def build_transform(cfg: CfgNode, is_train: bool) -> v2.Transform:
-    """The transform of uint8 images (3, H, W) that INPUT.CLASSIFICATION describes; it gives (3, SIZE, SIZE).
+    """Builds the transform that INPUT.CLASSIFICATION describes, from uint8 images (3, H, W) to (3, SIZE, SIZE).
 
-    Where no crop takes care of the size ("padded_crop", "none", tests with RESIZE_TEST 0), an image of another size is
-    resized to SIZE first, without regard to its aspect ratio.
+    With "padded_crop", "none" and in tests with RESIZE_TEST 0, an image of another size is first resized to SIZE; its
+    aspect ratio is not kept.
 
     Raises:
-        InputError: If a key has a value that cannot be.
+        InputError: If a key has a value that is not allowed.
     """
     node, flip = cfg.INPUT.CLASSIFICATION, cfg.INPUT.RANDOM_FLIP
     key = "INPUT.CLASSIFICATION"
