@@ -315,6 +315,7 @@ def check_network(cfg: CfgNode) -> None:
         )
     check_box_weights(cfg)
     check_anchors(cfg)
+    check_overlaps(cfg)
 
 
 def check_augmentation(cfg: CfgNode) -> None:
@@ -387,6 +388,18 @@ def check_anchors(cfg: CfgNode) -> None:
             raise InputError(
                 f"MODEL.ANCHOR_GENERATOR.{name}: must have one list, or one for each of the {len(levels)} features of "
                 f"{key}, got {lists}."
+            )
+
+
+def check_overlaps(cfg: CfgNode) -> None:
+    """Checks the overlaps at which anchors and proposals become objects or background."""
+    for name in ("RPN", "ROI_HEADS", "RETINANET"):
+        thresholds, labels = list(cfg.MODEL[name].IOU_THRESHOLDS), list(cfg.MODEL[name].IOU_LABELS)
+        increasing = thresholds and all(thresholds) and thresholds == sorted(thresholds)
+        if not increasing or len(labels) != len(thresholds) + 1:
+            raise InputError(
+                f"MODEL.{name}.IOU_THRESHOLDS, MODEL.{name}.IOU_LABELS: must be overlaps above 0 in increasing order "
+                f"and one label more, got {thresholds} and {labels}."
             )
 
 

@@ -218,6 +218,9 @@ def test_names_that_stand_twice(key, value):
             {"SOLVER.IMS_PER_BATCH": 12},
             "SOLVER.REFERENCE_WORLD_SIZE: must divide SOLVER.IMS_PER_BATCH, 12, got 8.",
         ),
+        ("MODEL.RPN.IOU_THRESHOLDS", [], {}, "in increasing order and one label more, got [] and [0, -1, 1]."),
+        ("MODEL.ROI_HEADS.IOU_LABELS", [0], {}, "MODEL.ROI_HEADS.IOU_LABELS: must be overlaps above 0"),
+        ("MODEL.RPN.IOU_THRESHOLDS", [0.7, 0.3], {}, "in increasing order"),
         ("TEST.AUG.MIN_SIZES", (), {"TEST.AUG.ENABLED": True}, "TEST.AUG.MIN_SIZES: must name a size where "),
     ],
 )
