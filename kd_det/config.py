@@ -24,7 +24,7 @@ DISTILLED = ("TeacherStudent", "MutualStudents")
 PATHS = ("MODEL.WEIGHTS", "OUTPUT_DIR", "KD.TEACHER.WEIGHTS", "KD.PRETRAIN.WEIGHTS")
 # Largest number of values in a YAML file: with aliases, a few lines can stand for billions.
 MOST_VALUES = 10**6
-# Types of a default and of a value that does not fit it, to what to write instead.
+# Maps the types of a default and of a value that does not fit it to advice on what to write instead.
 REMEDIES = {
     ("tuple|list", "str|int|float"): "a list of one is ['x'], or ('x',) with a comma",
     ("bool", ".*"): "write True or False",
@@ -217,13 +217,14 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.WANDB.NAME = ""
 
     # ---- Data sets named here need no code ----
-    # Image folders: name: {ROOT: folder with one folder of images per class}. Relative paths lie under
+    # Image folders, each as name: {ROOT: folder with one folder of images per class}. Relative paths lie under
     # $DETECTRON2_DATASETS, or datasets/.
     cfg.DATASETS.IMAGE_FOLDER = CfgNode(new_allowed=True)
-    # COCO files: name: {JSON: annotation file, IMAGE_ROOT: folder; FLIP_PAIRS: [[left_eye, right_eye], ...] for
-    # keypoints, if their names do not say it}. Relative paths lie under $DETECTRON2_DATASETS, or datasets/.
+    # COCO files, each as name: {JSON: annotation file, IMAGE_ROOT: folder; FLIP_PAIRS: pairs of keypoints that swap in
+    # mirrored images, [[left_eye, right_eye], ...], if their names do not show it}. Relative paths lie under
+    # $DETECTRON2_DATASETS, or datasets/.
     cfg.DATASETS.COCO_FORMAT = CfgNode(new_allowed=True)
-    # Pascal VOC folders: name: {ROOT: folder with Annotations, ImageSets/Main, JPEGImages; SPLIT: a file in
+    # Pascal VOC folders, each as name: {ROOT: folder with Annotations, ImageSets/Main, JPEGImages; SPLIT: a file in
     # ImageSets/Main; CLASSES: [...]; YEAR: 2007 for the 11-point AP, 2012 (default) for the area under the curve}.
     cfg.DATASETS.VOC_FORMAT = CfgNode(new_allowed=True)
 

@@ -93,7 +93,7 @@ BOUNDS = {
     "MODEL.*.NUM_CONVS": Bounds(0, DEPTH.most),
     "MODEL.*.NUM_FC": Bounds(0, DEPTH.most),
     "MODEL.RESNETS.*": CHANNELS,
-    # Detectron2's networks freeze nothing below 1.
+    # Below 1, Detectron2's networks freeze nothing.
     "MODEL.BACKBONE.FREEZE_AT": Bounds(-1, DEPTH.most),
     "MODEL.PIXEL_MEAN": ANY,
     "MODEL.PIXEL_STD": POSITIVE,
@@ -192,7 +192,7 @@ def check_run_values(cfg: CfgNode) -> None:
         cfg: A config of the right kinds; see :mod:`kd_det.config_kinds`.
 
     Raises:
-        InputError: Naming the key, its value and what is allowed.
+        InputError: If a value is not allowed; names the key, its value and what is allowed.
     """
     check_each(cfg)
     check_solver(cfg)
@@ -392,7 +392,7 @@ def check_anchors(cfg: CfgNode) -> None:
 
 
 def check_overlaps(cfg: CfgNode) -> None:
-    """Checks the overlaps at which anchors and proposals become objects or background."""
+    """Checks the overlap thresholds that make anchors and proposals objects or background."""
     for name in ("RPN", "ROI_HEADS", "RETINANET"):
         thresholds, labels = list(cfg.MODEL[name].IOU_THRESHOLDS), list(cfg.MODEL[name].IOU_LABELS)
         increasing = thresholds and all(thresholds) and thresholds == sorted(thresholds)

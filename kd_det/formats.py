@@ -103,12 +103,12 @@ def _read_zoo_pickle(path: str) -> dict[str, Any]:
 
 
 # ---- Naming ----
-def fit_names(loaded: dict[str, Any], own: Collection[str], path: str) -> dict[str, Any]:
+def fit_names(loaded: dict[str, Any], model_keys: Collection[str], path: str) -> dict[str, Any]:
     """Adapts the names of weights from :func:`read_weights` to a model.
 
     Args:
         loaded: The content of the file.
-        own: The model's keys.
+        model_keys: The model's keys.
         path: The file, for messages.
 
     Returns:
@@ -119,42 +119,42 @@ def fit_names(loaded: dict[str, Any], own: Collection[str], path: str) -> dict[s
     """
     if loaded.get("matching_heuristics"):
         return loaded
-    state = strip_wrappers(loaded["model"], set(own), path)
-    if RESNET_KEY in state and not any(key.endswith(f".{RESNET_KEY}") for key in own):
+    state = strip_wrappers(loaded["model"], set(model_keys), path)
+    if RESNET_KEY in state and not any(key.endswith(f".{RESNET_KEY}") for key in model_keys):
         return loaded | {"model": rename_torchvision_resnet(state, path), "matching_heuristics": True}
-    if "linear.weight" in state and "linear.weight" not in own:
+    if "linear.weight" in state and "linear.weight" not in model_keys:
         return loaded | {"model": backbone_of_classifier(state), "matching_heuristics": True}
-    part = name_part(state, own)
+    part = name_part(state, model_keys)
     return loaded | ({"model": part, "matching_heuristics": True} if part else {"model": state})
 
 
-def name_part(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+def name_part(state: dict[str, Tensor], model_keys: Collection[str]) -> dict[str, Tensor]:
     """Renames the weights of a part of a model, such as its backbone, to the model's; {} if most fit no such part.
 
     timm's feature extractors write ``stages_0`` for ``stages.0``.
     """
-    ends = {(end := key[i + 1 :]).replace("_", "."): end for key in own for i, x in enumerate(key) if x == "."}
+    ends = {(end := key[i + 1 :]).replace("_", "."): end for key in model_keys for i, x in enumerate(key) if x == "."}
     named = {ends.get(key.replace("_", "."), key): value for key, value in state.items()}
     few = len(named.keys() & set(ends.values())) <= len(state) / 2
-    return {} if few or not state.keys().isdisjoint(own) else named
+    return {} if few or not state.keys().isdisjoint(model_keys) else named
 
 
-def strip_wrappers(state: dict[str, Tensor], own: Collection[str], path: str) -> dict[str, Tensor]:
+def strip_wrappers(state: dict[str, Tensor], model_keys: Collection[str], path: str) -> dict[str, Tensor]:
     """Removes the prefix that a wrapper such as DDP, ``torch.compile`` or Lightning added to the model's keys.
 
     Args:
         state: A state dict.
-        own: The model's keys.
+        model_keys: The model's keys.
         path: The file, for messages.
 
     Raises:
         InputError: If the state dict holds several networks.
     """
     state = _rename(state, lambda key: key.replace("_orig_mod.", "").removeprefix("module."))
-    prefixes = Counter(prefix for prefix in (_wrapper(key, own) for key in state) if prefix is not None)
+    prefixes = Counter(prefix for prefix in (_wrapper(key, model_keys) for key in state) if prefix is not None)
     if "" in prefixes or RESNET_KEY in state:
         return state
-    most = [prefix for prefix, found in prefixes.items() if found >= min(len(own), len(state)) / 2]
+    most = [prefix for prefix, count in prefixes.items() if count >= min(len(model_keys), len(state)) / 2]
     most = most or [key.removesuffix(RESNET_KEY) for key in state if key.endswith(f".{RESNET_KEY}")]
     if len(most) > 1:
         choose = "p = '" + most[0] + "'; torch.save({k[len(p):]: d[k] for k in d if k.startswith(p)}, 'weights.pth')"
@@ -167,10 +167,10 @@ def strip_wrappers(state: dict[str, Tensor], own: Collection[str], path: str) ->
     return _rename(state, lambda key: key.removeprefix(most[0]) if key.startswith(most[0]) else None)
 
 
-def _wrapper(key: str, own: Collection[str]) -> str | None:
+def _wrapper(key: str, model_keys: Collection[str]) -> str | None:
     """Returns the prefix of a key that ends with one of the model's keys; None if it ends with none of them."""
     parts = key.split(".", maxsplit=8)
-    starts = (i for i in range(len(parts)) if ".".join(parts[i:]) in own)
+    starts = (i for i in range(len(parts)) if ".".join(parts[i:]) in model_keys)
     return next(("".join(f"{part}." for part in parts[:i]) for i in starts), None)
 
 
@@ -190,12 +190,12 @@ def rename_torchvision_resnet(state: dict[str, Tensor], path: str) -> dict[str, 
     Raises:
         InputError: If the ResNet has parts that Detectron2's ResNets lack, such as those of ResNet-D.
     """
-    other = [
+    unknown = [
         key for key in state if re.match(r"conv1\.\d", key) or (key.startswith("layer") and not RESNET_PARTS.match(key))
     ]
-    if other:
+    if unknown:
         raise InputError(
-            f"{path}: a ResNet of another kind than Detectron2's: it has {other[0]}; take it as a backbone of timm "
+            f"{path}: a ResNet of another kind than Detectron2's: it has {unknown[0]}; take it as a backbone of timm "
             "(MODEL.BACKBONE.NAME build_timm_fpn_backbone, MODEL.TIMM.NAME)."
         )
     renamed = {}

@@ -39,7 +39,7 @@ class ClassificationMapper:
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Read, transform and order the channels of one image.
+        """Reads and transforms one image and orders its channels.
 
         Args:
             dataset_dict: A dict with `file_name`, `label` and, if the image is not in that file, `image` (H, W, 3),

@@ -114,7 +114,7 @@ def check_annotations(cfg: CfgNode, *, train: bool = True) -> None:
 
 
 def _check_test_images(name: str) -> None:
-    """Checks what Detectron2 would find wrong with a test set, whoever registered it, when the training is over."""
+    """Checks a registered test set for faults that Detectron2 would only report after the training."""
     records, classes = DatasetCatalog.get(name), class_names(name)
     if not records:
         raise InputError(f"DATASETS.TEST: {name!r} has no images.")

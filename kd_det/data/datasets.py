@@ -124,10 +124,10 @@ def _leave_out_maskless(records: list[dict[str, Any]], filter_empty: bool) -> li
     for record in records:
         check_masks(record)
         annotations = record.get("annotations", [])
-        kept = [annotation for annotation in annotations if annotation.get("segmentation") != []]
-        if len(kept) < len(annotations):
-            maskless += len(annotations) - len(kept)
-            record["annotations"] = kept
+        masked = [annotation for annotation in annotations if annotation.get("segmentation") != []]
+        if len(masked) < len(annotations):
+            maskless += len(annotations) - len(masked)
+            record["annotations"] = masked
     if not maskless:
         return records
     logger.warning("MODEL.MASK_ON: %d objects without a polygon of three points are not trained on.", maskless)

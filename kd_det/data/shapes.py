@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 
 CLASSES = ("disc", "square", "triangle", "ring", "cross", "star")
-# Raise this with every change of the pictures: a folder made by another version counts as different.
+# Increase this with every change of the pictures: a folder made by another version counts as different.
 VERSION = 1
 MIN_VISIBLE_SHARE = 0.3
 MIN_VISIBLE_PIXELS = 25

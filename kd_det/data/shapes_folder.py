@@ -79,8 +79,8 @@ def _write_split(folder: Path, split: str, count: int, size: int, seed: list[int
 
 def _check_existing(output: Path, parameters: dict[str, int]) -> None:
     try:
-        found = json.loads((output / "parameters.json").read_text(encoding="utf-8"))
+        existing = json.loads((output / "parameters.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = "something else"
-    if found != parameters:
-        raise InputError(f"{output}: holds {found}, not {parameters}; delete {output} or choose another folder.")
+        existing = "something else"
+    if existing != parameters:
+        raise InputError(f"{output}: holds {existing}, not {parameters}; delete {output} or choose another folder.")

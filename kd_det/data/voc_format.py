@@ -229,7 +229,7 @@ def _read_split(path: str) -> list[str]:
 
 
 def _parse(xml: str) -> ElementTree.Element:
-    """Returns the root of an XML file, whose tags lose their namespaces."""
+    """Returns the root of an XML file, with namespaces removed from the tags."""
     try:
         root = ElementTree.parse(xml).getroot()
     # An unknown encoding raises a LookupError; one that the parser does not support raises a ValueError.
@@ -241,7 +241,7 @@ def _parse(xml: str) -> ElementTree.Element:
 
 
 def _find_objects(xml: str, root: ElementTree.Element) -> list[ElementTree.Element]:
-    """Returns the objects of an annotation; there may be none, but they lie nowhere else than right below its root."""
+    """Returns the objects of an annotation, if any, after a check that all of them are direct children of the root."""
     objects = root.findall("object")
     if len(objects) < sum(1 for _ in root.iter("object")):
         raise InputError(f"{xml}: an <object> lies inside another tag; it must be right below <{root.tag}>.")
