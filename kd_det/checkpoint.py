@@ -26,7 +26,7 @@ from kd_det.formats import fit_names, read_weights
 
 
 class KDCheckpointer(DetectionCheckpointer):
-    """Extends Detectron2's checkpointer by safe loading and atomic writing.
+    """Extends Detectron2's checkpointer with safe loading and atomic writing.
 
     With the student as `model` and the heads as the checkpointable ``kd_heads``, ``"model"`` in every file is the plain
     student. Loads what Detectron2 loads (``.pkl`` of its zoos, ``.pth``), and ResNets of torchvision and timm without
@@ -120,10 +120,10 @@ class KDCheckpointer(DetectionCheckpointer):
         return loaded
 
     def retreat(self, limit: int, *, begun: bool) -> None:
-        """Makes the run resume from its newest checkpoint that was written by an iteration, if the last one is newer.
+        """Makes the run resume from its newest checkpoint up to an iteration, if the last one is newer.
 
         Args:
-            limit: The last iteration that such a checkpoint may have.
+            limit: The iteration.
             begun: Whether the run began in this process. If so, and there is no such checkpoint, the run begins anew
                 when it is resumed; a run that was itself resumed keeps its last checkpoint instead.
         """

@@ -25,8 +25,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class Teacher:
     """Computes signals of a frozen model through its tap.
 
-    It is not an ``nn.Module``, so that its parameters stay out of the parameters, the state_dict and the ``train()`` of
-    a module that holds it.
+    It is not an ``nn.Module``: a module that holds it excludes it from its parameters, its state_dict and its
+    ``train()``.
 
     Args:
         model: The trained model. It is frozen and put into evaluation mode.
@@ -112,7 +112,7 @@ class Teacher:
         """Computes the named signals on the student's batch.
 
         Args:
-            batched_inputs: As the data loader gives them to the student.
+            batched_inputs: The batch that the data loader gives to the student.
             names: The signals that some head asked for; parts of the model that none of them needs do not run.
             student: The student's signals; ROI signals are computed on their boxes.
         """
@@ -130,7 +130,7 @@ class Teacher:
         With a side stream, only :meth:`finish` may read the result.
 
         Args:
-            batched_inputs: As the data loader gives them to the student.
+            batched_inputs: The batch that the data loader gives to the student.
             names: The signals that some head asked for.
         """
         early = {name for name in names if not name.startswith(BOX_SIGNALS)}

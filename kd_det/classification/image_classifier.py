@@ -60,8 +60,7 @@ class ImageClassifier(nn.Module):
             batched_inputs: Dicts with ``image`` (3, H, W), all of the same size, and in training also ``label``.
 
         Returns:
-            In training, a dict with ``loss_cls``; in inference, one dict per image with ``scores`` (K,), which sum to
-            1.
+            In training, a dict with ``loss_cls``; in inference, one dict per image with ``scores`` (K,) that sum to 1.
         """
         logits = self.classify(self.backbone(self.preprocess_image(batched_inputs)))
         if self.training:

@@ -1,4 +1,4 @@
-"""Extends Detectron2's mapper by errors that name the file at fault."""
+"""Extends Detectron2's mapper with errors that name the file at fault."""
 
 import os
 from typing import Any
@@ -12,7 +12,7 @@ from kd_det.errors import InputError
 
 
 class DetectionMapper(DatasetMapper):
-    """Extends the stock mapper by errors that name the image, and by support for images without objects.
+    """Extends the stock mapper with errors that name the image, and with support for images without objects.
 
     An image without annotations gets empty instances, even with cropping, where the stock mapper fails.
 

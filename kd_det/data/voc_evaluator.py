@@ -32,12 +32,12 @@ class Objects(NamedTuple):
 
 
 class VocEvaluator(DatasetEvaluator):
-    """Computes the average precision of boxes, as Detectron2's ``PascalVOCDetectionEvaluator`` does where it can.
+    """Computes the average precision of boxes; agrees with Detectron2's evaluator wherever that one works.
 
-    Detectron2's evaluator parses the annotations itself, and needs whole numbers, every tag and names without blanks; a
-    class without an object makes its mean too low, or not a number. This one uses the annotations of
-    :class:`~kd_det.data.voc_format.VocFormat`, and averages over the classes that have an object which is not
-    difficult.
+    Detectron2's ``PascalVOCDetectionEvaluator`` parses the annotations itself, and needs whole numbers, every tag and
+    names without blanks; a class without an object makes its mean too low, or not a number. This one uses the
+    annotations of :class:`~kd_det.data.voc_format.VocFormat`, and averages over the classes that have an object which
+    is not difficult.
 
     Args:
         dataset_name: A data set of DATASETS.VOC_FORMAT, or one of Detectron2's VOC data sets.
