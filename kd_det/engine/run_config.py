@@ -112,9 +112,11 @@ def check_run(cfg: CfgNode, source: str) -> None:
     if not cfg.OUTPUT_DIR.strip():
         raise InputError(f"OUTPUT_DIR: must name a folder, got {cfg.OUTPUT_DIR!r}.")
     try:
-        torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError as error:
-        raise InputError(f"MODEL.DEVICE: {cfg.MODEL.DEVICE!r} is no device, such as cuda, cuda:1 or cpu.") from error
+        computes = torch.device(cfg.MODEL.DEVICE).type != "meta"
+    except RuntimeError:
+        computes = False
+    if not computes:
+        raise InputError(f"MODEL.DEVICE: {cfg.MODEL.DEVICE!r} is no device, such as cuda, cuda:1 or cpu.")
 
 
 def warn_of_idle_heads(cfg: CfgNode) -> None:
