@@ -246,16 +246,6 @@ def test_the_options_of_the_config_hold(make, caplog):
     assert new.scheduler.base_lrs == expected.scheduler.base_lrs
 
 
-@pytest.mark.parametrize("precisions", [("", "bfloat16"), ("bfloat16", "float16"), ("float16", "")])
-def test_a_run_goes_on_in_another_precision(make, tmp_path, precisions):
-    for precision, iterations in zip(precisions, (2, 4), strict=True):
-        options = {"SOLVER.AMP.ENABLED": bool(precision), "SOLVER.AMP.DTYPE": precision or "bfloat16"}
-        train(make(**options, **{"SOLVER.MAX_ITER": iterations}), resume=iterations > 2)
-    saved = load(tmp_path / "run" / FINAL)
-    assert saved["iteration"] == 3
-    assert ("grad_scaler" in saved["trainer"]["_trainer"]) == bool(precisions[1])
-
-
 def test_a_run_that_is_resumed_with_the_same_options_says_nothing_of_them(make, tmp_path, caplog):
     train(make(), resume=False)
     train(make(**{"SOLVER.MAX_ITER": 6}), resume=True)

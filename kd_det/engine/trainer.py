@@ -216,10 +216,7 @@ class Trainer(DefaultTrainer):
         saved, rates = state_dict["_trainer"], self.scheduler.base_lrs
         names = parameter_names(self.plain_model, self.optimizer)
         optimizer, rates_differ = adapt_state(saved["optimizer"], self.optimizer, names, state_dict.get("parameters"))
-        # Where mixed precision is new, there is no scaler of gradients, or one without a state; it begins anew.
-        found = {key: value for key, value in saved.items() if value != {}}
-        steps = self._trainer.state_dict() | found | {"optimizer": optimizer}
-        super().load_state_dict(state_dict | {"_trainer": steps})
+        super().load_state_dict(state_dict | {"_trainer": saved | {"optimizer": optimizer}})
         # The schedule is a function of the iteration, of what the config says.
         self.scheduler.base_lrs, self.scheduler.last_epoch = rates, self.iter + 1
         if rates_differ:
