@@ -144,6 +144,8 @@ def test_other_threads_are_reported(capfd):
 
 
 def interrupt_tool():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell starts commands in the background deaf to it.
+
     def main():
         os.kill(os.getpid(), signal.SIGINT)
         signal.pause()
