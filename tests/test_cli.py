@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from kd_det import InputError
 from kd_det.engine import run_tool
-from kd_det.engine.cli import find_message, tell
+from kd_det.engine.cli import describe_error, find_message
 
 READ_ONLY = OSError(errno.EROFS, "Read-only file system", "/mnt/x")
 
@@ -33,13 +33,13 @@ READ_ONLY = OSError(errno.EROFS, "Read-only file system", "/mnt/x")
     ],
 )
 def test_errors_that_are_no_defects_are_one_line(error, line):
-    assert tell(error) == line
+    assert describe_error(error) == line
 
 
 def test_an_error_that_torch_hides(tmp_path):
     error = RuntimeError("unexpected pos 64 vs 0")
     error.__context__ = OSError(errno.ENOSPC, "No space left on device", "x")
-    assert tell(error) == "x: No space left on device; make room on the disk."
+    assert describe_error(error) == "x: No space left on device; make room on the disk."
 
 
 class Broken:
@@ -57,13 +57,14 @@ class Broken:
 def test_an_error_in_a_worker_is_told_as_one_in_the_run(error):
     with pytest.raises(OSError, match="Caught") as raised:
         next(iter(DataLoader(Broken(error), num_workers=1)))
-    assert tell(raised.value) == tell(error)
+    assert describe_error(raised.value) == describe_error(error)
 
 
 def test_a_traceback_of_another_process():
     traceback = 'Traceback (most recent call last):\n  File "x.py", line 1\n'
     assert find_message(f"{traceback}kd_det.errors.InputError: KD.X: wrong\n") == "KD.X: wrong"
-    assert find_message(f"{traceback}OSError: [Errno 30] Read-only file system: '/mnt/x'\n") == tell(READ_ONLY)
+    read_only = find_message(f"{traceback}OSError: [Errno 30] Read-only file system: '/mnt/x'\n")
+    assert read_only == describe_error(READ_ONLY)
     assert find_message(f"{traceback}KeyError: 'a defect'\n") is None
 
 

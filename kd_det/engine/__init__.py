@@ -1,4 +1,4 @@
-"""What runs a training: the trainer with its hooks and stages, set-up, evaluation, and the processes of a run."""
+"""Runs a training: contains the trainer with its hooks and stages, set-up, evaluation and process handling."""
 
 from typing import TYPE_CHECKING
 

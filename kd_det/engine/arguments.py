@@ -1,11 +1,11 @@
-"""Declare the arguments of the command-line tools; nothing here takes long to import."""
+"""Declares the arguments of the command-line tools; imports nothing slow."""
 
 import argparse
 import os
 
 
 def training_parser(description: str) -> argparse.ArgumentParser:
-    """Make the parser of a training, with the arguments of Detectron2's ``default_argument_parser`` and those below.
+    """Makes the parser for training, with the arguments of Detectron2's ``default_argument_parser`` and those below.
 
     Args:
         description: Text for ``--help``.
@@ -19,7 +19,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="GPUs of this machine (%(default)s)")
     parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="machines of the run (%(default)s)")
     parser.add_argument("--machine-rank", type=int, default=0, metavar="I", help="number of this machine, from 0")
-    # As in Detectron2, each user has a port of their own, so that an orphan of an earlier run is noticed.
+    # As in Detectron2, each user gets a fixed port, so that a process left over from an earlier run is noticed.
     port = 2**15 + 2**14 + hash(os.getuid()) % 2**14
     parser.add_argument(
         "--dist-url", default=f"tcp://127.0.0.1:{port}", metavar="URL", help="where processes meet (%(default)s)"
@@ -32,7 +32,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that turn any Detectron2 config into a distillation run."""
+    """Adds the arguments that turn any Detectron2 config into a distillation run."""
     group = parser.add_argument_group("distillation")
     group.add_argument("--teacher", metavar="CONFIG", help="the teacher's config: a file, or a name of the model zoo")
     group.add_argument(
@@ -45,7 +45,7 @@ def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plugin_argument(parser: argparse._ActionsContainer) -> None:
-    """Add ``--plugin``, whose files :func:`kd_det.engine.import_plugin` imports."""
+    """Adds ``--plugin``, whose files :func:`kd_det.engine.import_plugin` imports."""
     parser.add_argument(
         "--plugin",
         action="append",

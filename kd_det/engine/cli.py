@@ -1,4 +1,4 @@
-"""Share what the command-line tools have in common: plugins, errors in one line."""
+"""Imports plugins for the command-line tools and reports errors in one line."""
 
 import importlib.util
 import io
@@ -18,19 +18,19 @@ from kd_det.engine.quiet import silence_third_parties
 from kd_det.errors import InputError
 from kd_det.files import REMEDIES, explain, find_file_error
 
-# Matches an error that is no defect in the traceback of another process, up to its message.
-TOLD = re.compile(
+# Matches the start of a user error in another process's traceback, up to its message.
+USER_ERROR = re.compile(
     r"^(?:kd_det\.errors\.\w+|FloatingPointError"
     rf"|\w+(?=: \[Errno (?:{'|'.join(map(str, REMEDIES))})\] )|\w+(?=: \[Errno \d+\] .*: '.*'$)): ",
     re.MULTILINE,
 )
-TERMINAL = (1, 2)  # Descriptors of the standard streams.
-# The message of an error of a file system, with or without the file.
+TERMINAL = (1, 2)  # These are the descriptors of stdout and stderr.
+# Matches the message of a file-system error, with or without the file name.
 FILE_ERROR = re.compile(r"\[Errno (\d+)\] (.*?)(?:: '(.*)')?")
 
 
 def import_plugin(path: str) -> None:
-    """Import a Python file for what it registers.
+    """Imports a Python file, so that it can register its heads, backbones and the like.
 
     Raises:
         InputError: If there is no such file, or its name does not end in ``.py``.
@@ -46,50 +46,50 @@ def import_plugin(path: str) -> None:
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Run a tool; what is no defect ends it with one line and status 1, without a traceback.
+    """Runs a tool; an error that is not a defect ends it with one line and status 1, without a traceback.
 
-    That is a user's mistake, an error of a file system, such as a full disk, or a diverged loss. For an interruption
+    Such errors are a user's mistake, a file-system error such as a full disk, and a diverged loss. For interruptions
     see :mod:`kd_det.engine.interruption`.
     """
     silence_third_parties()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # A notebook's is not.
-        sys.stdout.reconfigure(errors="backslashreplace")  # Its encoding may lack a letter of what is printed.
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A notebook's stdout is not one.
+        sys.stdout.reconfigure(errors="backslashreplace")  # The encoding may not cover all printed text.
     end_with_tool()
     try:
         with plain_errors():
             main()
-    except KeyboardInterrupt:  # It ends as if Python did not handle the signal.
+    except KeyboardInterrupt:  # End as if Python did not handle the signal.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     except Exception as error:
-        message = tell(error)
+        message = describe_error(error)
         if message is None:
             raise
         sys.exit(f"error: {message}")
 
 
-def tell(error: BaseException) -> str | None:
-    """The message of an error in one line; None for a defect, which is to be shown with its traceback."""
+def describe_error(error: BaseException) -> str | None:
+    """Returns the message of an error in one line, or None for a defect, which should show its traceback."""
     cause = find_file_error(error)
     if cause is not None:
-        return tell_file_error(cause)
+        return describe_file_error(cause)
     if isinstance(error, InputError | FloatingPointError):
         return find_message(str(error)) or one_line(str(error))
-    # A data loader's worker hands on the type of its error and the traceback.
+    # A data-loader worker's error arrives with its original type and its traceback as the message.
     return find_message(str(error)) if isinstance(error, OSError) else None
 
 
 def find_message(traceback: str) -> str | None:
-    """The message of the error at the end of another process's traceback; None if there is none, or it is a defect."""
-    message = TOLD.split(traceback)[-1].strip()
+    """Returns the message of the user error at the end of another process's traceback, or None if there is none."""
+    message = USER_ERROR.split(traceback)[-1].strip()
     if message == traceback.strip():
         return None
-    found = FILE_ERROR.fullmatch(message)
-    return tell_file_error(OSError(int(found[1]), found[2], found[3])) if found else one_line(message)
+    match = FILE_ERROR.fullmatch(message)
+    return describe_file_error(OSError(int(match[1]), match[2], match[3])) if match else one_line(message)
 
 
-def tell_file_error(error: OSError) -> str:
-    """What an error of a file system is about, and what to do."""
+def describe_file_error(error: OSError) -> str:
+    """Describes a file-system error: the file, the reason and what to do."""
     return ": ".join(filter(None, (os.fspath(error.filename or ""), f"{explain(error)}.")))
 
 
@@ -98,13 +98,13 @@ def one_line(text: str) -> str:
 
 
 def is_defect(record: logging.LogRecord) -> bool:
-    """Whether a log record reports anything but an error that :func:`run_tool` reports itself."""
-    return not (record.exc_info and tell(record.exc_info[1]) is not None)
+    """Filters log records: drops errors that :func:`run_tool` already reports in one line."""
+    return not (record.exc_info and describe_error(record.exc_info[1]) is not None)
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Keep tracebacks of errors that are no defects out of the log and off the terminal."""
+    """Keeps the tracebacks of errors that are not defects out of the log and off the terminal."""
     logging.getLogger("detectron2.engine.train_loop").addFilter(is_defect)
     with (
         patch.object(logging.Handler, "handleError", handle_log_error),
@@ -114,12 +114,12 @@ def plain_errors() -> Iterator[None]:
 
 
 def handle_log_error(handler: logging.Handler, record: logging.LogRecord, report=logging.Handler.handleError) -> None:
-    """End the run if its log file cannot be written. What the terminal cannot show is in that file.
+    """Ends the run if its log file cannot be written; ignores a terminal that fails, since the file has its text.
 
     Args:
         handler: The handler that failed to write.
-        record: What it was to write.
-        report: Reports other errors, which are defects.
+        record: The record that it failed to write.
+        report: Function that reports other errors, which are defects.
 
     Raises:
         OSError: If a file cannot be written.
@@ -128,7 +128,7 @@ def handle_log_error(handler: logging.Handler, record: logging.LogRecord, report
     if not isinstance(error, OSError) or stream is None:
         report(handler, record)
         return
-    # What is left in the buffer would fail again whenever it is flushed.
+    # Text left in the buffer would fail again at every flush.
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
     if stream.fileno() not in TERMINAL:
@@ -136,6 +136,6 @@ def handle_log_error(handler: logging.Handler, record: logging.LogRecord, report
 
 
 def handle_thread_error(error: threading.ExceptHookArgs, report=threading.excepthook) -> None:
-    """Leave it to TensorBoard, whose thread meets a full disk, to raise the error again when it is next written to."""
+    """Ignores file-system errors in TensorBoard's thread: TensorBoard raises them again at the next write."""
     if find_file_error(error.exc_value) is None or not type(error.thread).__module__.startswith("tensorboard."):
         report(error)

@@ -1,4 +1,4 @@
-"""Explain a training that has diverged, and let ``--resume`` go on from before it did."""
+"""Explains why a training has diverged, and lets ``--resume`` continue from before the divergence."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,21 +8,21 @@ import numpy as np
 from detectron2.engine import TrainerBase
 from detectron2.utils import comm
 
-# Detectron2's assertions that only predictions which are not finite, or far too large, can breach.
+# Matches Detectron2's assertions that fail only for predictions that are not finite or far too large.
 NOT_FINITE = re.compile(r"infinite or NaN|Input boxes to \w+ are not valid")
 NUMPY_FLOAT = re.compile(r"np\.float64\((.*?)\)")
-# A loss is one of a training that diverges if it is so many times the median of so many before it.
+# A loss counts as diverging if it exceeds LARGE times the median of the WINDOW losses before it.
 LARGE, WINDOW = 3.0, 100
-# Where the losses have grown before they were infinite, the weights were bad some iterations earlier.
+# If the losses grew before they became infinite, the weights were already bad this many iterations earlier.
 MARGIN = 10
 
 
 @contextmanager
 def explaining_divergence(trainer: TrainerBase) -> Iterator[None]:
-    """Turn what a diverged training meets into an error that says all there is to know, and what helps.
+    """Turns the error of a diverged training into one that gives the losses, the iteration and a remedy.
 
     Raises:
-        FloatingPointError: With the losses, the iteration, and a remedy.
+        FloatingPointError: If the training has diverged.
     """
     try:
         yield
@@ -36,15 +36,15 @@ def explaining_divergence(trainer: TrainerBase) -> Iterator[None]:
 
 
 def recorded_losses(trainer: TrainerBase) -> list[tuple[float, int]]:
-    """Return the total loss of each iteration in this process, with its iteration; the main process alone has them."""
+    """Returns pairs of total loss and iteration since this process began; only the main process has them."""
     histories = trainer.storage.histories()
     return histories["total_loss"].values() if "total_loss" in histories else []
 
 
 def last_sound_iteration(losses: Sequence[tuple[float, int]], start: int) -> int:
-    """Find the newest iteration whose weights are likely good: they gave a loss of the usual size in the one after it.
+    """Finds the newest iteration whose weights are probably good: the next iteration's loss was of the usual size.
 
-    What was there when this process began counts as good, unless its first loss was not finite.
+    The weights that this process began with count as good, unless its first loss was not finite.
 
     Args:
         losses: Total losses, all finite, with their iterations.
@@ -59,7 +59,7 @@ def last_sound_iteration(losses: Sequence[tuple[float, int]], start: int) -> int
 
 
 def describe(error: Exception, trainer: TrainerBase) -> str:
-    """Put an error into one line, with the iteration and the losses known last if its message lacks them."""
+    """Puts an error on one line, and adds the iteration and the latest losses if its message lacks them."""
     message = NUMPY_FLOAT.sub(r"\1", " ".join(str(error).split())).rstrip(".")
     if "iteration" in message:
         return message
@@ -73,7 +73,7 @@ def describe(error: Exception, trainer: TrainerBase) -> str:
 
 
 def remedy(trainer: TrainerBase) -> str:
-    """Say what helps against divergence."""
+    """Names the settings that help against divergence."""
     norm = " or add a norm to the FPN (MODEL.FPN.NORM)" if trainer.cfg.MODEL.FPN.IN_FEATURES else ""
     rate = f"lower {trainer.rate_key}, now {trainer.cfg.SOLVER.BASE_LR:g}"
     clip = "clip the gradients (SOLVER.CLIP_GRADIENTS.ENABLED)"

@@ -1,4 +1,4 @@
-"""The exponential moving average of a student's weights, which is saved and evaluated beside the student."""
+"""Keeps an exponential moving average of a student's weights and evaluates it alongside the student."""
 
 import logging
 
@@ -13,10 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 def build_ema(cfg: CfgNode, student: nn.Module) -> AveragedModel | None:
-    """Build the average that ``SOLVER.EMA_DECAY`` asks for; None where it is 0.
+    """Builds the average that ``SOLVER.EMA_DECAY`` asks for; returns None if it is 0.
 
-    Its first update copies the student. Buffers are averaged as the parameters are: the running statistics of batch
-    norms then belong to the averaged weights, not to the student's latest ones.
+    The first update copies the student. Buffers are averaged like the parameters, so that the running statistics of
+    batch norms belong to the averaged weights, not to the student's latest ones.
 
     Raises:
         InputError: If the decay is not below 1, or several students are trained.
@@ -30,8 +30,8 @@ def build_ema(cfg: CfgNode, student: nn.Module) -> AveragedModel | None:
         raise InputError(f"SOLVER.EMA_DECAY: got {decay}, but MutualStudents have no averages; allowed is 0.")
 
     def average(averaged: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
-        # As in TensorFlow the decay grows: after n updates the average reaches back over n / 9 of them at most, so that
-        # of a short run has forgotten its beginning, too.
+        # As in TensorFlow, the decay grows: after n updates the average spans at most n / 9 of them, so even a short
+        # run forgets its initial weights.
         ramp = (1 + int(updates)) / (10 + int(updates))
         get_ema_multi_avg_fn(min(decay, ramp))(averaged, current, updates)
 
@@ -41,7 +41,7 @@ def build_ema(cfg: CfgNode, student: nn.Module) -> AveragedModel | None:
 class EMAEvaluation(hooks.EvalHook):
     """Evaluates the averaged student after the student itself; its results are ``ema/bbox/AP`` and the like.
 
-    What the evaluation writes is below ``OUTPUT_DIR/ema``.
+    The evaluation writes its files below ``OUTPUT_DIR/ema``.
 
     Args:
         cfg: The whole config.

@@ -1,4 +1,4 @@
-"""What an evaluation needs: the evaluator of a data set, the metrics it gives, and one model in all processes."""
+"""Prepares evaluations: builds evaluators, checks their metrics, and gives all processes the same model."""
 
 import os
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from kd_det.mutual import MutualStudents
 from kd_det.peers import load_peer_configs
 
 KINDS = ("coco", "pascal_voc", "classification")
-# What Detectron2's evaluators give of each task, besides the AP of each class.
+# Maps each task to the metrics of Detectron2's evaluators, apart from the AP of each class.
 SIZES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 METRICS = {
     "bbox": SIZES,
@@ -30,7 +30,7 @@ METRICS = {
     "keypoints": ("AP", "AP50", "AP75", "APm", "APl"),
     "box_proposals": tuple(f"AR{size}@{count}" for count in (100, 1000) for size in ("", "s", "m", "l")),
 }
-# Tasks of Detectron2's detectors; R-CNNs have more with MODEL.MASK_ON and MODEL.KEYPOINT_ON.
+# Maps Detectron2's detectors to their tasks; R-CNNs have more with MODEL.MASK_ON and MODEL.KEYPOINT_ON.
 TASKS = {
     "GeneralizedRCNN": ["bbox"],
     "PanopticFPN": ["bbox"],
@@ -42,10 +42,10 @@ SHOWN = 12
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, *, tasks: Sequence[str] | None = None) -> DatasetEvaluator:
-    """Build the evaluator that a data set's metadata names: COCO AP, PASCAL VOC mAP, or accuracy.
+    """Builds the evaluator that a data set's metadata names: COCO AP, Pascal VOC mAP or accuracy.
 
     Args:
-        tasks: Of COCO's "bbox", "segm", "keypoints" those to evaluate; None: all that the model predicts.
+        tasks: Tasks to evaluate, from COCO's "bbox", "segm" and "keypoints"; None means all that the model predicts.
 
     Raises:
         InputError: If the data set has no evaluator.
@@ -65,7 +65,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, *, tasks: Sequence[str] | N
 
 
 def check_evaluator(dataset_name: str) -> str:
-    """Return the kind of evaluator that a data set's metadata names.
+    """Returns the kind of evaluator that a data set's metadata names.
 
     Raises:
         InputError: If it is not one of :data:`KINDS`.
@@ -80,10 +80,10 @@ def check_evaluator(dataset_name: str) -> str:
 
 
 def check_evaluation(cfg: CfgNode) -> None:
-    """Check that every data set of DATASETS.TEST can be evaluated, and gives the metrics that TEST names.
+    """Checks that every data set of DATASETS.TEST can be evaluated and yields the metrics that TEST names.
 
     Raises:
-        InputError: If one has no evaluator, or a metric is not one of those that the evaluation gives.
+        InputError: If a data set has no evaluator, or the evaluation does not yield a metric.
     """
     architecture = student_config(cfg).MODEL.META_ARCHITECTURE
     for name in cfg.DATASETS.TEST:
@@ -110,7 +110,7 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
 
 
 def metric_names(cfg: CfgNode) -> list[str]:
-    """Return the names of all metrics of a run's evaluation; [] if it trains an architecture of a plugin."""
+    """Returns the names of all metrics of a run's evaluation; [] if its architecture comes from a plugin."""
     mutual = MutualStudents.__name__ == cfg.MODEL.META_ARCHITECTURE
     students = load_peer_configs(cfg) if mutual else [student_config(cfg)]
     found = [_student_metrics(student) for student in students]
@@ -149,9 +149,9 @@ def _classification_metrics(count: int, classes: Sequence[str]) -> list[str]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give all processes the main one's buffers: what is evaluated is what is saved.
+    """Copies the main process's buffers to all processes, so that the evaluated model is the one that is saved.
 
-    Each process of a training has running statistics of its own in its batch norms.
+    During training the batch norms of each process have their own running statistics.
     """
     if comm.get_world_size() > 1:
         for buffer in model.buffers():

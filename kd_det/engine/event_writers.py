@@ -1,4 +1,4 @@
-"""Where a run's scalars and pictures go: the terminal, ``metrics.json``, Weights & Biases, TensorBoard."""
+"""Writes a run's scalars and pictures to the terminal, ``metrics.json``, Weights & Biases and TensorBoard."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressPrinter(CommonMetricPrinter):
-    """Detectron2's, which at a second line about an iteration, after an error in it, may divide by zero."""
+    """Extends Detectron2's printer, which may divide by zero when an error makes it print an iteration twice."""
 
     last = -1
 
@@ -37,11 +37,11 @@ class ProgressPrinter(CommonMetricPrinter):
 class MetricsWriter(EventWriter):
     """Writes scalars as lines of JSON, one per iteration, in Detectron2's format.
 
-    Other than Detectron2's own writer it writes them in the order of the iterations, null for a value that is no
-    number, which JSON does not have, and holds no open file, so that lines can be dropped.
+    Unlike Detectron2's own writer, it writes them in the order of the iterations, writes null for NaN, which JSON does
+    not have, and keeps no file open, so that lines can be dropped.
 
     Args:
-        path: The file, which new lines are appended to.
+        path: The file that new lines are appended to.
     """
 
     def __init__(self, path: str):
@@ -57,7 +57,7 @@ class MetricsWriter(EventWriter):
 
 
 class TensorBoardWriter(TensorboardXWriter):
-    """Detectron2's, whose errors name its file, for example on a full disk."""
+    """Extends Detectron2's writer: its errors name the file, for example on a full disk."""
 
     def __init__(self, folder: str):
         super().__init__(folder)
@@ -75,14 +75,14 @@ class TensorBoardWriter(TensorboardXWriter):
 class WandbWriter(EventWriter):
     """Sends scalars, pictures and the config to Weights & Biases.
 
-    A resumed run goes on there, too: its id is that of the run, which checkpoints hold. Of iterations that are computed
-    again, Weights & Biases keeps what it has.
+    A resumed run continues the same Weights & Biases run, whose id is stored in the checkpoint. Iterations that are
+    recomputed are not logged twice: Weights & Biases keeps the values that it already has.
 
     It must write before :class:`TensorBoardWriter`, which clears the pictures.
 
     Args:
         cfg: The run's config.
-        trainer: Its ``run`` is read when there is something to send, after a checkpoint was loaded.
+        trainer: The trainer; its ``run`` is read at the first write, after a checkpoint has been loaded.
 
     Raises:
         InputError: If the package is missing.
@@ -125,7 +125,7 @@ class WandbWriter(EventWriter):
 
 
 def build_writers(cfg: CfgNode, trainer: TrainerBase) -> list[EventWriter]:
-    """The writers of a run, and the folder that they write into.
+    """Builds the writers of a run, and makes the folder that they write to.
 
     Raises:
         InputError: If WANDB.PROJECT is set and the package is missing.
@@ -144,28 +144,28 @@ def metrics_path(cfg: CfgNode) -> str:
 
 
 def new_scalars(last: int) -> dict[int, dict[str, float]]:
-    """Iteration to name and value of the scalars after an iteration; losses and times are medians of 20 iterations."""
-    found = defaultdict(dict)
+    """Maps each iteration after `last` to its scalars by name; losses and times are medians of 20 iterations."""
+    scalars = defaultdict(dict)
     for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint().items():
         if iteration > last:
-            found[iteration][name] = value
-    return dict(sorted(found.items()))
+            scalars[iteration][name] = value
+    return dict(sorted(scalars.items()))
 
 
 def as_uint8(image: Tensor | np.ndarray) -> np.ndarray:
-    """A picture of the storage, (3, H, W), floats from 0 to 1 or uint8, as uint8 (H, W, 3)."""
+    """Converts a picture of the storage, (3, H, W), floats from 0 to 1 or uint8, to uint8 (H, W, 3)."""
     image = torch.as_tensor(image).detach().cpu().permute(1, 2, 0)
     return (image if image.dtype == torch.uint8 else (255 * image).byte()).numpy()
 
 
 def drop_lines(path: str, start: int) -> None:
-    """Drop the lines of ``metrics.json`` that a run will write again, and one that a kill cut off.
+    """Drops the lines of ``metrics.json`` that a run will write again, and a line that a kill cut off.
 
-    What else among them is not a line of an iteration is dropped too, and quoted in the log.
+    Other lines that do not belong to an iteration are dropped too, and quoted in the log.
 
     Args:
         path: The file; nothing happens without one.
-        start: The iteration from which the run goes on.
+        start: The iteration from which the run continues.
     """
     if not os.path.isfile(path):
         return
@@ -182,7 +182,7 @@ def drop_lines(path: str, start: int) -> None:
 
 
 def last_iteration(path: str) -> int:
-    """Find the last iteration in ``metrics.json``; -1 without any."""
+    """Finds the last iteration in ``metrics.json``; returns -1 if there is none."""
     if not os.path.isfile(path):
         return -1
     with open(path, "rb") as file:
@@ -190,7 +190,7 @@ def last_iteration(path: str) -> int:
 
 
 def logged_iteration(line: bytes) -> float:
-    """Read the iteration of a line of ``metrics.json``; -1 if it is not such a line."""
+    """Reads the iteration of a line of ``metrics.json``; returns -1 if the line has none."""
     try:
         iteration = json.loads(line)["iteration"]
     except (LookupError, RecursionError, TypeError, ValueError):

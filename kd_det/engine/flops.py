@@ -1,4 +1,4 @@
-"""What the inference of a model costs."""
+"""Counts the operations of a model's inference."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch import nn
 
 @torch.no_grad()
 def count_gflops(model: nn.Module, image: dict[str, Any]) -> float:
-    """Billions of multiply-adds of the inference on an image, as fvcore counts them.
+    """Counts the multiply-adds, in billions, of the inference on one image with fvcore.
 
     Args:
-        model: In evaluation mode.
-        image: A dict as the mapper makes it.
+        model: A model in evaluation mode.
+        image: The dict that a mapper makes of an image.
     """
     count = FlopCountAnalysis(model, [{"image": image["image"]}])
     count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")

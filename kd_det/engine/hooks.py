@@ -1,4 +1,4 @@
-"""Hooks of the trainer beside Detectron2's: the best checkpoint, every evaluation, what a run needs to be resumed."""
+"""Adds hooks to Detectron2's: for the best checkpoint, for every evaluation, and for exact resuming."""
 
 import logging
 import math
@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 class BestCheckpointer(HookBase):
-    """Keeps the checkpoint of the best evaluation so far as ``model_best.pth``, which itself says how good it is.
+    """Keeps the checkpoint of the best evaluation so far as ``model_best.pth``, together with its results.
 
     Args:
-        period: Iterations from one evaluation to the next; 0: only at the end.
-        metric: Of the evaluation, for example ``bbox/AP``; more is better.
+        period: Iterations between evaluations; 0 evaluates only at the end.
+        metric: Metric of the evaluation, for example ``bbox/AP``; higher is better.
 
     Attributes:
-        results: All that the best evaluation found; empty before the first one.
-        iteration: Its iteration.
+        results: All results of the best evaluation; empty before the first evaluation.
+        iteration: Iteration of the best evaluation.
     """
 
     def __init__(self, period: int, metric: str):
@@ -61,7 +61,7 @@ class BestCheckpointer(HookBase):
             self._check()
 
     def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:  # Not interrupted.
+        if self.trainer.iter >= self.trainer.max_iter:  # The run was not interrupted.
             self._check()
 
     def _check(self) -> None:
@@ -84,7 +84,7 @@ class BestCheckpointer(HookBase):
 
 
 class Rewind(HookBase):
-    """Lets precise batch norm take the same images each time: a resumed run takes those of an uninterrupted one.
+    """Restarts the data iterator of PreciseBN, so that it sees the same images in resumed and uninterrupted runs.
 
     Args:
         hook: Runs before this one.
@@ -98,11 +98,11 @@ class Rewind(HookBase):
 
 
 class EvaluationWriter(HookBase):
-    """Writes what an evaluation finds at once, before the next one replaces it in the storage, or a kill loses it.
+    """Writes the results of an evaluation at once, before the next one replaces them or a kill loses them.
 
     Args:
-        hook: Runs before this one and writes at iterations of its own.
-        period: Iterations from one evaluation to the next.
+        hook: The periodic writer, which runs before this hook and writes at its own iterations.
+        period: Iterations between evaluations.
     """
 
     def __init__(self, hook: hooks.PeriodicWriter, period: int):
@@ -117,10 +117,10 @@ class EvaluationWriter(HookBase):
 
 
 def with_own_hooks(found: Iterable[HookBase | None], cfg: CfgNode, ema: AveragedModel | None) -> list[HookBase | None]:
-    """Detectron2's hooks and, where each belongs, those of this package.
+    """Inserts the hooks of this package among Detectron2's.
 
     Args:
-        found: Detectron2's.
+        found: Detectron2's hooks.
         cfg: The whole config.
         ema: The averaged student, if there is one.
 
@@ -133,13 +133,13 @@ def with_own_hooks(found: Iterable[HookBase | None], cfg: CfgNode, ema: Averaged
     own: list[HookBase | None] = []
     for hook in found:
         if isinstance(hook, hooks.EvalHook):
-            # An evaluation may take longer than a cluster waits.
+            # An evaluation may take longer than a cluster waits after its signal.
             own.append(Interruption())
         own.append(hook)
         if isinstance(hook, hooks.PreciseBN):
             own.append(Rewind(hook))
             if ema is not None:
-                # Its batch norms, too, get the statistics of its own weights.
+                # The batch norms of the average also get the statistics of their own weights.
                 images, number = hook._data_loader, cfg.TEST.PRECISE_BN.NUM_ITER
                 averaged = hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, ema.module, images, number)
                 own += [averaged, Rewind(averaged)]

@@ -1,13 +1,13 @@
-"""Runs that a signal interrupts: the iteration is finished, a checkpoint saved, and the exit status tells.
+"""Ends an interrupted run cleanly: it finishes its iteration, saves a checkpoint and exits with a status of its own.
 
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, which ``#SBATCH --signal=USR1@120`` sends before SLURM takes the nodes, end a
-training after its iteration with status 75; the same command with ``--resume`` goes on. With several processes it is
-enough that one of them is told; all end after the same iteration. A second Ctrl-C ends the process at once, and the run
-resumes from the last checkpoint.
+training after its iteration with status 75; the same command with ``--resume`` continues it. With several processes it
+is enough that one of them receives the signal; all end after the same iteration. A second Ctrl-C ends the process at
+once, and the run resumes from the last checkpoint.
 
-An evaluation is finished first, and so is a run in its last iteration, which ends with status 0. ``torchrun`` ends with
-a status of its own, 1, passes SIGUSR1 on only with ``--signals-to-handle=SIGTERM,SIGINT,SIGUSR1``, and kills what does
-not end within ``--shutdown-timeout``, 30 seconds by default.
+An evaluation is finished first, and so is a run in its last iteration, which ends with status 0. ``torchrun`` ends
+with its own status, 1, forwards SIGUSR1 only with ``--signals-to-handle=SIGTERM,SIGINT,SIGUSR1``, and kills processes
+that do not end within ``--shutdown-timeout``, 30 seconds by default.
 """
 
 import logging
@@ -19,17 +19,17 @@ from contextlib import contextmanager
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from kd_det.engine.processes import INTERRUPTED, handled
+from kd_det.engine.processes import INTERRUPTED, handling_signals
 
 logger = logging.getLogger(__name__)
-# Those that came inside of `interruptible`.
+# These are the signals that arrived inside `interruptible`.
 _received: list[int] = []
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, the signals are noted for :class:`Interruption`, and do not end the process."""
-    with handled(_note):
+    """Records the signals inside the block for :class:`Interruption`, instead of ending the process."""
+    with handling_signals(_note):
         try:
             yield
         finally:
@@ -38,7 +38,7 @@ def interruptible() -> Iterator[None]:
 
 def _note(number: int, frame: object) -> None:
     if not _received and comm.is_main_process():
-        # Not by `logging`, which the signal may have interrupted.
+        # Do not use `logging` here, because the signal may have interrupted it.
         os.write(2, f"{signal.Signals(number).name}: the run ends when this iteration is saved.\n".encode())
     _received.append(number)
     if number == signal.SIGINT:
@@ -46,7 +46,7 @@ def _note(number: int, frame: object) -> None:
 
 
 class Interruption(HookBase):
-    """Saves a checkpoint and ends the process once it, or another one of the run, was told to end.
+    """Saves a checkpoint and ends the process after a signal to it or to another process of the run.
 
     Raises:
         SystemExit: With status 75, in all processes after the same iteration.
@@ -58,5 +58,5 @@ class Interruption(HookBase):
             return
         trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
         logger.warning("Interrupted after iteration %d, which is saved; --resume goes on.", trainer.iter)
-        comm.synchronize()  # A launcher ends the others when one has ended.
+        comm.synchronize()  # A launcher kills the other processes when one has ended.
         raise SystemExit(INTERRUPTED)

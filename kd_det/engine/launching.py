@@ -1,4 +1,4 @@
-"""The processes of a run: started here, or by ``torchrun`` or SLURM's ``srun``, of which this is one."""
+"""Starts the processes of a run, or joins those that ``torchrun`` or SLURM's ``srun`` has started."""
 
 import os
 import re
@@ -14,23 +14,23 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from kd_det.engine.cli import find_message, plain_errors
-from kd_det.engine.processes import INTERRUPTED, end_with_parent, passing_on
+from kd_det.engine.processes import INTERRUPTED, end_with_parent, forwarding_signals
 from kd_det.errors import InputError
 
 
 def launch_workers(main: Callable[[Namespace], None], args: Namespace) -> None:
-    """Run `main(args)` on each GPU that ``--num-gpus`` asks for, or as one rank of ``torchrun`` or ``srun``.
+    """Runs `main(args)` on each GPU that ``--num-gpus`` asks for, or as one rank of ``torchrun`` or ``srun``.
 
-    A batch script of SLURM and a shell in an allocation run as they would without it, and so does ``srun`` of one task.
+    A SLURM batch script, a shell in an allocation and ``srun`` with one task behave as if SLURM were absent.
 
     Raises:
-        InputError: If the machine has fewer GPUs, or what SLURM tells does not make a rank.
+        InputError: If the machine has fewer GPUs, or SLURM's variables do not describe a rank.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(os.getppid())
         run_rank(main, args)
         return
-    # Other variables, such as SLURM_NTASKS and SLURM_PROCID, are in batch scripts and interactive shells, too.
+    # Other variables, such as SLURM_NTASKS and SLURM_PROCID, are also set in batch scripts and interactive shells.
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         os.environ |= rank_of_task(os.environ)
         run_rank(main, args)
@@ -43,8 +43,8 @@ def launch_workers(main: Callable[[Namespace], None], args: Namespace) -> None:
     if args.dist_url == "auto":
         args.dist_url = f"tcp://127.0.0.1:{free_port()}"
     try:
-        with passing_on():
-            # When this process is killed, torch sends SIGINT to those that it starts here.
+        with forwarding_signals():
+            # If this process is killed, torch sends SIGINT to the processes that it has started here.
             start_processes(run_spawned_rank, args=(main, args), nprocs=args.num_gpus)
     except ProcessExitedException as error:
         if error.exit_code == INTERRUPTED:
@@ -58,8 +58,8 @@ def launch_workers(main: Callable[[Namespace], None], args: Namespace) -> None:
 
 
 def run_spawned_rank(local_rank: int, main: Callable[[Namespace], None], args: Namespace) -> None:
-    """Run `main(args)` as one of the ranks that ``--num-gpus`` asks for."""
-    os.setsid()  # A terminal's Ctrl-C comes by the process that launched it, once.
+    """Runs `main(args)` as one of the ranks that ``--num-gpus`` asks for."""
+    os.setsid()  # A Ctrl-C then reaches this process only once, through its launcher.
     rank, size = args.machine_rank * args.num_gpus + local_rank, args.num_machines * args.num_gpus
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(args.num_gpus)}
@@ -68,14 +68,14 @@ def run_spawned_rank(local_rank: int, main: Callable[[Namespace], None], args: N
 
 
 def run_rank(main: Callable[[Namespace], None], args: Namespace, meeting_place: str = "env://") -> None:
-    """Run `main(args)` as the rank that the environment names in ``torchrun``'s variables.
+    """Runs `main(args)` as the rank that the environment names in ``torchrun``'s variables.
 
-    Tensors on GPUs are exchanged by NCCL, those on CPUs by gloo, whatever this machine has.
+    GPU tensors are exchanged by NCCL and CPU tensors by gloo, whatever hardware this machine has.
 
     Args:
-        main: What to run.
+        main: The function to run.
         args: Its arguments.
-        meeting_place: URL at which the ranks find each other; by default that of ``torchrun``'s variables.
+        meeting_place: URL at which the ranks find each other; by default taken from ``torchrun``'s variables.
     """
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -87,21 +87,21 @@ def run_rank(main: Callable[[Namespace], None], args: Namespace, meeting_place: 
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     try:
         main(args)
-    except SystemExit:  # All ranks end together.
+    except SystemExit:  # All ranks exit together here.
         torch.distributed.destroy_process_group()
         raise
-    # Not after an error: a rank that fails alone would wait here for the others, and not say why it failed.
+    # Skip this after an error: a rank that fails alone would wait here for the others and never report its error.
     torch.distributed.destroy_process_group()
 
 
 def use_own_gpu(device: str) -> None:
-    """Give a rank, whose model runs on GPUs, the GPU of its number on this machine.
+    """Selects the GPU with the rank's local number, if its model runs on a GPU.
 
     Args:
         device: MODEL.DEVICE.
 
     Raises:
-        InputError: If the processes of this machine are more than its GPUs.
+        InputError: If this machine has more processes than GPUs.
     """
     if torch.device(device).type != "cuda" or comm.get_world_size() == 1:
         return
@@ -115,23 +115,23 @@ def use_own_gpu(device: str) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """Finds a port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def rank_of_task(variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables that ``torchrun`` would set for a task of ``srun``.
+    """Returns the variables that ``torchrun`` would set for a task of ``srun``.
 
-    The machine and the port at which ranks meet are MASTER_ADDR and MASTER_PORT where these are set, or else the first
-    machine of the tasks and a port that job and step make.
+    The ranks meet at MASTER_ADDR and MASTER_PORT if these are set, and otherwise on the first machine of the tasks, at
+    a port computed from the numbers of the job and the step.
 
     Args:
-        variables: Those of the task.
+        variables: Environment variables of the task.
 
     Raises:
-        InputError: If machines have unequal numbers of tasks, or the first machine cannot be told.
+        InputError: If machines have unequal numbers of tasks, or the first machine cannot be determined.
     """
     per_machine = re.fullmatch(r"(\d+)(?:\(x\d+\))?", variables["SLURM_STEP_TASKS_PER_NODE"])
     if not per_machine:
@@ -151,10 +151,10 @@ def rank_of_task(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_machine(machines: str) -> str:
-    """The first one of a list as SLURM writes it, such as ``gpu[03-04]``.
+    """Returns the first machine of a list in SLURM's notation, such as ``gpu[03-04]``.
 
     Raises:
-        InputError: If SLURM's ``scontrol`` cannot be asked.
+        InputError: If SLURM's ``scontrol`` cannot be run.
     """
     try:
         asked = subprocess.run(["scontrol", "show", "hostnames", machines], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Choose what reads the images: of detectors or of image classifiers."""
+"""Builds mappers and data loaders for detectors and for image classifiers."""
 
 from collections.abc import Callable
 
@@ -19,24 +19,24 @@ from kd_det.data.workers import end_with_the_run
 
 
 def is_classifier(cfg: CfgNode) -> bool:
-    """Whether a config's student is an image classifier."""
+    """Checks whether a config's student is an image classifier."""
     return ImageClassifier.__name__ == student_config(cfg).MODEL.META_ARCHITECTURE
 
 
 def build_test_mapper(cfg: CfgNode) -> Callable[[dict], dict]:
-    """What reads the image of a data set's record as the evaluation of the student does."""
+    """Builds the mapper that reads a record's image as the evaluation of the student does."""
     return (ClassificationMapper if is_classifier(cfg) else DetectionMapper)(cfg, is_train=False)
 
 
 def build_train_loader(cfg: CfgNode):
-    """Build the loader of a run's training images."""
+    """Builds the loader of a run's training images."""
     if is_classifier(cfg):
         return build_classification_train_loader(cfg)
     return build_detection_training_loader(cfg)
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str):
-    """Build the loader of a test set's images, whose workers ignore the signals that end a run."""
+    """Builds the loader of a test set's images, whose workers ignore the signals that end a run."""
     if is_classifier(cfg):
         return build_classification_test_loader(cfg, dataset_name)
     with proposal_files(cfg, "TEST", [dataset_name]) as files:

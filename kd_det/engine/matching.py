@@ -1,4 +1,4 @@
-"""Which detections are right: COCO's one-to-one matching at one IoU, and the score threshold of the best F1."""
+"""Matches detections to objects one to one at one IoU, as COCO does, and finds the threshold of the best F1."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 @dataclass(frozen=True)
 class Outcome:
-    """What becomes of one image's detections and objects at a score threshold.
+    """Holds the outcome for one image's detections and objects at a score threshold.
 
     Attributes:
         hits: Whether each detection is shown and matches an object, (D,).
@@ -28,16 +28,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Matches:
-    """The matching of one image's detections and objects, for all score thresholds.
+    """Holds the matching of one image's detections to its objects, for all score thresholds.
 
-    Detections choose their objects by falling score, so leaving out those of low scores changes nothing for the others.
+    Detections choose their objects in descending order of score, so leaving out low scores does not affect the others.
 
     Attributes:
         scores: Score of each detection, (D,).
         hits: Whether each detection matches an object, (D,).
-        ignored: Whether each detection is neither right nor wrong: it matches only a crowd, or its class is not
+        ignored: Whether each detection is neither right nor wrong, because it matches only a crowd or its class is not
             labelled, (D,).
-        found_at: Score of the detection that matches each object, (G,): -inf where none does, inf for a crowd.
+        found_at: Score of the detection that matches each object, (G,); -inf without a match, inf for a crowd.
     """
 
     scores: np.ndarray
@@ -46,14 +46,14 @@ class Matches:
     found_at: np.ndarray
 
     def at(self, threshold: float) -> Outcome:
-        """Return the outcome if detections with at least this score are shown."""
+        """Returns the outcome if detections with at least this score are shown."""
         shown = self.scores >= threshold
         return Outcome(shown & self.hits, shown & ~self.hits & ~self.ignored, self.found_at < threshold)
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A score threshold and the F1, from 0 to 1, that a detector reaches with it."""
+    """Holds a score threshold and the F1, from 0 to 1, that a detector reaches with it."""
 
     threshold: float
     f1: float
@@ -62,12 +62,12 @@ class OperatingPoint:
 def match(
     images: Sequence[tuple[Sequence[dict], Instances]], *, classes: int | None = None, iou: float = 0.5
 ) -> list[Matches]:
-    """Match detections with objects of their class, each with one at most, as COCO's metric does.
+    """Matches each detection to at most one object of its class, as COCO's metric does.
 
     Args:
         images: Annotations (Detectron2's dicts) and detections of each image.
-        classes: Number of classes that are labelled: detections of later ones are ignored. None: all are.
-        iou: Least overlap of two boxes that match.
+        classes: Number of labelled classes; detections of later classes are ignored. None means that all are labelled.
+        iou: Minimum IoU of two boxes that match.
     """
     truth, found = COCO(), COCO()
     truth.dataset = _describe([_read_annotations(annotations) for annotations, _ in images])
@@ -101,14 +101,14 @@ def match(
 
 
 def operating_point(matches: Iterable[Matches], threshold: float | None = None) -> OperatingPoint:
-    """Return a threshold and the F1 over all images and classes together that a detector has with it.
+    """Returns a threshold and a detector's F1 at it, over all images and classes together.
 
-    F1 is the harmonic mean of precision and recall, and 0 where there is no hit.
+    F1 is the harmonic mean of precision and recall, and 0 without any hit.
 
     Args:
         matches: The matches of all images of a data set.
-        threshold: Least score that counts. None stands for the threshold of the highest F1, and for the highest of
-            several such thresholds; without any detection it is 1.
+        threshold: Minimum score that counts. None chooses the threshold with the highest F1, and the highest threshold
+            if several are equal; without any detection it is 1.
     """
     matches = list(matches)
     objects = sum(np.count_nonzero(image.found_at < np.inf) for image in matches)
@@ -126,7 +126,7 @@ def operating_point(matches: Iterable[Matches], threshold: float | None = None) 
 
 
 def _describe(images: Sequence[Sequence[dict]]) -> dict:
-    """Return a data set in COCO's format: an image's index is its id; ids of annotations count from 1."""
+    """Converts annotations to COCO's format: an image's index is its id, and annotation ids count from 1."""
     items = [item | {"image_id": index} for index, image in enumerate(images) for item in image]
     return {
         "images": [{"id": index} for index in range(len(images))],

@@ -17,7 +17,7 @@ PARENT = "KD_DET_PARENT"
 
 
 @contextmanager
-def handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
     """Let a function handle the signals inside."""
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
@@ -28,14 +28,14 @@ def handled(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 
 @contextmanager
-def passing_on() -> Iterator[None]:
+def forwarding_signals() -> Iterator[None]:
     """Pass the signals on to the children of :mod:`multiprocessing` inside, instead of ending this process."""
 
     def pass_on(number: int, frame: object) -> None:
         for child in multiprocessing.active_children():
             os.kill(child.pid, number)
 
-    with handled(pass_on):
+    with handling_signals(pass_on):
         yield
 
 
@@ -43,7 +43,7 @@ def passing_on() -> Iterator[None]:
 def running_commands() -> Iterator["Commands"]:
     """Pass the signals on to the commands that are running, instead of ending this process; none outlives the block."""
     commands = Commands()
-    with handled(lambda number, frame: commands._received.append(number)):
+    with handling_signals(lambda number, frame: commands._received.append(number)):
         try:
             yield commands
         finally:
