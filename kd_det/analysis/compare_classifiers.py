@@ -1,4 +1,4 @@
-"""The part of a comparison that is about image classifiers; ``detection`` has the same names for detectors."""
+"""Compares image classifiers; ``compare_detectors`` has the same functions for detectors."""
 
 from collections.abc import Mapping, Sequence
 
