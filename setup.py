@@ -22,7 +22,7 @@ DETECTRON2 = [
 # Fuses the boxes of several detectors: kd_det/analysis/ensemble.py.
 ENSEMBLE = ["ensemble-boxes>=1.0.9"]
 # scikit-learn brings the images of the data sets digits_train and digits_test.
-TOOLS = ["pytest>=7", "pytest-xdist>=3", "ruff", "scikit-learn"]
+TOOLS = ["mypy", "pytest>=7", "pytest-xdist>=3", "ruff", "scikit-learn", "types-PyYAML", "types-tabulate", "types-tqdm"]
 DOCS = ["furo", "myst-parser>=4", "sphinx>=8"]
 
 readme = Path(__file__).with_name("README.md")
