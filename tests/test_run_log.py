@@ -27,7 +27,7 @@ def message(name: str, text: str, level: int = logging.INFO) -> logging.LogRecor
         ("detectron2.evaluation.evaluator", "Inference done 11/20. Total: 0.0579 s/iter. ETA=0:00:59", False),
         ("detectron2.evaluation.evaluator", "Inference done 11/20. Total: 9.0579 s/iter. ETA=0:01:12", True),
         ("fvcore.common.checkpoint", "Saving checkpoint to a.pth", True),
-        ("kd_det.engine.summary", "What is trained:", True),
+        ("kd_det.engine.summary", "Summary of the run:", True),
     ],
 )
 def test_the_terminal_leaves_details_out(name, text, shown):
@@ -48,7 +48,13 @@ def test_a_run_of_200_iterations_shows_fewer_than_80_lines(coco_folder, tmp_path
     assert len(lines) + len(done.stderr.splitlines()) + 200 / 20 - len(progress) < 80
     assert "Warning" not in done.stderr
     assert len(set(lines) - {""}) > len(lines) - 10  # Only tables repeat a line.
-    for shown in ("What is trained:", "total_loss: ", "model_final.pth", f"{tmp_path}/run/log.txt", "The results, in"):
+    for shown in (
+        "Summary of the run:",
+        "total_loss: ",
+        "model_final.pth",
+        f"{tmp_path}/run/log.txt",
+        "The results, in",
+    ):
         assert shown in done.stdout
     log = (tmp_path / "run/log.txt").read_text()
     for detail in ("Environment info:", "Running with full config:", "Model:", "Average Precision", "copypaste: "):

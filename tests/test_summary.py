@@ -31,7 +31,7 @@ def told(caplog):
     caplog.set_level("INFO", "kd_det.engine.summary")
 
     def read(index=-1):
-        found = [message for message in caplog.messages if message.startswith("What is trained:")]
+        found = [message for message in caplog.messages if message.startswith("Summary of the run:")]
         lines = [re.split(r"\s{2,}", line) for line in found[index].splitlines() if line]
         return {line[0]: line[1:] for line in lines}, len(found)
 
@@ -112,7 +112,7 @@ def test_other_processes_are_silent(distilled, caplog, monkeypatch):
     caplog.set_level("INFO", "kd_det.engine.summary")
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
     log_summary(trainer)
-    assert "What is trained" not in caplog.text
+    assert "Summary of the run" not in caplog.text
 
 
 @pytest.mark.usefixtures("uncounted")
@@ -138,7 +138,7 @@ def test_a_stage_and_the_run_behind_it(coco_folder, teacher, tmp_path, told):
     assert count == 2
     assert [rows["parameters"][0].endswith(", 0.00 M trained") for rows in (stage, run)] == [True, False]
     assert [rows["FactorTransferHead"][-1] for rows in (stage, run)] == ["p3: 24 channels, stride 8"] * 2
-    line = f"A stage before has trained {tmp_path}/pretrain/model_final.pth."
+    line = f"The pre-training stage has trained {tmp_path}/pretrain/model_final.pth."
     assert [line in rows for rows in (stage, run)] == [False, True]
 
 
@@ -146,7 +146,7 @@ def test_a_stage_and_the_run_behind_it(coco_folder, teacher, tmp_path, told):
 def test_a_head_that_ends_with_its_stage(teacher, coco_folder, tmp_path, told):
     options = {"KD.HINT.STAGES": 2, "KD.PRETRAIN.MAX_ITER": 1}
     log_summary(trainer_of(with_data(distilled_cfg(teacher, ["HintHead"], options), coco_folder, tmp_path)))
-    assert told()[0]["HintHead"][1:3] == ["in the stage before alone", "p2: 16 channels, stride 4"]
+    assert told()[0]["HintHead"][1:3] == ["in the pre-training stage only", "p2: 16 channels, stride 4"]
 
 
 @pytest.mark.usefixtures("uncounted")

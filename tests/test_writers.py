@@ -145,9 +145,7 @@ def test_odd_lines_are_dropped_and_quoted(tmp_path, caplog, odd, start, kept):
     before = path.read_bytes().splitlines()
     drop_lines(str(path), start)
     assert path.read_bytes().splitlines() == before[: 2 * kept - 1]
-    assert (
-        f"{path}: line 4, which is not one of an iteration, is dropped: {odd.encode('latin-1')!r}"[:-1] in caplog.text
-    )
+    assert f"{path}: drops line 4, which belongs to no iteration: {odd.encode('latin-1')!r}"[:-1] in caplog.text
 
 
 def test_without_a_file_there_is_nothing_to_drop(tmp_path):

@@ -57,6 +57,6 @@ class EMAEvaluation(hooks.EvalHook):
 
     def _evaluate(self) -> dict:
         logger.info("The averaged weights:")
-        found = {"ema": self.trainer.test(self.cfg, self.ema.module)}
-        self.trainer._last_eval_results |= found
-        return found
+        results = {"ema": self.trainer.test(self.cfg, self.ema.module)}
+        self.trainer._last_eval_results |= results
+        return results

@@ -113,11 +113,11 @@ def metric_names(cfg: CfgNode) -> list[str]:
     """Returns the names of all metrics of a run's evaluation; [] if its architecture comes from a plugin."""
     mutual = MutualStudents.__name__ == cfg.MODEL.META_ARCHITECTURE
     students = load_peer_configs(cfg) if mutual else [student_config(cfg)]
-    found = [_student_metrics(student) for student in students]
-    if not all(found):
+    metrics = [_student_metrics(student) for student in students]
+    if not all(metrics):
         return []
-    averaged = [f"ema/{name}" for name in found[0]] if cfg.SOLVER.EMA_DECAY else []
-    return [*found[0], *averaged, *(f"peer_{i}/{name}" for i, names in enumerate(found[1:], 2) for name in names)]
+    averaged = [f"ema/{name}" for name in metrics[0]] if cfg.SOLVER.EMA_DECAY else []
+    return [*metrics[0], *averaged, *(f"peer_{i}/{name}" for i, names in enumerate(metrics[1:], 2) for name in names)]
 
 
 def _student_metrics(cfg: CfgNode) -> list[str]:
@@ -136,16 +136,15 @@ def _dataset_metrics(cfg: CfgNode, name: str) -> list[str]:
         return [f"bbox/{metric}" for metric in ("AP", "AP50", "AP75")] if tasks else []
     if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
         tasks += [task for task, key in (("segm", "MASK_ON"), ("keypoints", "KEYPOINT_ON")) if cfg.MODEL[key]]
-    own = [f"AP-{name}" for name in distinct(classes)] if len(classes) > 1 else []
-    return [
-        f"{task}/{metric}" for task in tasks for metric in (*METRICS[task], *(own if task != "box_proposals" else ()))
-    ]
+    per_class = [f"AP-{name}" for name in distinct(classes)] if len(classes) > 1 else []
+    names = {task: [*METRICS[task], *(per_class if task != "box_proposals" else ())] for task in tasks}
+    return [f"{task}/{metric}" for task, metrics in names.items() for metric in metrics]
 
 
 def _classification_metrics(count: int, classes: Sequence[str]) -> list[str]:
     names = dict(enumerate(classes))
-    own = [f"top1-{names.get(index, index)}" for index in range(count)] if count <= MAX_LISTED else []
-    return [f"classification/{name}" for name in ("top1", *(["top5"] if count > 5 else []), "error", *own)]
+    per_class = [f"top1-{names.get(index, index)}" for index in range(count)] if count <= MAX_LISTED else []
+    return [f"classification/{name}" for name in ("top1", *(["top5"] if count > 5 else []), "error", *per_class)]
 
 
 def share_buffers(model: nn.Module) -> None:

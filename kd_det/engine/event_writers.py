@@ -112,11 +112,11 @@ class WandbWriter(EventWriter):
         )
 
     def write(self) -> None:
-        found = new_scalars(self.last)
+        values = new_scalars(self.last)
         for name, image, iteration in get_event_storage()._vis_data:
-            found.setdefault(iteration, {})[name] = self.wandb.Image(as_uint8(image))
-        for iteration, values in sorted(found.items()):
-            self.run.log(values, step=iteration)
+            values.setdefault(iteration, {})[name] = self.wandb.Image(as_uint8(image))
+        for iteration, logged in sorted(values.items()):
+            self.run.log(logged, step=iteration)
             self.last = iteration
 
     def close(self) -> None:
@@ -171,14 +171,14 @@ def drop_lines(path: str, start: int) -> None:
         return
     with open(path, "rb") as file:
         lines = file.readlines()
-    kept = len(lines)
-    while kept and not (lines[kept - 1].endswith(b"\n") and -1 < logged_iteration(lines[kept - 1]) < start):
-        kept -= 1
-    for number, line in enumerate(lines[kept:], kept + 1):
+    end = len(lines)
+    while end and not (lines[end - 1].endswith(b"\n") and -1 < logged_iteration(lines[end - 1]) < start):
+        end -= 1
+    for number, line in enumerate(lines[end:], end + 1):
         if line.endswith(b"\n") and logged_iteration(line) < 0:
-            logger.warning("%s: line %d, which is not one of an iteration, is dropped: %r", path, number, line[:200])
-    if kept < len(lines):
-        write_whole(path, lambda file: file.writelines(lines[:kept]))
+            logger.warning("%s: drops line %d, which belongs to no iteration: %r", path, number, line[:200])
+    if end < len(lines):
+        write_whole(path, lambda file: file.writelines(lines[:end]))
 
 
 def last_iteration(path: str) -> int:

@@ -65,19 +65,19 @@ class BestCheckpointer(HookBase):
             self._check()
 
     def _check(self) -> None:
-        found = flatten_results_dict(self.trainer._last_eval_results)
-        if self.metric not in found:
-            raise InputError(f"TEST.BEST_METRIC: got {self.metric!r}; the evaluation gives {', '.join(found)}.")
-        if math.isnan(found[self.metric]):
+        results = flatten_results_dict(self.trainer._last_eval_results)
+        if self.metric not in results:
+            raise InputError(f"TEST.BEST_METRIC: got {self.metric!r}; the evaluation gives {', '.join(results)}.")
+        if math.isnan(results[self.metric]):
             logger.warning(
                 "TEST.BEST_METRIC: %s is nan, so this evaluation writes no model_best.pth: the test set has no objects "
                 "of this kind, or the model finds nothing.",
                 self.metric,
             )
-        if found[self.metric] > self.best:
-            self.best = float(found[self.metric])
+        if results[self.metric] > self.best:
+            self.best = float(results[self.metric])
             logger.info("The best so far: %s is %.4f.", self.metric, self.best)
-            self.results = {name: float(value) for name, value in found.items()}
+            self.results = {name: float(value) for name, value in results.items()}
             self.iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
             best = {self.metric: self.best}
             self.trainer.checkpointer.write("model_best", iteration=self.iteration, best=best, results=self.results)
@@ -116,11 +116,11 @@ class EvaluationWriter(HookBase):
                 writer.write()
 
 
-def with_own_hooks(found: Iterable[HookBase | None], cfg: CfgNode, ema: AveragedModel | None) -> list[HookBase | None]:
+def extend_hooks(stock: Iterable[HookBase | None], cfg: CfgNode, ema: AveragedModel | None) -> list[HookBase | None]:
     """Inserts the hooks of this package among Detectron2's.
 
     Args:
-        found: Detectron2's hooks.
+        stock: Detectron2's hooks.
         cfg: The whole config.
         ema: The averaged student, if there is one.
 
@@ -130,23 +130,23 @@ def with_own_hooks(found: Iterable[HookBase | None], cfg: CfgNode, ema: Averaged
     metric = cfg.TEST.BEST_METRIC
     if metric and not cfg.DATASETS.TEST:
         raise InputError(f"TEST.BEST_METRIC: got {metric!r}, but DATASETS.TEST names no data set.")
-    own: list[HookBase | None] = []
-    for hook in found:
+    extended: list[HookBase | None] = []
+    for hook in stock:
         if isinstance(hook, hooks.EvalHook):
-            # An evaluation may take longer than a cluster waits after its signal.
-            own.append(Interruption())
-        own.append(hook)
+            # A cluster may not wait as long as an evaluation takes, so this stops for a signal before it.
+            extended.append(Interruption())
+        extended.append(hook)
         if isinstance(hook, hooks.PreciseBN):
-            own.append(Rewind(hook))
+            extended.append(Rewind(hook))
             if ema is not None:
                 # The batch norms of the average also get the statistics of their own weights.
                 images, number = hook._data_loader, cfg.TEST.PRECISE_BN.NUM_ITER
                 averaged = hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, ema.module, images, number)
-                own += [averaged, Rewind(averaged)]
+                extended += [averaged, Rewind(averaged)]
         if isinstance(hook, hooks.EvalHook) and ema is not None:
-            own.append(EMAEvaluation(cfg, ema))
+            extended.append(EMAEvaluation(cfg, ema))
         if isinstance(hook, hooks.EvalHook) and metric and comm.is_main_process():
-            own.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, metric))
+            extended.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, metric))
         if isinstance(hook, hooks.PeriodicWriter) and cfg.TEST.EVAL_PERIOD > 0:
-            own.append(EvaluationWriter(hook, cfg.TEST.EVAL_PERIOD))
-    return own
+            extended.append(EvaluationWriter(hook, cfg.TEST.EVAL_PERIOD))
+    return extended

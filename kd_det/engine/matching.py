@@ -69,14 +69,14 @@ def match(
         classes: Number of labelled classes; detections of later classes are ignored. None means that all are labelled.
         iou: Minimum IoU of two boxes that match.
     """
-    truth, found = COCO(), COCO()
+    truth, predicted = COCO(), COCO()
     truth.dataset = _describe([_read_annotations(annotations) for annotations, _ in images])
-    found.dataset = _describe([_read_instances(instances) for _, instances in images])
-    objects, detections = truth.dataset["annotations"], found.dataset["annotations"]
+    predicted.dataset = _describe([_read_instances(instances) for _, instances in images])
+    objects, detections = truth.dataset["annotations"], predicted.dataset["annotations"]
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-        found.createIndex()
-        evaluation = COCOeval(truth, found, "bbox")
+        predicted.createIndex()
+        evaluation = COCOeval(truth, predicted, "bbox")
         evaluation.params.iouThrs = [iou]
         evaluation.params.areaRng = [[0, np.inf]]
         evaluation.params.maxDets = [len(detections)]
@@ -88,9 +88,9 @@ def match(
     found_at = np.array([np.inf if item["iscrowd"] else -np.inf for item in objects])
     for part in filter(None, evaluation.evalImgs):
         # Both kinds of ids count from 1; 0 stands for no match.
-        own = np.array(part["dtIds"], dtype=int) - 1
-        ignored[own] |= part["dtIgnore"][0]
-        hits[own] = (part["dtMatches"][0] > 0) & ~ignored[own]
+        indices = np.array(part["dtIds"], dtype=int) - 1
+        ignored[indices] |= part["dtIgnore"][0]
+        hits[indices] = (part["dtMatches"][0] > 0) & ~ignored[indices]
         for number, matched in zip(part["gtIds"], part["gtMatches"][0].astype(int), strict=True):
             if matched:
                 found_at[number - 1] = max(found_at[number - 1], scores[matched - 1])
@@ -145,7 +145,7 @@ def _read_annotations(annotations: Sequence[dict]) -> list[dict]:
 
 def _read_instances(instances: Instances) -> list[dict]:
     boxes = BoxMode.convert(instances.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
-    kept = zip(boxes, instances.pred_classes.tolist(), instances.scores.tolist(), strict=True)
+    items = zip(boxes, instances.pred_classes.tolist(), instances.scores.tolist(), strict=True)
     return [
-        {"bbox": box, "area": box[2] * box[3], "category_id": number, "score": score} for box, number, score in kept
+        {"bbox": box, "area": box[2] * box[3], "category_id": number, "score": score} for box, number, score in items
     ]

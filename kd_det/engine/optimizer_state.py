@@ -1,4 +1,4 @@
-"""Resume an optimizer: what it has accumulated comes from the checkpoint, its options come from the config."""
+"""Resumes an optimizer: takes its accumulated state from the checkpoint and its options from the config."""
 
 import logging
 from collections import Counter
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Name an optimizer's parameters, in the order in which its state counts them."""
+    """Lists the names of an optimizer's parameters, in the order of the indices in its state."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -23,25 +23,26 @@ def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
 def adapt_state(
     saved: dict[str, Any], optimizer: Optimizer, names: Sequence[str], saved_names: Sequence[str] | None
 ) -> tuple[dict[str, Any], bool]:
-    """Sort the state of an optimizer into groups that another config has made, which keep their options.
+    """Adapts the saved state of an optimizer to the parameter groups of this config, which keep their options.
 
     Args:
-        saved: The state.
+        saved: The saved state.
         optimizer: The optimizer that is to load it.
-        names: Those of its parameters, in order.
-        saved_names: Those of the parameters of the state; None in an old checkpoint, whose groups must be the same.
+        names: Names of the optimizer's parameters, in order.
+        saved_names: Names of the parameters in the saved state; None for an old checkpoint, whose groups must match.
 
     Returns:
-        The state to load, and whether the learning rates are other ones. If they are not, the groups have those that
-        the schedule had reached.
+        The state to load, and whether the config's learning rates have changed. If they have not, the groups have the
+        rates that the schedule had reached.
 
     Raises:
-        ValueError: If other parameters were trained, or what was accumulated does not fit them.
+        ValueError: If other parameters were trained, or the accumulated state does not fit them.
     """
-    own = optimizer.state_dict()
+    current = optimizer.state_dict()
     if saved_names is None:
         saved_names = names
-        if [len(group["params"]) for group in saved["param_groups"]] != [len(x["params"]) for x in own["param_groups"]]:
+        sizes, saved_sizes = ([len(group["params"]) for group in x["param_groups"]] for x in (current, saved))
+        if sizes != saved_sizes:
             raise ValueError("its optimizer has other groups of parameters")
     different = set(names) ^ set(saved_names)
     if different:
@@ -51,7 +52,7 @@ def adapt_state(
     changes: Counter[tuple[str, Any, Any]] = Counter()
     state = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for group in own["param_groups"]:
+    for group in current["param_groups"]:
         for i in group["params"]:
             before = saved_groups[order[names[i]]]
             options = (group.keys() & before.keys()) - {"params", "lr"}
@@ -65,14 +66,14 @@ def adapt_state(
         logger.warning(
             "%s: %s instead of %s from here on, for %d parameters, as the config says.", name, now, before, number
         )
-    return {"state": state, "param_groups": own["param_groups"]}, any(key == "initial_lr" for key, *_ in changes)
+    return {"state": state, "param_groups": current["param_groups"]}, any(key == "initial_lr" for key, *_ in changes)
 
 
 def check_entry(name: str, entry: dict[str, Any], parameter: nn.Parameter) -> None:
-    """Check what an optimizer has accumulated of a parameter: numbers, and real tensors of the parameter's shape.
+    """Checks the accumulated state of a parameter: it may hold numbers, and real tensors of the parameter's shape.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If it holds anything else.
     """
     for key, value in entry.items():
         if value is None or isinstance(value, int | float):

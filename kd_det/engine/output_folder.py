@@ -1,4 +1,4 @@
-"""The output folder of a run: it can be written to, and no other run writes there meanwhile."""
+"""Claims the output folder of a run: checks that it is writable and keeps other runs out of it."""
 
 import functools
 import logging
@@ -13,32 +13,32 @@ from kd_det.errors import InputError
 from kd_det.files import Lock, explain, naming, remove_unfinished
 
 logger = logging.getLogger(__name__)
-# The folders that a run writes into without a claim on them: its own, and some below it. A generation claims its own.
+# A claim covers these folders: the run's own and some below it. A generation claims its own folder.
 PARTS = ("", "pretrain", "peer_*")
 _claims: dict[str, Lock] = {}
 
 
 def claim(folder: str) -> None:
-    """Make the output folder and keep other runs out of it, until :func:`release` or the end of this process.
+    """Makes the output folder and keeps other runs out of it, until :func:`release` or the end of this process.
 
-    The main process does so for all, and all call it. A folder that this process has claimed stays claimed. What an
-    earlier run left unfinished there when it was killed is removed.
+    All processes call it, and the main process acts for all of them. A folder that this process has already claimed
+    stays claimed. Unfinished files of an earlier run that was killed are removed.
 
     Raises:
         InputError: In all processes, if the folder cannot be written to, or another run writes there.
     """
     try:
         problem = "" if not comm.is_main_process() else _claim(folder)
-    except (OSError, ValueError) as error:  # Python's for a path with a null byte.
+    except (OSError, ValueError) as error:  # Python raises ValueError for a path with a null byte.
         reason = explain(error) if isinstance(error, OSError) else str(error)
         problem = f"{folder}: cannot be written to: {reason}."
-    problems = [found for found in comm.all_gather(problem) if found]
+    problems = [message for message in comm.all_gather(problem) if message]
     if problems:
         raise InputError(f"OUTPUT_DIR: {problems[0]}")
 
 
 def _claim(folder: str) -> str:
-    """Claim the folder in this process; returns why not, if another run writes there."""
+    """Claims the folder in this process; returns the reason if another run writes there, and "" otherwise."""
     os.makedirs(folder, exist_ok=True)
     key = os.path.realpath(folder)
     if key in _claims:
@@ -63,14 +63,14 @@ def _claim(folder: str) -> str:
 
 
 def release(folder: str) -> None:
-    """Let other runs write into a folder again."""
+    """Allows other runs to write into a folder again."""
     lock = _claims.pop(os.path.realpath(folder), None)
     if lock:
         lock.release()
 
 
 def claiming(train: Callable[..., None]) -> Callable[..., None]:
-    """Let a function that trains what a config describes claim the output folder as long as it runs."""
+    """Decorates a training function: it claims the output folder of its config while it runs."""
 
     @functools.wraps(train)
     def run(cfg: CfgNode, **options) -> None:

@@ -1,4 +1,4 @@
-"""Pictures as a grid of cells: images with marked boxes, masks and labels, or words."""
+"""Draws a grid of cells, which show text or an image with marked boxes, masks and labels."""
 
 import textwrap
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ DPI = 100
 FONT_SIZE = 10
 LABEL_SIZE = 8
 WORDS_SIZE = 14
-LINE_WIDTH, HALO_WIDTH = 3 * 72 / DPI, 5 * 72 / DPI  # both odd numbers of pixels, so that one lies amid the other
-RATIOS = (0.25, 1.5)  # limits of a row's height, relative to the width of a column
+LINE_WIDTH, HALO_WIDTH = 3 * 72 / DPI, 5 * 72 / DPI  # Both are odd numbers of pixels, so both are centred.
+RATIOS = (0.25, 1.5)  # These limit a row's height relative to the column width.
 MASK_OPACITY = 0.45
-BRIGHT = 150  # least value of a mask's colour in one of the channels
-LETTER = 0.62  # mean width of a letter, relative to the font size
+BRIGHT = 150  # A mask's colour exceeds this in at least one channel.
+LETTER = 0.62  # This is the mean width of a letter relative to the font size.
 
 
 @dataclass(frozen=True)
 class Style:
-    """The look of a kind of box, which its line and its symbol tell from others even without the colour."""
+    """Defines the look of a kind of box; its line and symbol distinguish it even without the colour."""
 
     name: str
     color: str
@@ -40,13 +40,13 @@ class Style:
     symbol: str = ""
 
     def label(self, text: str) -> str:
-        """Return a label that begins with the symbol."""
+        """Returns a label that begins with the symbol."""
         return f"{self.symbol} {text}".strip()
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A box (x0, y0, x1, y1) in pixels of an image, with its label, and its mask in a form that GenericMask reads."""
+    """Holds a box (x0, y0, x1, y1) in pixels of an image, its label, and its mask in a form that GenericMask reads."""
 
     box: Sequence[float]
     style: Style
@@ -56,7 +56,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Scene:
-    """A cell with an image, RGB (H, W, 3), with marks on it and a line of text above it."""
+    """Describes a cell with an image, RGB (H, W, 3), marks on it and a line of text below it."""
 
     pixels: np.ndarray
     marks: Sequence[Mark] = ()
@@ -65,7 +65,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Words:
-    """A cell that has no image."""
+    """Describes a cell with text instead of an image."""
 
     text: str
     color: str = "black"
@@ -78,13 +78,13 @@ def draw_grid(
     *,
     legend: Sequence[Style] = (),
 ) -> Figure:
-    """Draw rows of cells, each of which begins with an image.
+    """Draws rows of cells; each row begins with an image.
 
     Args:
         titles: The title of each column; long lines are wrapped.
         rows: The cells of each row.
-        width: Pixels of each column.
-        legend: The looks of boxes to explain above the titles.
+        width: Width of each column in pixels.
+        legend: Styles of boxes to explain above the titles.
     """
     rows = [[Scene(cell) if isinstance(cell, np.ndarray) else cell for cell in row] for row in rows]
     size = max(FONT_SIZE, width / 40)
@@ -100,8 +100,8 @@ def draw_grid(
     for i, (row, row_axes) in enumerate(zip(rows, axes, strict=True)):
         for title, cell, axis in zip(titles, row, row_axes, strict=True):
             draw_cell(axis, cell, title if i == 0 else "", size)
-    FigureCanvasAgg(figure)  # measures text
-    figure.draw_without_rendering()  # Where labels have room is known once all else has its place.
+    FigureCanvasAgg(figure)  # Attaching a canvas makes it possible to measure text.
+    figure.draw_without_rendering()  # Labels can be placed only after everything else has been.
     figure.set_layout_engine("none")
     for row, row_axes in zip(rows, axes, strict=True):
         for cell, axis in zip(row, row_axes, strict=True):
@@ -111,13 +111,13 @@ def draw_grid(
 
 
 def draw_legend(figure: Figure, styles: Sequence[Style], size: float) -> None:
-    """Explain looks of boxes above all titles."""
+    """Explains styles of boxes above all titles."""
     lines = [Line2D([], [], color=x.color, ls=x.line, lw=LINE_WIDTH, label=x.label(x.name)) for x in styles]
     figure.legend(handles=lines, loc="outside upper center", ncols=len(styles), fontsize=size, handlelength=3)
 
 
 def draw_cell(axis: Axes, cell: Scene | Words, title: str, size: float) -> None:
-    """Draw all of a cell but its labels."""
+    """Draws a cell without its labels."""
     axis.set(xticks=[], yticks=[], anchor="N")
     axis.spines[:].set_visible(False)
     axis.set_title(title, fontsize=size, parse_math=False)
@@ -138,12 +138,12 @@ def draw_cell(axis: Axes, cell: Scene | Words, title: str, size: float) -> None:
 
 
 def overlay_masks(pixels: np.ndarray, masks: Sequence[Any], width: int) -> np.ndarray:
-    """Return an image with each mask that is not None in a colour of its own, through which the image is seen.
+    """Overlays each mask that is not None on an image, in its own translucent colour.
 
     Args:
         pixels: The image, RGB (H, W, 3).
-        masks: Masks of (H, W) in forms that GenericMask reads.
-        width: A larger image is returned as one of this width.
+        masks: Masks (H, W) in forms that GenericMask reads.
+        width: Width to which a larger image is reduced.
     """
     palette = [color for color in colormap(rgb=True) if color.max() > BRIGHT]
     shape = pixels.shape[:2]
@@ -159,12 +159,12 @@ def overlay_masks(pixels: np.ndarray, masks: Sequence[Any], width: int) -> np.nd
 
 
 def place_labels(axis: Axes, marks: Sequence[Mark]) -> None:
-    """Write the labels of an image's marks, but for those that find no room at their box beside earlier ones."""
+    """Writes the labels of an image's marks; skips labels that have no room at their box without covering others."""
     limits, taken = axis.get_window_extent(), []
     for mark in filter(lambda mark: mark.label, marks):
         background = {"facecolor": mark.style.color, "alpha": 0.85, "linewidth": 0, "pad": 1}
         style = {"fontsize": LABEL_SIZE, "color": "black", "va": "bottom", "parse_math": False, "bbox": background}
-        text = axis.text(0, 0, mark.label, transform=None, **style)  # in pixels of the picture
+        text = axis.text(0, 0, mark.label, transform=None, **style)  # The position is in pixels of the picture.
         room = text.get_window_extent().padded(1)
         box = Bbox(axis.transData.transform(np.reshape(mark.box, (2, 2))))
         place = find_place(box, room, limits, taken)
@@ -176,13 +176,13 @@ def place_labels(axis: Axes, marks: Sequence[Mark]) -> None:
 
 
 def find_place(box: Bbox, size: Bbox, limits: Bbox, taken: Sequence[Bbox]) -> Bbox | None:
-    """Return where a label lies beside its box, or in it where the box is large, within limits and over no other label.
+    """Finds a place for a label next to its box, or inside a large box, within the limits and over no other label.
 
     Args:
-        box: The box in pixels of the picture, y growing upwards.
+        box: The box in pixels of the picture, with y pointing upwards.
         size: A box of the label's size.
         limits: The image's box.
-        taken: Where the other labels lie.
+        taken: Boxes of the labels that have already been placed.
     """
     above, below = box.ymax, box.ymin - size.height
     corners = [(box.xmin, above), (box.xmax - size.width, above), (box.xmin, below), (box.xmax - size.width, below)]
@@ -198,23 +198,23 @@ def find_place(box: Bbox, size: Bbox, limits: Bbox, taken: Sequence[Bbox]) -> Bb
 
 
 def wrap(text: str, width: float, size: float) -> str:
-    """Return text whose lines are no wider than so many pixels at a font size, and at most two for each of its own."""
+    """Wraps text to a width in pixels at a font size; each line becomes at most two."""
     letters = int(width / (LETTER * size * DPI / 72))
     return "\n".join(textwrap.fill(line, letters, max_lines=2, placeholder="…") for line in text.splitlines())
 
 
 def printable(text: str) -> str:
-    """Return text on one line: white space as single blanks, and what cannot be printed as an escape sequence."""
+    """Returns text on one line, with single spaces, and escape sequences for characters that cannot be printed."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
 
 
 def save(figure: Figure, path: str) -> None:
-    """Write a picture as PNG, in one piece."""
+    """Writes a picture as PNG, atomically."""
     write_whole(path, lambda file: figure.savefig(file, format="png"))
 
 
 def as_pixels(figure: Figure) -> np.ndarray:
-    """Return a picture as RGB, uint8 (H, W, 3)."""
+    """Converts a picture to RGB, uint8 (H, W, 3)."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]

@@ -1,4 +1,4 @@
-"""Pictures of several models on the same images: what they predict, and where they look."""
+"""Draws the predictions and attention maps of several models on the same images."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ from kd_det.data.images import read_image
 from kd_det.engine.matching import OperatingPoint, Outcome, match
 from kd_det.engine.picture_grid import Mark, Scene, Style, Words, draw_grid, printable
 
-CELL = 640  # width of a column in the picture of detections, in pixels
-SMALL_CELL = 200  # width in the picture of classifications
-LETTERS = 20  # of a class in a label
-# Colours of Okabe and Ito, which colour-blind readers tell apart.
+CELL = 640  # This is the width in pixels of a column of detections.
+SMALL_CELL = 200  # This is the width in pixels of a column of classifications.
+LETTERS = 20  # A label shows at most this many letters of a class name.
+# These colours of Okabe and Ito can be distinguished by colour-blind readers.
 OBJECT = Style("object", "#56B4E9", "-")
 HIT = Style("hit", "#009E73", "-", "✓")
 FALSE = Style("false", "#D55E00", ":", "✗")
@@ -26,11 +26,11 @@ MISSED = Style("missed", "#E69F00", "--", "○")
 
 @dataclass(frozen=True)
 class Choice:
-    """Which of a detector's instances are drawn, and what its title says of them.
+    """Selects which of a detector's instances are drawn, and formats their line in its title.
 
     Attributes:
-        point: Their least score, and the F1 with it.
-        note: What follows the F1.
+        point: The score threshold, and the F1 at it.
+        note: Text after the F1.
     """
 
     point: OperatingPoint
@@ -46,19 +46,19 @@ def draw_detections(
     predictions: Mapping[str, Sequence[Instances]],
     choices: Mapping[str, Choice],
 ) -> Figure:
-    """Draw a grid: one row per image, the ground truth in the first column, then one column per detector.
+    """Draws a grid: one row per image, the ground truth in the first column, then one column per detector.
 
     A detector's column shows its hits, its false detections and the objects that it misses, as
-    :func:`kd_det.engine.matching.match` tells them apart. Crowds are left out, and so are detections on them or of
-    classes without a name. Each instance's mask has a colour of its own.
+    :func:`kd_det.engine.matching.match` finds them. Crowds are left out, and so are detections on them or of classes
+    without a name. Each instance's mask has its own colour.
 
     Args:
         images: Detectron2's dicts of the images.
         class_names: Names of the classes.
         predictions: Maps the name of a detector to its instances on each image.
-        choices: Maps it to the choice of the instances that are drawn.
+        choices: Maps the name of a detector to the choice of its instances that are drawn.
     """
-    masks = any(found.has("pred_masks") for column in predictions.values() for found in column)
+    masks = any(instances.has("pred_masks") for column in predictions.values() for instances in column)
     truth = [image["annotations"] for image in images]
     columns = [[mark_objects(annotations, class_names, masks=masks) for annotations in truth]]
     titles = ["ground truth"]
@@ -78,15 +78,15 @@ def draw_detections(
 def draw_classifications(
     images: Sequence[dict], class_names: Sequence[str], predictions: Mapping[str, Sequence[Tensor]]
 ) -> Figure:
-    """Draw a grid: one row per image, its label beside it, then one column per classifier.
+    """Draws a grid: one row per image with its label, then one column per classifier.
 
-    In a classifier's column stand its most probable class, green and ticked where it is the label and red and crossed
-    where not, and the probability.
+    A classifier's column shows its most probable class and the probability, green with a tick if the class is the label
+    and red with a cross if not.
 
     Args:
         images: Dicts with `label`, and with `image` (H, W, 3) as RGB or its `file_name`.
-        class_names: Names of the classes; of those that have none the index is shown.
-        predictions: Name of a classifier to its scores (K,) of each image.
+        class_names: Names of the classes; the index is shown for a class without a name.
+        predictions: Maps the name of a classifier to its scores (K,) for each image.
     """
     rows = []
     for i, image in enumerate(images):
@@ -94,35 +94,35 @@ def draw_classifications(
         label = image["label"]
         cells = [pixels, Words(class_name(class_names, label))]
         for scores in predictions.values():
-            found = scores[i].argmax().item()
-            style = HIT if found == label else FALSE
-            cells.append(Words(f"{style.label(class_name(class_names, found))}\n{scores[i][found]:.0%}", style.color))
+            predicted = int(scores[i].argmax())
+            style = HIT if predicted == label else FALSE
+            name = style.label(class_name(class_names, predicted))
+            cells.append(Words(f"{name}\n{scores[i][predicted]:.0%}", style.color))
         rows.append(cells)
     return draw_grid(["image", "label", *map(printable, predictions)], rows, SMALL_CELL)
 
 
 def draw_attention(images: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]]) -> Figure:
-    """Draw a grid: one row per image, which stands in the first column, then one column per network with its map.
+    """Draws a grid: one row per image, the image in the first column, then one column per network with its map.
 
     Args:
         images: RGB, uint8 (H, W, 3).
-        maps: Name of a network to its map of each image, (H, W), from 0, blue, to 1, red.
+        maps: Maps the name of a network to its map of each image, (H, W), from 0 (blue) to 1 (red).
     """
     rows = [
-        [pixels, *(overlay(pixels, found) for found in row)]
-        for pixels, *row in zip(images, *maps.values(), strict=True)
+        [pixels, *(overlay(pixels, heat) for heat in row)] for pixels, *row in zip(images, *maps.values(), strict=True)
     ]
     width = max(SMALL_CELL, min(CELL // 2, max(pixels.shape[1] for pixels in images)))
     return draw_grid(["image", *maps], rows, width)
 
 
 def overlay(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the mean of an image (H, W, 3) and the colours of values (H, W) from 0 to 1."""
+    """Averages an image (H, W, 3) with the colours of values (H, W) from 0 to 1."""
     return ((pixels + 255 * colormaps["jet"](values)[..., :3]) / 2).astype(np.uint8)
 
 
 def mark_objects(annotations: Sequence[dict], class_names: Sequence[str], *, masks: bool) -> list[Mark]:
-    """Mark the annotated objects of an image, with their masks if these are asked for and there."""
+    """Marks the annotated objects of an image, with their masks if these are wanted and present."""
     marks = []
     for item in annotations:
         if not item.get("iscrowd", 0):
@@ -132,14 +132,15 @@ def mark_objects(annotations: Sequence[dict], class_names: Sequence[str], *, mas
 
 
 def mark_outcome(
-    outcome: Outcome, annotations: Sequence[dict], found: Instances, class_names: Sequence[str]
+    outcome: Outcome, annotations: Sequence[dict], instances: Instances, class_names: Sequence[str]
 ) -> list[Mark]:
-    """Mark hits, false detections and missed objects; the highest scores come first."""
-    boxes, masks = found.pred_boxes.tensor.tolist(), found.pred_masks.numpy() if found.has("pred_masks") else None
-    scores, marks = found.scores.tolist(), []
+    """Marks hits, false detections and missed objects, in descending order of score."""
+    boxes, scores = instances.pred_boxes.tensor.tolist(), instances.scores.tolist()
+    masks = instances.pred_masks.numpy() if instances.has("pred_masks") else None
+    marks = []
     for style, shown in ((HIT, outcome.hits), (FALSE, outcome.false)):
         for i in sorted(np.flatnonzero(shown), key=lambda i: -scores[i]):
-            label = f"{short_name(class_names, found.pred_classes[i].item())} {scores[i]:.0%}".strip()
+            label = f"{short_name(class_names, instances.pred_classes[i].item())} {scores[i]:.0%}".strip()
             marks.append(Mark(boxes[i], style, style.label(label), None if masks is None else masks[i]))
     for item, is_missed in zip(annotations, outcome.missed, strict=True):
         if is_missed:
@@ -149,21 +150,21 @@ def mark_outcome(
 
 
 def box_of(annotation: dict) -> list[float]:
-    """Return an annotation's box as (x0, y0, x1, y1)."""
+    """Returns an annotation's box as (x0, y0, x1, y1)."""
     return BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
 
 
 def class_name(class_names: Sequence[str], index: int) -> str:
-    """Return the name of a class on one line, or its index if it has none."""
+    """Returns the name of a class on one line, or its index if it has none."""
     return printable(class_names[index]) if index < len(class_names) else str(index)
 
 
 def short_name(class_names: Sequence[str], index: int) -> str:
-    """Return no more of it than a label has room for, and nothing for the only class."""
+    """Shortens the name of a class to fit a label; returns "" for the only class."""
     name = "" if len(class_names) == 1 else class_name(class_names, index)
     return name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…"
 
 
 def count(marks: Sequence[Mark]) -> str:
-    """Return how many hits, false detections and missed objects there are, in words."""
+    """Describes the numbers of hits, false detections and missed objects in words."""
     return ", ".join(f"{sum(mark.style is style for mark in marks)} {style.name}" for style in (HIT, FALSE, MISSED))

@@ -1,4 +1,4 @@
-"""Processes that belong together: they pass on the signals that ask them to end, and a child ends with its parent."""
+"""Ties processes together: forwards termination signals to children, and ends a child with its parent."""
 
 import multiprocessing
 import os
@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
-INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again.
+INTERRUPTED = 75  # This is EX_TEMPFAIL of sysexits.h, which means "try again".
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# The environment variable that tells a child process which parent it ends with.
+# This environment variable names the parent process that a child ends with.
 PARENT = "KD_DET_PARENT"
 
 
 @contextmanager
 def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Let a function handle the signals inside."""
+    """Handles the termination signals inside the block with a function."""
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
@@ -29,7 +29,7 @@ def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 @contextmanager
 def forwarding_signals() -> Iterator[None]:
-    """Pass the signals on to the children of :mod:`multiprocessing` inside, instead of ending this process."""
+    """Forwards the signals inside the block to the :mod:`multiprocessing` children, instead of ending this process."""
 
     def pass_on(number: int, frame: object) -> None:
         for child in multiprocessing.active_children():
@@ -41,7 +41,7 @@ def forwarding_signals() -> Iterator[None]:
 
 @contextmanager
 def running_commands() -> Iterator["Commands"]:
-    """Pass the signals on to the commands that are running, instead of ending this process; none outlives the block."""
+    """Forwards the signals to running commands instead of ending this process; no command outlives the block."""
     commands = Commands()
     with handling_signals(lambda number, frame: commands._received.append(number)):
         try:
@@ -51,10 +51,10 @@ def running_commands() -> Iterator["Commands"]:
 
 
 class Commands:
-    """Commands that a tool runs; see :func:`running_commands`. They end when the tool is killed, too.
+    """Runs the commands of a tool, see :func:`running_commands`; they also end when the tool is killed.
 
     Attributes:
-        interrupted: Whether a signal came, or a command was interrupted by one.
+        interrupted: Whether a signal has arrived, or has interrupted a command.
     """
 
     def __init__(self):
@@ -65,13 +65,13 @@ class Commands:
     def start(
         self, command: Sequence[str], *, output: IO | None = None, environment: dict[str, str] | None = None, **options
     ) -> subprocess.Popen:
-        """Start a command, in a session of its own: a terminal's Ctrl-C reaches it by this process alone.
+        """Starts a command in its own session, so that a terminal's Ctrl-C reaches it only through this process.
 
         Args:
             command: The program and its arguments.
-            output: Where it prints; by default, where this process does.
-            environment: Variables besides those of this process.
-            options: For ``subprocess.Popen``.
+            output: File for its output; by default it shares the output of this process.
+            environment: Variables in addition to those of this process.
+            options: Options of ``subprocess.Popen``.
         """
         process = subprocess.Popen(
             command,
@@ -85,7 +85,7 @@ class Commands:
         return process
 
     def poll(self) -> None:
-        """Pass on the signals that came, and look which commands have ended."""
+        """Forwards the signals that have arrived, and checks which commands have ended."""
         while self._received:
             number = self._received.pop(0)
             self.interrupted = True
@@ -103,7 +103,7 @@ class Commands:
             process.wait()
 
     def wait(self, process: subprocess.Popen) -> int:
-        """Wait for a command; returns its exit status."""
+        """Waits for a command; returns its exit status."""
         while process.returncode is None:
             time.sleep(0.1)
             self.poll()
@@ -111,10 +111,10 @@ class Commands:
 
 
 def end_with_parent(parent: int) -> None:
-    """Ask this process to end, as by SIGTERM, once its parent process has ended, however that ended.
+    """Arranges for this process to receive SIGTERM once its parent process has ended, however it ended.
 
     Args:
-        parent: The parent's number. Where another process is the parent now, it has ended already.
+        parent: Process id of the parent. If another process is the parent by now, that one has already ended.
     """
 
     def watch() -> None:
@@ -126,7 +126,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def end_with_tool() -> None:
-    """End with the tool whose :class:`Commands` started this process, if one did."""
+    """Arranges for this process to end with the tool whose :class:`Commands` started it, if one did."""
     parent = os.environ.pop(PARENT, None)
     if parent:
         end_with_parent(int(parent))

@@ -1,23 +1,23 @@
-"""Keep the terminal free of what a user cannot act on: warnings of third parties about each other's code."""
+"""Silences warnings that a user cannot act on, which installed packages raise about each other's code."""
 
 import logging
 import os
 import sys
 import warnings
 
-# Category and beginning of the message of warnings about the insides of installed packages.
+# Each entry is the category and the start of the message of a warning about the internals of installed packages.
 SILENCED = (
     (FutureWarning, ""),
     (DeprecationWarning, ""),
     (UserWarning, "pkg_resources is deprecated as an API"),
     (UserWarning, "torch.meshgrid"),
 )
-# Loggers that warn of what a machine without a GPU lacks, and of a function that Detectron2 calls.
+# These loggers warn about missing GPUs and about a function that Detectron2 calls.
 SILENCED_LOGGERS = ("torch.utils.cpp_extension", "torch.fx._symbolic_trace")
 
 
 def silence_third_parties() -> None:
-    """Ignore such warnings in this process and in those that it starts, unless Python was told what to do (``-W``)."""
+    """Ignores such warnings in this process and its children, unless the user gave Python a warning option (``-W``)."""
     for name in SILENCED_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     if sys.warnoptions:

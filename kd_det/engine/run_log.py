@@ -1,4 +1,4 @@
-"""The log of a run: everything in a file, and in the terminal what a user wants to see."""
+"""Sets up the log of a run: everything goes to a file, and the terminal shows what a user wants to see."""
 
 import io
 import logging
@@ -11,24 +11,25 @@ from logging.handlers import MemoryHandler
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-# Maps loggers of Detectron2 whose messages the terminal shows to what these look like; all others are details.
+# Maps Detectron2's loggers to the messages that the terminal shows; all other messages are details.
 SHOWN = {
-    "detectron2.utils.events": re.compile(""),  # Losses, time and learning rate.
+    "detectron2.utils.events": re.compile(""),  # Show losses, times and learning rates.
     "detectron2.engine.train_loop": re.compile(""),
     "detectron2.engine.hooks": re.compile(""),
-    "detectron2.evaluation.evaluator": re.compile(r"Inference done .* ETA=(?!0:00:)"),  # A minute or more is left.
+    # Show the progress of an evaluation while at least a minute is left.
+    "detectron2.evaluation.evaluator": re.compile(r"Inference done .* ETA=(?!0:00:)"),
     "fvcore.common.checkpoint": re.compile("Saving checkpoint"),
 }
 
 
 def start_logging(folder: str) -> None:
-    """Log everything to ``log.txt`` in a folder, and to the terminal what a user wants to see.
+    """Logs everything to ``log.txt`` in a folder, and what a user wants to see to the terminal.
 
     Args:
-        folder: OUTPUT_DIR. Each process but the main one has a file of its own, and no terminal.
+        folder: OUTPUT_DIR. Every process except the main one logs to its own file and not to the terminal.
     """
     rank = comm.get_rank()
-    # As Detectron2's default_setup calls it, which then finds these handlers and adds none.
+    # The arguments equal those in Detectron2's default_setup, which then finds these handlers and adds none.
     loggers = setup_logger(folder, distributed_rank=rank, name="fvcore"), setup_logger(folder, distributed_rank=rank)
     for logger in (*loggers, setup_logger(folder, distributed_rank=rank, name="kd_det")):
         for handler in logger.handlers:
@@ -37,7 +38,7 @@ def start_logging(folder: str) -> None:
 
 
 def is_for_terminal(record: logging.LogRecord) -> bool:
-    """Tell warnings, messages of this package and those of ``SHOWN`` from what only the log file needs."""
+    """Filters log records: keeps warnings, messages of this package and those in ``SHOWN``."""
     if record.levelno >= logging.WARNING:
         return True
     if record.name.startswith("kd_det"):
@@ -47,7 +48,7 @@ def is_for_terminal(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def kept_back() -> Iterator[list[logging.LogRecord]]:
-    """Collect what is logged inside, before the log is started, instead of showing it; pass it to :func:`log_again`."""
+    """Collects messages instead of showing them until the log is started; :func:`log_again` then logs them."""
     handler = MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize)
     loggers = [logging.getLogger(name) for name in ("detectron2", "kd_det")]
     before = [logger.propagate for logger in loggers]
@@ -63,14 +64,14 @@ def kept_back() -> Iterator[list[logging.LogRecord]]:
 
 
 def log_again(records: Iterable[logging.LogRecord]) -> None:
-    """Log what was kept back."""
+    """Logs the messages that :func:`kept_back` has collected."""
     for record in records:
         logging.getLogger(record.name).handle(record)
 
 
 @contextmanager
 def printed_to_log(logger: logging.Logger) -> Iterator[None]:
-    """Log what is printed inside, as pycocotools does, instead of showing it in the terminal."""
+    """Redirects text printed inside the block, as pycocotools prints it, from the terminal to the log."""
     text = io.StringIO()
     try:
         with redirect_stdout(text):

@@ -1,4 +1,4 @@
-"""What runs before the main run, and what runs in a row: the stage of the heads, and born-again generations."""
+"""Trains in several stages: pre-trains heads before the main run, and trains chains of born-again generations."""
 
 import copy
 import functools
@@ -34,14 +34,14 @@ logger = logging.getLogger(__name__)
 
 @claiming
 def train(cfg: CfgNode, *, resume: bool, begin: Callable[[], None] | None = None) -> None:
-    """Train what a config describes: the stage of its heads, where they have one, and the main run; or generations.
+    """Trains what a config describes: the stage of its heads, if any, and the main run; or a chain of generations.
 
-    With `resume`, what is finished stays, and what was interrupted goes on. What lies in the output folder is not
-    touched before everything has been built and loaded.
+    With `resume`, finished parts stay and interrupted parts continue. The content of the output folder is not touched
+    before everything has been built and loaded.
 
     Args:
-        begin: Called when all is built and loaded; of several runs in a row each calls it. By default it makes the
-            output folder this run's, once.
+        begin: Function to call once all is built and loaded; each run of a chain calls it. By default it opens the
+            output folder for this run, once.
 
     Raises:
         InputError: If a head needs a stage that the config gives no iterations, a checkpoint does not fit, or another
@@ -74,7 +74,7 @@ def train(cfg: CfgNode, *, resume: bool, begin: Callable[[], None] | None = None
 
 
 def open_folder(cfg: CfgNode, *, resume: bool) -> None:
-    """Make an output folder this run's: with its config, and unless it is resumed without checkpoints to go on from."""
+    """Writes the config into the output folder and, unless the run is resumed, forgets which checkpoints came last."""
     if not comm.is_main_process():
         return
     if not resume:
@@ -85,12 +85,12 @@ def open_folder(cfg: CfgNode, *, resume: bool) -> None:
 
 
 def warn_of_length(cfg: CfgNode, done: int, *, key: str) -> None:
-    """Say that a finished run stays as it is, where the config now gives it another number of iterations.
+    """Warns that a finished run stays as it is if the config now asks for another number of iterations.
 
     Args:
         cfg: The run's own config.
-        done: The iterations that it has done.
-        key: The key that the number comes from.
+        done: Number of iterations that the run has done.
+        key: The config key that the number comes from.
     """
     asked = Trainer.auto_scale_workers(cfg, comm.get_world_size()).SOLVER.MAX_ITER
     if asked != done:
@@ -104,14 +104,14 @@ def warn_of_length(cfg: CfgNode, done: int, *, key: str) -> None:
 
 
 def seed(cfg: CfgNode) -> None:
-    """Seed all random generators as Detectron2 does at the start of a run; without a seed they go on."""
+    """Seeds all random generators as Detectron2 does at the start of a run; leaves them alone without a seed."""
     if cfg.SEED >= 0:
         seed_all_rng(cfg.SEED + comm.get_rank())
 
 
-# ---- The stage of the heads ----
+# ---- Pre-training of the heads ----
 class Pretraining(TeacherStudent):
-    """Trains what some heads need before the main run, and computes no more than that.
+    """Trains the modules that some heads need before the main run, and computes nothing else.
 
     Only the heads' ``pretrained`` submodules are trained and, for a head that ``pretrains_student``, the part of the
     student's backbone that its loss reaches.
@@ -149,10 +149,10 @@ class Pretraining(TeacherStudent):
         return super().checkpointables | {"kd_teacher": TeacherIdentity(self.teacher)}
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
-        """The losses of the stage.
+        """Computes the losses of the stage.
 
         Raises:
-            FloatingPointError: If one is not finite.
+            FloatingPointError: If a loss is not finite.
         """
         heads = [head for head in self.heads.values() if has_stage(head)]
         names = {name for head in heads for name in head.pretrain_signals}
@@ -168,7 +168,7 @@ class Pretraining(TeacherStudent):
 
 
 class PretrainingTrainer(Trainer):
-    """The trainer of the stage, whose loss may end in the middle of the student."""
+    """Runs the stage; its losses may not reach all of the student."""
 
     find_unused_parameters = True
     rate_key = "KD.PRETRAIN.BASE_LR"
@@ -180,7 +180,7 @@ class PretrainingTrainer(Trainer):
 
 
 class TeacherIdentity:
-    """Lies in the stage's checkpoint, so that it is not loaded beside another teacher."""
+    """Identifies the teacher in the stage's checkpoint, so that it is not loaded together with another teacher."""
 
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
@@ -190,19 +190,19 @@ class TeacherIdentity:
 
     def load_state_dict(self, state: dict[str, str]) -> None:
         if state["sha256"] != self.teacher.fingerprint():
-            own, other = self.teacher.source, state["source"]
-            but = "whose weights are others now" if own == other else f"not with {own}"
+            source, before = self.teacher.source, state["source"]
+            but = "whose weights are others now" if source == before else f"not with {source}"
             raise InputError(
-                f"KD.PRETRAIN: the stage was trained with another teacher, {other}, {but}; train it again, or take "
+                f"KD.PRETRAIN: the stage was trained with another teacher, {before}, {but}; train it again, or take "
                 "the teacher of before."
             )
 
 
 def check_stage(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
-    """Check that the stage is asked for if, and only if, a head needs it.
+    """Checks that the config asks for the stage if, and only if, a head needs it.
 
     Raises:
-        InputError: If not.
+        InputError: If that is not so.
     """
     staged = [name for name, head in heads.items() if has_stage(head)]
     asked = cfg.KD.PRETRAIN.MAX_ITER > 0 or cfg.KD.PRETRAIN.WEIGHTS
@@ -219,7 +219,7 @@ def check_stage(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
 
 
 def pretrain(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) -> str:
-    """Train the stage below ``OUTPUT_DIR/pretrain``, unless a resumed run has finished it.
+    """Trains the stage in ``OUTPUT_DIR/pretrain``, unless a resumed run has finished it.
 
     Args:
         begin: See :func:`train`.
@@ -228,17 +228,17 @@ def pretrain(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) -> str:
         Path of its final checkpoint.
     """
     folder = Path(cfg.OUTPUT_DIR, "pretrain")
-    own = stage_config(cfg, folder)
+    stage_cfg = stage_config(cfg, folder)
     done = finished_iterations(folder) if resume else 0
     if done:
         logger.info("The stage before the main run is finished: %s", folder / FINAL)
-        warn_of_length(own, done, key="KD.PRETRAIN.MAX_ITER")
+        warn_of_length(stage_cfg, done, key="KD.PRETRAIN.MAX_ITER")
     needed = not (resume and read_tag(cfg.OUTPUT_DIR))
     if done or not (needed or read_tag(folder)):
         return str(folder / FINAL)
     folder.mkdir(parents=True, exist_ok=True)
     seed(cfg)
-    trainer = PretrainingTrainer(own)
+    trainer = PretrainingTrainer(stage_cfg)
     try:
         trainer.resume_or_load(resume=resume)
     except UnreadableError as error:
@@ -254,7 +254,7 @@ def pretrain(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) -> str:
 
 
 def stage_config(cfg: CfgNode, folder: Path) -> CfgNode:
-    """Config of the stage: that of the run, with its own schedule and output, without averaging and evaluation."""
+    """Derives the stage's config from the run's, with its own schedule and output, without averaging and evaluation."""
     cfg = cfg.clone()
     cfg.defrost()
     node = cfg.KD.PRETRAIN
@@ -269,13 +269,13 @@ def stage_config(cfg: CfgNode, folder: Path) -> CfgNode:
 
 
 def load_stage(model: TeacherStudent, path: str, *, check_only: bool = False) -> None:
-    """Load what the stage trained: the heads, and the student where a head trained it.
+    """Loads what the stage trained: the heads, and the student if a head trained it.
 
     Args:
-        check_only: Load nothing; only its teacher must be the model's, if the file is still there and whole.
+        check_only: Whether to load nothing and only check, if the file is still whole, that it had the same teacher.
 
     Raises:
-        InputError: If the file cannot be read, is that of another teacher, or lacks keys of a student that it trained.
+        InputError: If the file cannot be read, belongs to another teacher, or lacks keys of a student that it trained.
     """
     trained = any(getattr(head, "pretrains_student", False) for head in model.heads.values()) and not check_only
     parts = {"kd_teacher": TeacherIdentity(model.teacher), **({} if check_only else model.checkpointables)}
@@ -299,13 +299,13 @@ def load_stage(model: TeacherStudent, path: str, *, check_only: bool = False) ->
 
 # ---- Generations ----
 def train_generations(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) -> None:
-    """Train a chain of students, each taught by the one before (Furlanello et al., 2018, 1805.04770).
+    """Trains a chain of students, each taught by the previous one (Furlanello et al., 2018, 1805.04770).
 
     Args:
         begin: See :func:`train`.
 
     Raises:
-        InputError: If the config is not that of a student with a teacher.
+        InputError: If the config does not describe a student with a teacher.
     """
     if TeacherStudent.__name__ != cfg.MODEL.META_ARCHITECTURE or not cfg.KD.HEADS:
         raise InputError(
@@ -318,9 +318,11 @@ def train_generations(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) 
             f"{cfg.KD.PRETRAIN.WEIGHTS}: a stage belongs to one teacher, and each generation has another; give "
             "KD.PRETRAIN.MAX_ITER instead."
         )
-    own, other = student_config(cfg).MODEL, load_teacher_config(cfg)[0].MODEL
-    # As text, in which a list is a tuple.
-    texts = [{key: json.dumps(node[key]) for key in node if key not in ("WEIGHTS", "DEVICE")} for node in (own, other)]
+    student, teacher = student_config(cfg).MODEL, load_teacher_config(cfg)[0].MODEL
+    # As text, a list equals a tuple.
+    texts = [
+        {key: json.dumps(node[key]) for key in node if key not in ("WEIGHTS", "DEVICE")} for node in (student, teacher)
+    ]
     different = [key for key in texts[0] if texts[0][key] != texts[1][key]]
     if different:
         logger.warning(
@@ -328,17 +330,17 @@ def train_generations(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) 
             ", MODEL.".join(different),
         )
     for generation in range(1, cfg.KD.GENERATIONS + 1):
-        own = generation_config(cfg, generation)
-        done = finished_iterations(own.OUTPUT_DIR) if resume else 0
+        generation_cfg = generation_config(cfg, generation)
+        done = finished_iterations(generation_cfg.OUTPUT_DIR) if resume else 0
         # The evaluation at the end counts as one more iteration.
-        if done and (not own.DATASETS.TEST or last_iteration(metrics_path(own)) >= done):
-            logger.info("Generation %d is finished: %s", generation, own.OUTPUT_DIR)
-            warn_of_length(own, done, key="SOLVER.MAX_ITER")
+        if done and (not generation_cfg.DATASETS.TEST or last_iteration(metrics_path(generation_cfg)) >= done):
+            logger.info("Generation %d is finished: %s", generation, generation_cfg.OUTPUT_DIR)
+            warn_of_length(generation_cfg, done, key="SOLVER.MAX_ITER")
             continue
-        logger.info("Generation %d of %d, in %s", generation, cfg.KD.GENERATIONS, own.OUTPUT_DIR)
-        Path(own.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+        logger.info("Generation %d of %d, in %s", generation, cfg.KD.GENERATIONS, generation_cfg.OUTPUT_DIR)
+        Path(generation_cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
         try:
-            train(own, resume=resume, begin=functools.partial(begin_generation, begin, own))
+            train(generation_cfg, resume=resume, begin=functools.partial(begin_generation, begin, generation_cfg))
         except UnreadableError as error:
             if not (resume and finished_iterations(generation_config(cfg, generation + 1).OUTPUT_DIR)):
                 raise
@@ -346,16 +348,16 @@ def train_generations(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) 
 
 
 def begin_generation(begin: Callable[[], None], cfg: CfgNode) -> None:
-    """Begin a chain of generations, unless that has been done, and one of them."""
+    """Opens the chain's output folder, once, and writes this generation's config."""
     begin()
     save_config(cfg)
 
 
 def generation_config(cfg: CfgNode, generation: int) -> CfgNode:
-    """Config of one generation, from 1.
+    """Derives the config of one generation, counted from 1.
 
-    Each has another seed, so that students start from other weights than one another, and than a teacher that was
-    trained with this config's seed.
+    Each generation has its own seed, so that the students start from different weights, which also differ from those of
+    a teacher that was trained with this config's seed.
     """
     cfg, output = cfg.clone(), Path(cfg.OUTPUT_DIR)
     cfg.defrost()

@@ -1,4 +1,4 @@
-"""Steps in mixed precision, of several updates, and whose images pass through the model in parts, to save memory."""
+"""Runs training steps in mixed precision, with several updates, or split into micro-batches to save memory."""
 
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -16,14 +16,14 @@ AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class AccumulatingTrainer(SimpleTrainer):
-    """Adds up the gradients of the parts of a batch, of the mean of their losses; processes exchange them once.
+    """Accumulates gradients over micro-batches and synchronises them once per step; losses are averaged.
 
-    What a model does with a batch as a whole, such as batch normalisation, it does with each part.
+    Operations on a whole batch, such as batch normalisation, see one micro-batch at a time.
 
     Args:
-        parts: Into how many a batch is split; they divide its images.
-        turns: How many updates an iteration has, all on its one batch. If there are several, the model is told which
-            one its losses are for, counted from 0; what has no part in them is not updated.
+        parts: Number of micro-batches per batch; it divides the number of images.
+        turns: Number of updates per iteration, all on the same batch. If there are several, the model receives the
+            index of the update, from 0; parameters that its losses do not depend on are not updated.
     """
 
     def __init__(self, *arguments, parts: int, turns: int = 1, **options):
@@ -41,11 +41,11 @@ class AccumulatingTrainer(SimpleTrainer):
             means |= self._run_parts(data, turn)
             self.after_backward()
             if turn is self.turns[-1]:
-                self._write_metrics(means, data_time)  # It stops the run where a loss is not finite.
+                self._write_metrics(means, data_time)  # This stops the run if a loss is not finite.
             self._update()
 
     def _run_parts(self, data: list[dict], turn: tuple[int, ...]) -> dict[str, Tensor]:
-        """Forward and backward of all parts; the means of their losses."""
+        """Runs forward and backward for all micro-batches; returns the means of their losses."""
         size = len(data) // self.parts
         means: dict[str, Tensor] = {}
         for i in range(self.parts):
@@ -72,7 +72,7 @@ class AccumulatingTrainer(SimpleTrainer):
 
 
 class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
-    """The same, in mixed precision on any device, of which Detectron2's own trainer knows GPUs alone."""
+    """Does the same in mixed precision on any device; Detectron2's own trainer supports only GPUs."""
 
     def _precision(self) -> AbstractContextManager:
         return torch.autocast(next(self.model.parameters()).device.type, dtype=self.precision)
@@ -88,10 +88,10 @@ class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
 def build_step_trainer(
     cfg: CfgNode, model: nn.Module, loader, optimizer: Optimizer, *, turns: int = 1
 ) -> SimpleTrainer:
-    """What runs one iteration: Detectron2's trainer or, for mixed precision, parts or turns, one of these.
+    """Builds what runs one iteration: Detectron2's trainer, or one of these for mixed precision, parts or turns.
 
     Args:
-        turns: How many updates an iteration has.
+        turns: Number of updates per iteration.
 
     Raises:
         InputError: If SOLVER.ACCUMULATE does not divide the images of a process, or SOLVER.AMP.DTYPE is unknown.
@@ -103,7 +103,7 @@ def build_step_trainer(
         raise InputError(f"SOLVER.AMP.DTYPE: got {cfg.SOLVER.AMP.DTYPE!r}; allowed are {', '.join(AMP_DTYPES)}.")
     if cfg.SOLVER.AMP.ENABLED:
         dtype, device = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE], torch.device(cfg.MODEL.DEVICE).type
-        # Gradients in bfloat16 have the range of float32, and are not scaled.
+        # Gradients in bfloat16 have the range of float32 and need no scaling.
         scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         options = {"precision": dtype, "grad_scaler": scaler}
         return AccumulatingAMPTrainer(model, loader, optimizer, parts=parts, turns=turns, **options)

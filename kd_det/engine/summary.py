@@ -1,4 +1,4 @@
-"""What a run is going to train, told in its log before it begins: a wrong set-up is seen there, not days later."""
+"""Logs a summary before training starts, so that a wrong set-up shows at once and not days later."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -24,23 +24,23 @@ from kd_det.schedules import WeightSchedule
 from kd_det.teacher import load_teacher_config
 
 logger = logging.getLogger(__name__)
-# Pixels a side. An R-CNN of 50 layers takes one core 2 s at this, and 7 s at 800.
+# This is the side in pixels. An R-CNN with 50 layers takes one core 2 s at this size and 7 s at 800.
 LARGEST_ON_CPU = 320
-# What the name of a backbone's builder contains, and the key that tells more of such a backbone.
+# Maps a part of the name of a backbone's builder to the key that describes such a backbone.
 DETAILS = {"timm": ("TIMM", "NAME"), "cifar": ("CIFAR", "NAME"), "resnet": ("RESNETS", "DEPTH")}
 
 
 @dataclass
 class Network:
-    """One network of a run.
+    """Describes one network of a run.
 
     Attributes:
-        title: What it is in the run.
+        title: Its role in the run.
         model: The network.
         cfg: Its plain config.
-        weights: Where they come from.
-        precision: Of its forward.
-        flipped: Whether it takes the images in the reversed channel order.
+        weights: Source of its weights.
+        precision: Precision of its forward pass.
+        flipped: Whether it expects the images in the opposite channel order.
     """
 
     title: str
@@ -52,19 +52,19 @@ class Network:
 
 
 def log_summary(trainer: Trainer, *, stage: str = "") -> None:
-    """Write the networks and the heads of a run into the log of the main process, as tables.
+    """Logs the networks and the heads of a run in the main process, as tables.
 
-    Operations are those of the whole inference on one blank image of the test size. On a CPU it has at most 320 pixels
-    a side, so that all this takes a few seconds. Those of an R-CNN depend on how many boxes it proposes.
+    Operations are counted for the whole inference on one blank image of the test size. On a CPU its side has at most
+    320 pixels, so that counting takes a few seconds. The count for an R-CNN depends on how many boxes it proposes.
 
     Args:
         trainer: A trainer with its weights loaded.
-        stage: Path of what a stage before the run has trained, if one has.
+        stage: Path of the checkpoint of a pre-training stage, if there was one.
     """
     if not comm.is_main_process():
         return
     model = trainer.plain_model
-    parts = [network_table(networks(trainer), image_side(trainer.cfg))]
+    parts = [network_table(list_networks(trainer), image_side(trainer.cfg))]
     if isinstance(model, TeacherStudent) and model.heads:
         parts.append(head_table(model))
     if isinstance(model, MutualStudents):
@@ -77,80 +77,80 @@ def log_summary(trainer: Trainer, *, stage: str = "") -> None:
         f"On {', '.join(datasets.TRAIN)}: {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images; {evaluated}."
     )
     if stage:
-        parts.append(f"A stage before has trained {stage}.")
-    logger.info("What is trained:\n%s", "\n\n".join(parts))
+        parts.append(f"The pre-training stage has trained {stage}.")
+    logger.info("Summary of the run:\n%s", "\n\n".join(parts))
 
 
-def networks(trainer: Trainer) -> list[Network]:
-    """The networks of a run, the student first."""
+def list_networks(trainer: Trainer) -> list[Network]:
+    """Lists the networks of a run, the student first."""
     cfg, model, loaded = trainer.cfg, trainer.plain_model, trainer.checkpointer.loaded
     precision = "mixed" if cfg.SOLVER.AMP.ENABLED else "float32"
     weights = "{}: {} of {} keys".format(*loaded) if loaded else initial_weights(cfg)
     if isinstance(model, MutualStudents):
-        # Of the others it is not known how many keys matched.
-        others = [loaded[0] if trainer.start_iter else initial_weights(own) for own in model.configs[1:]]
+        # The number of matched keys is known only for the first student.
+        others = [loaded[0] if trainer.start_iter else initial_weights(peer) for peer in model.configs[1:]]
         columns = zip(model.students, model.configs, [weights, *others], model.flip_channels, strict=True)
-        return [Network(f"student {i}", s, own, w, precision, f) for i, (s, own, w, f) in enumerate(columns, 1)]
+        return [Network(f"student {i}", s, c, w, precision, f) for i, (s, c, w, f) in enumerate(columns, 1)]
     if not isinstance(model, TeacherStudent):
         return [Network("student", model, cfg, weights, precision)]
-    found = [Network("student", model.student, student_config(cfg), weights, precision)]
+    networks = [Network("student", model.student, student_config(cfg), weights, precision)]
     if model.teacher is not None:
-        own, path = load_teacher_config(cfg)
+        teacher_cfg, path = load_teacher_config(cfg)
         teacher, total = model.teacher, len(counted_keys(model.teacher.model))
         dtype = str(teacher.dtype).removeprefix("torch.")
         weights = f"{path}: {total} of {total} keys"
         teacher.to(model.device)
-        found.append(Network("teacher", teacher.model, own, weights, dtype, teacher.flip_channels))
-    return found
+        networks.append(Network("teacher", teacher.model, teacher_cfg, weights, dtype, teacher.flip_channels))
+    return networks
 
 
 def initial_weights(cfg: CfgNode) -> str:
-    """What a config lets a network begin with."""
+    """Describes the initial weights that a config gives a network."""
     if cfg.MODEL.WEIGHTS:
         return cfg.MODEL.WEIGHTS
     return "timm's, of ImageNet" if "timm" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.TIMM.PRETRAINED else "random"
 
 
-def network_table(found: list[Network], side: int) -> str:
-    """A table with a column for each network.
+def network_table(networks: list[Network], side: int) -> str:
+    """Formats a table with one column for each network.
 
     Args:
-        side: Of the square image whose operations are counted, in pixels.
+        side: Side, in pixels, of the square image for which operations are counted.
     """
     rows = {
-        "architecture": [architecture(x.cfg) for x in found],
-        "parameters": [parameters(x.model) for x in found],
-        f"GFLOPs, {side} x {side}": [gflops(x.model, side) for x in found],
-        "weights": [x.weights for x in found],
-        "images": [x.cfg.INPUT.FORMAT + (", channels flipped" if x.flipped else "") for x in found],
-        "pixel mean": [numbers(x.cfg.MODEL.PIXEL_MEAN) for x in found],
-        "pixel std": [numbers(x.cfg.MODEL.PIXEL_STD) for x in found],
-        "precision": [x.precision for x in found],
+        "architecture": [architecture(x.cfg) for x in networks],
+        "parameters": [parameters(x.model) for x in networks],
+        f"GFLOPs, {side} x {side}": [gflops(x.model, side) for x in networks],
+        "weights": [x.weights for x in networks],
+        "images": [x.cfg.INPUT.FORMAT + (", channels flipped" if x.flipped else "") for x in networks],
+        "pixel mean": [numbers(x.cfg.MODEL.PIXEL_MEAN) for x in networks],
+        "pixel std": [numbers(x.cfg.MODEL.PIXEL_STD) for x in networks],
+        "precision": [x.precision for x in networks],
     }
     table = [[name, *cells] for name, cells in rows.items()]
-    return tabulate(table, ["", *(x.title for x in found)], disable_numparse=True)
+    return tabulate(table, ["", *(x.title for x in networks)], disable_numparse=True)
 
 
 def architecture(cfg: CfgNode) -> str:
-    """Names of a network's meta-architecture and backbone, and what tells its size."""
+    """Names a network's meta-architecture and backbone, with its size."""
     builder = cfg.MODEL.BACKBONE.NAME
     details = [f"{key} {cfg.MODEL[node][key]}" for part, (node, key) in DETAILS.items() if part in builder]
     return " ".join([cfg.MODEL.META_ARCHITECTURE, builder, *details])
 
 
 def parameters(model: nn.Module) -> str:
-    """How many there are, and how many of them are trained."""
+    """Counts the parameters, and those that are trained."""
     counts = [(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()]
     total, trained = (sum(column) / 1e6 for column in zip(*counts, strict=True))
     return f"{total:.2f} M, {trained:.2f} M trained"
 
 
 def gflops(model: nn.Module, side: int) -> str:
-    """Billions of multiply-adds of the inference on a blank image."""
+    """Formats the billions of multiply-adds of the inference on a blank image; "-" if they cannot be counted."""
     try:
         with evaluation_mode(model):
             return f"{count_gflops(model, {'image': torch.zeros(3, side, side)}):.2f}"
-    except Exception as error:  # Whatever a network does that cannot be traced; it may be trained all the same.
+    except Exception as error:  # A network that cannot be traced may still be trainable.
         logger.debug("Not counted: %s", error)
         return "-"
 
@@ -160,7 +160,7 @@ def numbers(values: Collection[float]) -> str:
 
 
 def image_side(cfg: CfgNode) -> int:
-    """Side in pixels of the image whose operations are counted."""
+    """Returns the side in pixels of the image for which operations are counted."""
     if is_classifier(cfg):
         side = cfg.INPUT.CLASSIFICATION.SIZE
     else:
@@ -169,29 +169,33 @@ def image_side(cfg: CfgNode) -> int:
 
 
 def head_table(model: TeacherStudent) -> str:
-    """A table of the heads: a line for each pair of signals, or for those that only one side gives."""
+    """Formats a table of the heads, with one line for each pair of signals or each signal without a counterpart."""
     specs = model.tap.spec(), model.teacher.tap.spec()
     rows = []
     for name, head in model.heads.items():
-        own, other = head.signals, teacher_signals(head)
+        student, teacher = head.signals, teacher_signals(head)
         schedule = describe_schedule(model.schedules[name])
-        if not own and not other:
-            own, other, schedule = head.pretrain_signals, head.pretrain_teacher_signals, "in the stage before alone"
-        sides = [[shape(x, spec) for x in side] for side, spec in zip((own, other), specs, strict=True)]
+        if not student and not teacher:
+            student, teacher, schedule = (
+                head.pretrain_signals,
+                head.pretrain_teacher_signals,
+                "in the pre-training stage only",
+            )
+        sides = [[shape(x, spec) for x in side] for side, spec in zip((student, teacher), specs, strict=True)]
         cells = [[name, f"{model.schedules[name].weight:g}", schedule], *[["", "", ""]] * (max(map(len, sides)) - 1)]
         rows += [[*cell, *pair] for cell, pair in zip(cells, zip_longest(*sides, fillvalue=""), strict=True)]
     return tabulate(rows, ["head", "weight", "schedule", "student", "teacher"], disable_numparse=True)
 
 
 def describe_schedule(schedule: WeightSchedule) -> str:
-    """A schedule in words; numbers are iterations."""
+    """Describes a schedule in words; its numbers are iterations."""
     parts = [f"from {schedule.start}"] if schedule.start else []
     parts += [f"warm-up {schedule.warmup}"] if schedule.warmup else []
     return ", ".join([*parts, schedule.decay + ("" if schedule.stop is None else f" until {schedule.stop}")])
 
 
 def shape(name: str, spec: Mapping[str, ShapeSpec]) -> str:
-    """A signal's name, channels and stride."""
+    """Describes a signal by its name, channels and stride."""
     stride = "" if spec[name].stride is None else f", stride {spec[name].stride}"
     channels = spec[name].channels
     return f"{name}: {channels} channel{'' if channels == 1 else 's'}{stride}"

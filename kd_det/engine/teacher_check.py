@@ -1,4 +1,4 @@
-"""Checks of the teacher before it teaches: are its classes the student's, and does it know anything of these images?"""
+"""Checks, before training, that the teacher has the student's classes and has learned something about the images."""
 
 import logging
 import math
@@ -22,30 +22,30 @@ from kd_det.teacher import build_teacher, load_teacher_config
 
 logger = logging.getLogger(__name__)
 SUBSET = "kd_det_sanity_check"
-# A detector whose AP is below this has learned nothing of the images.
+# A detector with an AP below this has learned nothing about the images.
 LEAST_AP = 1.0
-# Signals in which each class has its place.
+# Each class has a fixed position in these signals.
 PREDICTIONS = {"roi_logits", "roi_deltas", "mask_logits", "dense_logits", "logits", "input_gradient"}
 
 
 def check_class_order(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
-    """Compare the names of the teacher's classes with the student's, where both configs name data that is there.
+    """Compares the names of the teacher's classes with the student's, if the data sets of both configs are available.
 
     Args:
-        cfg: The run's config, whose data sets are registered.
-        heads: The distillation heads; without one that compares predictions of classes nothing is checked.
+        cfg: The run's config; its data sets are already registered.
+        heads: The distillation heads; nothing is checked if none of them compares class predictions.
 
     Raises:
-        InputError: If the names are the same in another order. Where they are others, a warning is logged.
+        InputError: If the names are the same in another order. Different names cause only a warning.
     """
     comparing = [name for name, head in heads.items() if PREDICTIONS.intersection(head.signals)]
     if not comparing:
         return
-    own, theirs = known_class_names(cfg), known_class_names(load_teacher_config(cfg)[0])
-    different = [(a, b) for a, b in zip(own, theirs, strict=False) if a != b]
-    if len(own) != len(theirs) or not different:
+    student, teacher = known_class_names(cfg), known_class_names(load_teacher_config(cfg)[0])
+    different = [(a, b) for a, b in zip(student, teacher, strict=False) if a != b]
+    if len(student) != len(teacher) or not different:
         return
-    reordered = set(own) == set(theirs)
+    reordered = set(student) == set(teacher)
     message = (
         f"KD.TEACHER.CONFIG_FILE: the data sets of {cfg.KD.TEACHER.CONFIG_FILE} "
         f"{'have the same classes in another order' if reordered else 'name other classes'} than the student's, "
@@ -58,13 +58,14 @@ def check_class_order(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
 
 
 def check_teacher(cfg: CfgNode) -> None:
-    """Evaluate the teacher on KD.TEACHER.SANITY_CHECK images, if any, and warn where it knows nothing of them.
+    """Evaluates the teacher on KD.TEACHER.SANITY_CHECK images, if any, and warns if it fails on them.
 
-    The images are spread over DATASETS.TEST[0], a detector's over those with objects, and read as the teacher's own
-    config says. The metric, AP of boxes or top-1 accuracy, is of these images alone. Each process takes a part of them.
+    The images are spread evenly over DATASETS.TEST[0] (for a detector, over its images with objects) and are read as
+    the teacher's own config says. The metric, box AP or top-1 accuracy, covers only these images. Each process takes a
+    part of them.
 
     Raises:
-        InputError: If the number is negative, or there is no test set whose classes the teacher could know.
+        InputError: If the number is negative, or there is no test set with classes that the teacher could know.
     """
     count = cfg.KD.TEACHER.SANITY_CHECK
     if count < 0:
@@ -73,7 +74,7 @@ def check_teacher(cfg: CfgNode) -> None:
         return
     if not cfg.DATASETS.TEST:
         raise InputError(f"KD.TEACHER.SANITY_CHECK: got {count}, but DATASETS.TEST names no data set.")
-    dataset, own = cfg.DATASETS.TEST[0], load_teacher_config(cfg)[0]
+    dataset, teacher_cfg = cfg.DATASETS.TEST[0], load_teacher_config(cfg)[0]
     teacher = build_teacher(cfg)
     known = count_classes(teacher.tap.spec())
     names = class_names(dataset)
@@ -82,35 +83,35 @@ def check_teacher(cfg: CfgNode) -> None:
             f"KD.TEACHER.SANITY_CHECK: got {count}, but the teacher knows {known} classes and {dataset!r} has "
             f"{len(names)}, so it cannot be evaluated there; set it to 0."
         )
-    own.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
+    teacher_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
     with tempfile.TemporaryDirectory() as folder, subset(dataset, count, folder) as images:
-        own.OUTPUT_DIR = folder
+        teacher_cfg.OUTPUT_DIR = folder
         logger.info("Checking the teacher on %d images of %s.", images, dataset)
-        evaluator = build_evaluator(own, SUBSET, tasks=("bbox",))
-        results = inference_on_dataset(teacher.model, build_test_loader(own, SUBSET), evaluator)
+        evaluator = build_evaluator(teacher_cfg, SUBSET, tasks=("bbox",))
+        results = inference_on_dataset(teacher.model, build_test_loader(teacher_cfg, SUBSET), evaluator)
     if "classification" in results:
         report("top-1 accuracy", results["classification"]["top1"], least_accuracy(known, images), dataset)
     elif results:
-        # NaN stands for a detector that finds nothing.
+        # NaN means that the detector finds nothing.
         ap = results["bbox"]["AP"]
         report("box AP", 0.0 if math.isnan(ap) else ap, LEAST_AP, dataset)
 
 
 @contextmanager
 def subset(dataset: str, count: int, folder: str) -> Iterator[int]:
-    """Registers a part of a data set as SUBSET inside; evaluators find the ground truth of its images alone.
+    """Registers a part of a data set as SUBSET inside the block, so that evaluators use only its annotations.
 
     Args:
-        folder: For a list of the images.
+        folder: Folder for a list of the images.
 
     Yields:
         The number of images.
     """
     chosen = choose_images(DatasetCatalog.get(dataset), count)
-    # Without the file of all annotations, COCOEvaluator takes those of the records.
+    # Without the annotation file, COCOEvaluator takes the annotations of the records.
     metadata = {k: v for k, v in MetadataCatalog.get(dataset).as_dict().items() if k not in ("name", "json_file")}
     if metadata.get("evaluator_type") == "pascal_voc":
-        metadata["split"] = str(Path(folder, "images"))  # An absolute path is joined to no folder.
+        metadata["split"] = str(Path(folder, "images"))  # An absolute path overrides the folder it is joined to.
         Path(folder, "images.txt").write_text("\n".join(record["image_id"] for record in chosen), encoding="utf-8")
     DatasetCatalog.register(SUBSET, lambda: chosen)
     MetadataCatalog.get(SUBSET).set(**metadata)
@@ -122,13 +123,13 @@ def subset(dataset: str, count: int, folder: str) -> Iterator[int]:
 
 
 def least_accuracy(classes: int, images: int) -> float:
-    """Top-1 accuracy in percent that is above chance: by two standard deviations of a guess."""
+    """Computes a top-1 accuracy in percent that is two standard deviations of guessing above chance."""
     chance = 1 / classes
     return 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / images))
 
 
 def report(metric: str, value: float, least: float, dataset: str) -> None:
-    """Log what the teacher reaches, and warn if it is too little."""
+    """Logs the value that the teacher reaches, and warns if it is too low."""
     logger.info("The teacher's %s on these images: %.2f", metric, value)
     if value < least:
         logger.warning(

@@ -1,4 +1,4 @@
-"""Train plain students, distilled ones, and several that teach each other."""
+"""Trains plain students, distilled students, and students that teach each other."""
 
 import logging
 import uuid
@@ -24,7 +24,7 @@ from kd_det.engine.divergence import explaining_divergence
 from kd_det.engine.ema import build_ema
 from kd_det.engine.evaluation import build_evaluator, share_buffers
 from kd_det.engine.event_writers import build_writers, drop_lines, metrics_path
-from kd_det.engine.hooks import BestCheckpointer, with_own_hooks
+from kd_det.engine.hooks import BestCheckpointer, extend_hooks
 from kd_det.engine.loaders import build_test_loader, build_train_loader
 from kd_det.engine.optimizer_state import adapt_state, parameter_names
 from kd_det.engine.results import ClosingTable, log_results
@@ -42,24 +42,24 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer, for plain and for distilled students.
+    """Extends Detectron2's trainer to plain and distilled students.
 
-    ``"model"`` in its checkpoints is the plain student; the heads' weights lie beside it as ``kd_heads``, and the
-    average of the student's, where one is kept, as ``ema``.
+    In its checkpoints ``"model"`` is the plain student, ``kd_heads`` are the weights of the heads, and ``ema`` is the
+    average of the student's weights, if one is kept.
 
     Args:
-        cfg: The whole config, of a plain detector, a ``TeacherStudent`` or ``MutualStudents``.
+        cfg: The whole config of a plain detector, a ``TeacherStudent`` or ``MutualStudents``.
     """
 
     find_unused_parameters = False
-    # The config key that the learning rate comes from.
+    # The learning rate comes from this config key.
     rate_key = "SOLVER.BASE_LR"
 
     def __init__(self, cfg: CfgNode):
-        # As DefaultTrainer.__init__, but for the checkpointer, which is the student's, and DDP, which may be on CPUs.
+        # This follows DefaultTrainer.__init__, but the checkpointer is the student's, and DDP may run on CPUs.
         TrainerBase.__init__(self)
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        # Tells the files of this run, resumed or not, from those of another one in the same folder.
+        # This id distinguishes the files of this run, resumed or not, from those of another run in the same folder.
         self.run = uuid.uuid4().hex
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
@@ -81,7 +81,7 @@ class Trainer(DefaultTrainer):
         wrapped = create_ddp_model(model, broadcast_buffers=False, find_unused_parameters=unused, **devices)
         self._trainer = build_step_trainer(cfg, wrapped, loader, optimizer, turns=turns)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        # Without DDP around it.
+        # This is the model without the DDP wrapper.
         self.plain_model = model
         self.checkpointer = KDCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **parts)
         self.checkpointer.keep, self.checkpointer.run = cfg.SOLVER.CHECKPOINT_KEEP, self.run
@@ -96,18 +96,18 @@ class Trainer(DefaultTrainer):
         try:
             return super().train()
         finally:
-            # Here, because a data loader's iterator that garbage collection finds waits five seconds for each worker.
+            # Drop the loader's iterator here: if garbage collection does it, it waits five seconds for each worker.
             loader = self._trainer.data_loader
             self._trainer.reset_data_loader(lambda: loader)
 
     def complete(self) -> None:
-        """Write the final checkpoint of a run that has nothing left to train, unless it has been written."""
+        """Writes the final checkpoint of a run that has nothing left to train, unless it already exists."""
         resumed = Path(self.checkpointer.loaded[0])
         final = resumed.with_name(FINAL)
         logger.info("%d iterations are done: nothing is left to train.", self.start_iter)
-        # A run that has gone on beyond MAX_ITER keeps what it ended with there.
-        kept = self.start_iter > self.max_iter and final.is_file() and read_whole_header(final)
-        if resumed != final and not (kept and kept.run == self.run):
+        # A run that was trained beyond MAX_ITER keeps its final checkpoint.
+        header = self.start_iter > self.max_iter and final.is_file() and read_whole_header(final)
+        if resumed != final and not (header and header.run == self.run):
             self.checkpointer.save(final.stem, iteration=self.iter)
         self.max_iter = self.start_iter
 
@@ -124,7 +124,7 @@ class Trainer(DefaultTrainer):
             super().after_step()
 
     def after_train(self) -> None:
-        # Where nothing was left to train, Detectron2's loop counts one iteration too many.
+        # If nothing was left to train, Detectron2's loop counts one iteration too many.
         self.iter = min(self.iter, self.max_iter)
         super().after_train()
 
@@ -148,7 +148,7 @@ class Trainer(DefaultTrainer):
             drop_lines(metrics_path(self.cfg), self.start_iter + self._keeps_evaluation())
 
     def _keeps_evaluation(self) -> bool:
-        """Whether the evaluation before the first iteration, which counts as that one, is not going to be repeated."""
+        """Checks whether the evaluation that counts as the first iteration stays, because it will not be repeated."""
         if self.start_iter == 0 or Path(self.checkpointer.loaded[0]).name != FINAL:
             return False
         return self.start_iter < self.max_iter or not self.cfg.DATASETS.TEST
@@ -162,10 +162,10 @@ class Trainer(DefaultTrainer):
         return build_writers(self.cfg, weakref.proxy(self))
 
     def build_hooks(self) -> list:
-        found = super().build_hooks()
+        hooks = super().build_hooks()
         if comm.is_main_process():
-            found[-1:-1] = build_visualization(self.cfg, self.plain_model)  # The last one writes what is there.
-        hooks = with_own_hooks(found, self.cfg, self.ema)
+            hooks[-1:-1] = build_visualization(self.cfg, self.plain_model)  # The last hook writes the pictures.
+        hooks = extend_hooks(hooks, self.cfg, self.ema)
         peers = self.plain_model.configs[1:] if isinstance(self.plain_model, MutualStudents) else []
         if peers and comm.is_main_process():
             hooks.insert(0, PeerWriter(self.plain_model.students, self.plain_model.configs))
@@ -179,16 +179,16 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
-        """See Detectron2. Each of ``MutualStudents`` is evaluated; from the second on under ``peer_2``, and so on."""
+        """Evaluates a model as Detectron2 does, or all ``MutualStudents``, the later ones as ``peer_2`` and so on."""
         plain = model.module if isinstance(model, DistributedDataParallel) else model
         share_buffers(plain)
         if not isinstance(plain, MutualStudents):
             return cls._test_one(cfg, model, evaluators)
         results = {}
-        for i, (student, own) in enumerate(zip(plain.students, plain.configs, strict=True), 1):
+        for i, (student, student_cfg) in enumerate(zip(plain.students, plain.configs, strict=True), 1):
             logger.info("Student %d of %d:", i, len(plain.students))
-            found = cls._test_one(own, student, evaluators)
-            results |= found if i == 1 else {f"peer_{i}": found}
+            metrics = cls._test_one(student_cfg, student, evaluators)
+            results |= metrics if i == 1 else {f"peer_{i}": metrics}
         return results
 
     @classmethod
@@ -217,7 +217,7 @@ class Trainer(DefaultTrainer):
         names = parameter_names(self.plain_model, self.optimizer)
         optimizer, rates_differ = adapt_state(saved["optimizer"], self.optimizer, names, state_dict.get("parameters"))
         super().load_state_dict(state_dict | {"_trainer": saved | {"optimizer": optimizer}})
-        # The schedule is a function of the iteration, of what the config says.
+        # The schedule follows from the config and the iteration alone.
         self.scheduler.base_lrs, self.scheduler.last_epoch = rates, self.iter + 1
         if rates_differ:
             for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):

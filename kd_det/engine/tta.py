@@ -1,4 +1,4 @@
-"""Test-time augmentation, as Detectron2's ``tools/train_net.py`` does it: one more evaluation, after the run."""
+"""Evaluates once more after a run with test-time augmentation, as Detectron2's ``tools/train_net.py`` does."""
 
 import logging
 from collections.abc import Callable
@@ -12,12 +12,12 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_with_tta(test: Callable[[CfgNode, nn.Module], dict], cfg: CfgNode, model: nn.Module) -> dict:
-    """Evaluate a detector on several sizes of each image, and flipped ones, as ``TEST.AUG`` says.
+    """Evaluates a detector on several sizes of each image, also flipped, as ``TEST.AUG`` says.
 
-    What the evaluation writes is below ``OUTPUT_DIR/tta``.
+    The evaluation writes its files below ``OUTPUT_DIR/tta``.
 
     Args:
-        test: Evaluates a model.
+        test: Function that evaluates a model.
         cfg: The whole config.
         model: The detector.
 
@@ -28,8 +28,8 @@ def evaluate_with_tta(test: Callable[[CfgNode, nn.Module], dict], cfg: CfgNode, 
     cfg = cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/tta"
-    found = test(cfg, GeneralizedRCNNWithTTA(cfg, model))
-    return {f"{name}_TTA": results for name, results in found.items()}
+    results = test(cfg, GeneralizedRCNNWithTTA(cfg, model))
+    return {f"{name}_TTA": metrics for name, metrics in results.items()}
 
 
 class TTAEvaluation(hooks.EvalHook):
@@ -46,6 +46,6 @@ class TTAEvaluation(hooks.EvalHook):
         self.student = student
 
     def _evaluate(self) -> dict:
-        found = evaluate_with_tta(self.trainer.test, self.cfg, self.student)
-        self.trainer._last_eval_results |= found
-        return found
+        results = evaluate_with_tta(self.trainer.test, self.cfg, self.student)
+        self.trainer._last_eval_results |= results
+        return results

@@ -1,4 +1,4 @@
-"""Pictures during a run: where student and teacher look, and what they predict."""
+"""Draws pictures during a run, which show where student and teacher look and what they predict."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -34,21 +34,21 @@ IMAGES = 2
 class Visualization(HookBase):
     """Puts pictures into the event storage, at the iterations at which Detectron2's models put theirs.
 
-    ``attention/p3`` and the like, one for each feature map that a head compares: where it is active, as attention
-    transfer measures it, in all networks beside each other. ``predictions``: the ground truth beside what the networks
-    predict, of detectors the instances with at least the score that gives the best F1 on these images. A teacher that
-    knows another number of classes than the student is left out of these.
+    There is one picture such as ``attention/p3`` for each feature map that a head compares; it shows where the map is
+    active, as attention transfer measures it, in all networks side by side. The picture ``predictions`` shows the
+    ground truth and the predictions of the networks; detectors show the instances above the score that gives the best
+    F1 on these images. A teacher with another number of classes than the student is left out of it.
 
-    The images are the same ones each time, so that one can follow them over the run: a few of the first test set, or of
-    the first training set where nothing is tested, as they are read for a test. Those of the last batch would change
-    with every picture, cropped and flipped.
+    The images are the same each time, so that they can be followed over the run. They are taken from the first test
+    set, or from the first training set if there is no test set, and read as in a test. Images of the last batch would
+    change with every picture and be cropped and flipped.
 
-    The networks run once more for it: in evaluation mode, without gradients, and without DDP around them, so only one
-    process needs this hook. The run's weights, statistics and random numbers stay what they would be without it.
+    The networks run once more for this, in evaluation mode, without gradients and without the DDP wrapper, so only one
+    process needs this hook. The run's weights, statistics and random numbers are the same as without it.
 
     Args:
         cfg: The run's config.
-        model: The run's model, without DDP around it.
+        model: The run's model, without the DDP wrapper.
     """
 
     def __init__(self, cfg: CfgNode, model: TeacherStudent | MutualStudents):
@@ -57,7 +57,7 @@ class Visualization(HookBase):
         self.model = model
         self.networks = find_networks(model)
         specs = [tap.spec() for tap, _ in self.networks.values()]
-        # Of what enters a ReLU, what leaves it is shown.
+        # The output of a ReLU is shown instead of its input.
         compared = {name.removesuffix("_preact") for head in model.heads.children() for name in head.signals}
         maps = compared.intersection(*specs)
         self.strides = {name: shape.stride for name, shape in specs[0].items() if shape.stride and name in maps}
@@ -91,7 +91,7 @@ class Visualization(HookBase):
                 maps[name][title] = attention_maps(signals[name], stride, [image.shape[:2] for image in images])
             if kind in outputs[0] and describe_model(tap.model) == describe_model(student):
                 predictions[title] = [x[kind].to("cpu") for x in outputs]
-        pictures = {f"attention/{name}": draw_attention(images, found) for name, found in maps.items()}
+        pictures = {f"attention/{name}": draw_attention(images, columns) for name, columns in maps.items()}
         if predictions:
             shown = self.records, class_names(self.dataset), predictions
             pictures["predictions"] = draw_classifications(*shown) if classifies else self._draw_detections(*shown)
@@ -101,38 +101,40 @@ class Visualization(HookBase):
     def _draw_detections(records: list[dict], names: list[str], predictions: dict[str, list[Instances]]) -> Figure:
         truth = [record["annotations"] for record in records]
         choices = {}
-        for title, found in predictions.items():
-            matches = match(list(zip(truth, found, strict=True)), classes=len(names))
+        for title, instances in predictions.items():
+            matches = match(list(zip(truth, instances, strict=True)), classes=len(names))
             choices[title] = Choice(operating_point(matches), " on these images")
         return draw_detections(records, names, predictions, choices)
 
 
 def build_visualization(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
-    """The hook, where VIS_PERIOD asks for it and the model has a student that is taught; else none."""
+    """Builds the hook if VIS_PERIOD is set and the model has a student that is taught; returns no hook otherwise."""
     return [Visualization(cfg, model)] if cfg.VIS_PERIOD > 0 and find_networks(model) else []
 
 
 def find_networks(model: nn.Module) -> dict[str, tuple[BackboneTap, bool]]:
-    """Title to tap of each network of a run, the student's first, and whether it reads the channels in reverse."""
+    """Maps each network's title to its tap and whether its channels are flipped; the student comes first."""
     if isinstance(model, MutualStudents):
-        return {f"student {i}": found for i, found in enumerate(zip(model.taps, model.flip_channels, strict=True), 1)}
+        return {
+            f"student {i}": network for i, network in enumerate(zip(model.taps, model.flip_channels, strict=True), 1)
+        }
     if isinstance(model, TeacherStudent) and model.teacher is not None:
         return {"student": (model.tap, False), "teacher": (model.teacher.tap, model.teacher.flip_channels)}
     return {}
 
 
 def attention_maps(feature: Tensor, stride: int, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """Where a network is active in each image: maps (height, width), the highest value of each 1.
+    """Computes where a network is active in each image: maps (height, width) with a maximum of 1.
 
     Args:
-        feature: Feature map of a batch, (N, C, H, W), whose images are padded at the right and at the bottom.
+        feature: Feature map of a batch, (N, C, H, W), whose images are padded on the right and at the bottom.
         stride: Pixels per cell.
         sizes: Height and width of each image in pixels.
     """
     maps = attention_map(feature).view(-1, 1, *feature.shape[2:])
-    # A last cell that the images do not fill may be missing.
+    # The last cell may be missing if the images do not fill it.
     largest = np.max(sizes, axis=0).tolist()
     covered = [max(stride * cells, pixels) for cells, pixels in zip(feature.shape[2:], largest, strict=True)]
     maps = F.interpolate(maps, size=covered, mode="bilinear")[:, 0]
-    cropped = [found[:height, :width] for found, (height, width) in zip(maps, sizes, strict=True)]
-    return [(found / found.max().clamp(min=1e-12)).cpu().numpy() for found in cropped]
+    cropped = [heat[:height, :width] for heat, (height, width) in zip(maps, sizes, strict=True)]
+    return [(heat / heat.max().clamp(min=1e-12)).cpu().numpy() for heat in cropped]
