@@ -1,11 +1,14 @@
 """Adds backbones that Detectron2 lacks: timm networks, and narrow ResNets of basic blocks."""
 
+from typing import cast
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 from timm.layers import Format, convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.models import FeatureInfo
 from torch import Tensor
 
 from kd_det.errors import InputError
@@ -34,11 +37,10 @@ class TimmBackbone(Backbone):
             name, PROBE, pretrained=pretrained, features_only=True, in_chans=in_channels
         )
         self._channels_last = getattr(self.net, "output_fmt", None) == Format.NHWC
+        info = cast(FeatureInfo, self.net.feature_info)
         stages = {
             f"res{reduction.bit_length() - 1}": (i, ShapeSpec(channels=channels, stride=reduction))
-            for i, (channels, reduction) in enumerate(
-                zip(self.net.feature_info.channels(), self.net.feature_info.reduction(), strict=True)
-            )
+            for i, (channels, reduction) in enumerate(zip(info.channels(), info.reduction(), strict=True))
         }
         missing = [feature for feature in out_features if feature not in stages]
         if missing:

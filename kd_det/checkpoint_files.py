@@ -32,7 +32,7 @@ class Header(NamedTuple):
     iteration: int
 
 
-def load_safely(path: str, *, mmap: bool = False) -> Any:
+def load_safely(path: str | Path, *, mmap: bool = False) -> Any:
     """Loads a file of ``torch.save`` without running code in it."""
     # Before torch 2.6, weights_only is False by default.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

@@ -97,7 +97,7 @@ def find_earlier(last: str) -> tuple[list[str], list[str]]:
         for path, header in headers.items()
         if path != last and header.run in runs and (limit < 0 or header.iteration < limit)
     }
-    return sorted(iterations, key=iterations.get, reverse=True), list(reasons.values())
+    return sorted(iterations, key=iterations.__getitem__, reverse=True), list(reasons.values())
 
 
 def find_superseded(folder: str, run: str | None, iteration: int | None, *, keep: int) -> list[str]:

@@ -11,7 +11,7 @@ from kd_det.errors import InputError
 
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list", tuple: "a list"}
 # Maps patterns of keys whose default is an empty list to an example of an element; None allows any element.
-ELEMENTS = {
+ELEMENTS: dict[str, Any] = {
     "*.OPTS": None,
     "TEST.EXPECTED_RESULTS": [],
     "TEST.KEYPOINT_OKS_SIGMAS": 0.0,

@@ -61,13 +61,13 @@ def naming_config(cfg: CfgNode, source: str) -> Iterator[None]:
         raise InputError(f"{source}: {architecture} cannot be built: {reason(error)}{suspects(cfg, error)}.") from error
 
 
-def is_own(error: BaseException) -> bool:
+def is_own(error: Exception) -> bool:
     """Returns whether an error was raised by this package or a plugin rather than by a library."""
     frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
     return re.match(r"kd_det(\.|_plugin_|$)", frame.f_globals.get("__name__", "")) is not None
 
 
-def reason(error: BaseException) -> str:
+def reason(error: Exception) -> str:
     """Describes an error by its message, or by the line that raised it if the message says nothing."""
     message = one_line(error)
     if isinstance(error, AssertionError) and not re.search(r"[a-z]{3}", str(error)):
@@ -75,7 +75,7 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {message.rstrip('.')}"
 
 
-def suspects(cfg: CfgNode, error: BaseException) -> str:
+def suspects(cfg: CfgNode, error: Exception) -> str:
     """Names the keys of MODEL whose values an error quotes, and the features that such keys may list."""
     message = one_line(error)
     quoted = {message, *re.findall(r"'([^']+)'", message), *(["GN"] if "num_groups" in message else [])}

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO, ClassVar, TypeGuard
 
 from kd_det.errors import InputError
 
@@ -84,7 +84,7 @@ def remove_unfinished(folder: str | Path) -> None:
 
 
 # ---- Errors ----
-def is_file_error(error: BaseException) -> bool:
+def is_file_error(error: BaseException | None) -> TypeGuard[OSError]:
     """Returns whether an error comes from a file system: it names a file or has a number of ``REMEDIES``."""
     return isinstance(error, OSError) and (error.filename is not None or error.errno in REMEDIES)
 
@@ -97,7 +97,7 @@ def find_file_error(error: BaseException) -> OSError | None:
 
 def explain(error: OSError) -> str:
     """Explains a file-system error and what to do about it."""
-    return "; ".join(filter(None, (error.strerror or str(error), REMEDIES.get(error.errno))))
+    return "; ".join(filter(None, (error.strerror or str(error), REMEDIES.get(error.errno or 0))))
 
 
 @contextmanager
@@ -151,7 +151,7 @@ class Lock:
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-            doubt = error.strerror
+            doubt = error.strerror or str(error)
         os.ftruncate(self._file, 0)
         os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return doubt

@@ -61,7 +61,7 @@ def plain_state(state: Any, path: str) -> OrderedDict[str, Tensor]:
     items = list(dict.items(state)) if isinstance(state, dict) else []
     if not items or not all(isinstance(key, str) and isinstance(value, Tensor | np.ndarray) for key, value in items):
         raise InputError(f"{path}: not a checkpoint: neither it nor its 'model' maps names to tensors.")
-    plain: OrderedDict[str, Tensor] = OrderedDict()
+    plain: dict[str, Tensor] = {}
     for key, value in items:
         try:
             plain[key] = Tensor.detach(value) if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
@@ -70,12 +70,21 @@ def plain_state(state: Any, path: str) -> OrderedDict[str, Tensor]:
         if plain[key].layout != torch.strided or plain[key].device.type != "cpu" or plain[key].is_quantized:
             raise InputError(f"{path}: {key} is a sparse, quantized or empty (meta) tensor; it must be a dense one.")
     versions = getattr(state, "_metadata", None)
-    plain._metadata = {
-        key: {"version": node["version"]}
-        for key, node in (dict.items(versions) if isinstance(versions, dict) else ())
-        if isinstance(key, str) and isinstance(node, dict) and isinstance(node.get("version"), int)
-    }
-    return plain
+    return _state_dict(
+        plain,
+        {
+            key: {"version": node["version"]}
+            for key, node in (dict.items(versions) if isinstance(versions, dict) else ())
+            if isinstance(key, str) and isinstance(node, dict) and isinstance(node.get("version"), int)
+        },
+    )
+
+
+def _state_dict(weights: dict[str, Tensor], versions: dict[str, dict[str, Any]]) -> OrderedDict[str, Tensor]:
+    """Makes a state dict with the versions of its modules, as ``nn.Module.state_dict`` gives it."""
+    state = OrderedDict(weights)
+    state._metadata = versions  # type: ignore[attr-defined]  # This attribute is torch's.
+    return state
 
 
 def _is_torch_file(path: str) -> bool:
@@ -176,10 +185,9 @@ def _wrapper(key: str, model_keys: Collection[str]) -> str | None:
 
 def _rename(state: dict[str, Tensor], change: Callable[[str], str | None]) -> OrderedDict[str, Tensor]:
     """Renames the keys of a state dict and of its modules' versions; keys that become None are left out."""
-    renamed = OrderedDict((new, value) for key, value in state.items() if (new := change(key)) is not None)
+    renamed = {new: value for key, value in state.items() if (new := change(key)) is not None}
     versions = {change(f"{key}."): node for key, node in getattr(state, "_metadata", {}).items()}
-    renamed._metadata = {key[:-1]: node for key, node in versions.items() if key is not None}
-    return renamed
+    return _state_dict(renamed, {key[:-1]: node for key, node in versions.items() if key is not None})
 
 
 def rename_torchvision_resnet(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:

@@ -42,7 +42,8 @@ class _Array(np.ndarray):
         checked = np.ndarray(shape, dtype.value, data)
         if checked.nbytes != len(data):
             raise pickle.UnpicklingError(f"it has {len(data)} bytes for an array of {checked.nbytes}")
-        super().__setstate__((1, checked.shape, checked.dtype, bool(is_fortran), bytes(data)))
+        state = 1, checked.shape, checked.dtype, bool(is_fortran), bytes(data)
+        super().__setstate__(state)  # type: ignore[arg-type]  # numpy takes a bool, though its types ask for its own.
 
     @classmethod
     def from_buffer(
@@ -57,7 +58,7 @@ class _Array(np.ndarray):
     def scalar(cls, dtype: _Dtype, data: bytes) -> np.generic:
         array = cls()
         array.__setstate__(((), dtype, False, data))
-        return array[()]
+        return array[()]  # type: ignore[return-value]  # By numpy's types this is an array.
 
 
 class _ArrayUnpickler(pickle.Unpickler):

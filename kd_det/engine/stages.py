@@ -13,7 +13,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from kd_det.checkpoint import KDCheckpointer, fits
+from kd_det.checkpoint import KDCheckpointer, loading_checkpoint
 from kd_det.checkpoint_folder import FINAL, TAG, finished_iterations, read_tag
 from kd_det.config import save_config, student_config
 from kd_det.construction import naming_config
@@ -281,7 +281,7 @@ def load_stage(model: TeacherStudent, path: str, *, check_only: bool = False) ->
     parts = {"kd_teacher": TeacherIdentity(model.teacher), **({} if check_only else model.checkpointables)}
     checkpointer = KDCheckpointer(model.student if trained else copy.deepcopy(model.student), **parts)
     try:
-        with fits("KD.PRETRAIN.WEIGHTS", path):
+        with loading_checkpoint("KD.PRETRAIN.WEIGHTS", path):
             checkpointer.load(find_file(path, "KD.PRETRAIN.WEIGHTS"))
     except UnreadableError as error:
         if not check_only:

@@ -85,7 +85,7 @@ def list_networks(trainer: Trainer) -> list[Network]:
     """Lists the networks of a run, the student first."""
     cfg, model, loaded = trainer.cfg, trainer.plain_model, trainer.checkpointer.loaded
     precision = "mixed" if cfg.SOLVER.AMP.ENABLED else "float32"
-    weights = "{}: {} of {} keys".format(*loaded) if loaded else initial_weights(cfg)
+    weights = "{}: {} of {} keys".format(*loaded) if loaded.path else initial_weights(cfg)
     if isinstance(model, MutualStudents):
         # The number of matched keys is known only for the first student.
         others = [loaded[0] if trainer.start_iter else initial_weights(peer) for peer in model.configs[1:]]

@@ -16,7 +16,7 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd_det.checkpoint import KDCheckpointer, fits
+from kd_det.checkpoint import KDCheckpointer, loading_checkpoint
 from kd_det.checkpoint_folder import FINAL, read_whole_header
 from kd_det.construction import naming_config
 from kd_det.data.loader import seed_everything
@@ -129,7 +129,7 @@ class Trainer(DefaultTrainer):
         super().after_train()
 
     def resume_or_load(self, resume: bool = True) -> None:
-        with fits("--resume", self.cfg.OUTPUT_DIR) if resume else nullcontext():
+        with loading_checkpoint("--resume", self.cfg.OUTPUT_DIR) if resume else nullcontext():
             super().resume_or_load(resume)
         if len(set(comm.all_gather(self.start_iter))) > 1:
             raise InputError(f"--resume: the processes find different checkpoints in {self.cfg.OUTPUT_DIR}; share it.")
