@@ -27,14 +27,14 @@ def read_tag(folder: str | Path) -> str:
     """Reads the name of the checkpoint to resume from; it is empty if the folder has no tag.
 
     Raises:
-        InputError: If the tag is not a text file.
+        InputError: If the tag is not a text file, or a link that leads nowhere.
     """
     path = Path(folder, TAG)
     try:
         return path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return ""
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, FileNotFoundError) and not path.is_symlink():
+            return ""
         raise InputError(
             f"{path}: must be a text file with the name of a checkpoint, but cannot be read: {reason(error)}"
         ) from error

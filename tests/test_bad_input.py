@@ -139,7 +139,7 @@ def test_values_that_cannot_be(run, options, heads, told):
         ("", ["OUTPUT_DIR", ""], "OUTPUT_DIR: must name a folder, got ''."),
         ("", ["--kd-heads", "HintHead, SoftHead"], "KD.HEADS: 'SoftHead' is not a distillation head"),
         ("", ["--plugin", "no_such.py"], "--plugin: there is no file no_such.py."),
-        ("", ["--plugin", "config.yaml"], "--plugin: config.yaml is no Python file; its name must end in .py."),
+        ("", ["--plugin", "config.yaml"], "--plugin: config.yaml is not a Python file; its name must end in .py."),
         (
             "",
             ["OUTPUT_DIR", "x", "--resume"],

@@ -290,6 +290,17 @@ def test_a_tag_that_is_no_text_file(model, tmp_path, content):
         own.resume_or_load("", resume=True)
 
 
+def test_a_tag_that_is_a_dangling_link(model, tmp_path):
+    """It named a checkpoint once, so the run does not begin anew."""
+    checkpointer = save_four(model, tmp_path)
+    tag = tmp_path / "last_checkpoint"
+    tag.unlink()
+    tag.symlink_to("elsewhere")
+    with pytest.raises(InputError, match=rf"^{tag}: must be a text file with the name .* No such file") as error:
+        checkpointer.resume_or_load("", resume=True)
+    assert "\n" not in str(error.value)
+
+
 # ---- Damage to the numbers ----
 def load_resumed(model, path):
     own = KDCheckpointer(model, str(path.parent))

@@ -57,6 +57,9 @@ class KDCheckpointer(SafeCheckpointer):
         path = os.path.join(self.save_dir, TAG)
         write_whole(path, lambda file: file.write(last_filename_basename.encode()))
 
+    def has_checkpoint(self) -> bool:
+        return os.path.lexists(os.path.join(self.save_dir, TAG))
+
     def get_checkpoint_file(self) -> str:
         return os.path.join(self.save_dir, read_tag(self.save_dir))
 

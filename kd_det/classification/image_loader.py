@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from kd_det.classification.image_mapper import ClassificationMapper
 from kd_det.data.loader import SeededDataset, build_training_loader, sampler_factory
-from kd_det.data.workers import end_with_the_run
+from kd_det.data.workers import ignore_signals
 from kd_det.errors import InputError
 
 
@@ -81,7 +81,7 @@ def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> SplitBa
             sampler=sampler,
             batch_size=batch_size,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
-            worker_init_fn=end_with_the_run,
+            worker_init_fn=ignore_signals,
         )
     )
 

@@ -18,7 +18,7 @@ from kd_det.config import student_config
 from kd_det.data.datasets import load_training_images
 from kd_det.data.mapper import DetectionMapper
 from kd_det.data.proposals import proposal_files
-from kd_det.data.workers import end_with_the_run
+from kd_det.data.workers import ignore_signals
 from kd_det.errors import InputError
 
 # Meta-architectures that are trained on semantic segmentations.
@@ -131,7 +131,7 @@ def build_training_loader(
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=collate_fn,
-        worker_init_fn=end_with_the_run,
+        worker_init_fn=ignore_signals,
         # The loader has its own generator: it draws a number when it starts, which a resumed run does at another
         # iteration.
         generator=torch.Generator(),

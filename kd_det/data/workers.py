@@ -8,7 +8,7 @@ import threading
 from types import TracebackType
 
 
-def end_with_the_run(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Ignores termination signals in a data-loader worker, so that the run's current iteration can finish.
 
     A terminal or a cluster sends these signals to every process. A SIGTERM from the worker's own parent still ends it.

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 from kd_det.engine.processes import end_with_tool
 from kd_det.engine.quiet import silence_third_parties
@@ -40,7 +39,7 @@ def import_plugin(path: str) -> None:
     name = f"kd_det_plugin_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
-        raise InputError(f"--plugin: {path} is no Python file; its name must end in .py.")
+        raise InputError(f"--plugin: {path} is not a Python file; its name must end in .py.")
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
 
@@ -107,10 +106,21 @@ def plain_errors() -> Iterator[None]:
     """Keeps the tracebacks of errors that are not defects out of the log and off the terminal."""
     logging.getLogger("detectron2.engine.train_loop").addFilter(is_defect)
     with (
-        patch.object(logging.Handler, "handleError", handle_log_error),
-        patch.object(threading, "excepthook", handle_thread_error),
+        replaced_attribute(logging.Handler, "handleError", handle_log_error),
+        replaced_attribute(threading, "excepthook", handle_thread_error),
     ):
         yield
+
+
+@contextmanager
+def replaced_attribute(owner: object, name: str, value: object) -> Iterator[None]:
+    """Replaces an attribute of a class or module inside the block."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def handle_log_error(handler: logging.Handler, record: logging.LogRecord, report=logging.Handler.handleError) -> None:

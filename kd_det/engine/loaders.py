@@ -15,7 +15,7 @@ from kd_det.config import student_config
 from kd_det.data import DetectionMapper
 from kd_det.data.loader import build_detection_training_loader
 from kd_det.data.proposals import proposal_files
-from kd_det.data.workers import end_with_the_run
+from kd_det.data.workers import ignore_signals
 
 
 def is_classifier(cfg: CfgNode) -> bool:
@@ -43,5 +43,5 @@ def build_test_loader(cfg: CfgNode, dataset_name: str):
         records = get_detection_dataset_dicts([dataset_name], filter_empty=False, proposal_files=files)
     mapper, workers = DetectionMapper(cfg, is_train=False), cfg.DATALOADER.NUM_WORKERS
     loader = build_detection_test_loader(records, mapper=mapper, num_workers=workers)
-    loader.worker_init_fn = end_with_the_run
+    loader.worker_init_fn = ignore_signals
     return loader

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from kd_det.data.workers import end_with_the_run
+from kd_det.data.workers import ignore_signals
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,6 @@ def test_a_run_that_is_gone_is_no_news(error, said, monkeypatch, capfd):
     for name in ("signal.signal", "signal.pthread_sigmask", "threading.Thread.start"):
         monkeypatch.setattr(f"kd_det.data.workers.{name}", lambda *_: None)
     monkeypatch.setattr("multiprocessing.parent_process", lambda: type("Parent", (), {"pid": 1}))
-    end_with_the_run(0)
+    ignore_signals(0)
     sys.excepthook(type(error), error, None)
     assert capfd.readouterr().err.strip().split(":")[0] == said
