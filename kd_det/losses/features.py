@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import check_maps, check_mask, check_same_shape, check_shape, in_float32, masked_mean, mean
+from .numerics import (
+    check_choice,
+    check_maps,
+    check_mask,
+    check_same_shape,
+    check_shape,
+    in_float32,
+    masked_mean,
+    mean,
+    sum_per_sample,
+)
 
 
 @in_float32
@@ -33,6 +43,40 @@ def hint_loss(s: Tensor, t: Tensor, *, mask: Tensor | None = None) -> Tensor:
     check_same_shape("hint_loss", s, t)
     check_mask("hint_loss", mask, s)
     return masked_mean((s - t.detach()).square(), mask)
+
+
+@in_float32
+def masked_generation_loss(
+    generated: Tensor, t: Tensor, *, reduction: str = "sum", mask: Tensor | None = None
+) -> Tensor:
+    """Sums the squared difference between the teacher's features and those generated from a masked student.
+
+    MGD: Yang et al., 2022, https://arxiv.org/abs/2205.01529. Masking random cells of the student and generating the
+    features by two convolutions is left to the caller, as is the method's factor alpha.
+
+    Args:
+        generated: (N, C, H, W) features generated from the student's.
+        t: features of the teacher, of the same shape; no gradient flows into them.
+        reduction: "sum" over channels and cells and mean over samples (published code), which grows with the size of
+            the map; or "mean" over all elements.
+        mask: (N, 1, H, W) boolean, true where a cell is valid (not in the published code); others do not count.
+
+    Returns:
+        Scalar; 0 without samples or valid cells.
+
+    Example:
+        >>> masked_generation_loss(torch.zeros(2, 3, 2, 2), torch.ones(2, 3, 2, 2))
+        tensor(12.)
+    """
+    name = "masked_generation_loss"
+    check_choice(name, "reduction", reduction, ("sum", "mean"))
+    check_maps(name, generated, t)
+    check_same_shape(name, generated, t)
+    check_mask(name, mask, generated)
+    squared = (generated - t.detach()).square()
+    if reduction == "mean":
+        return masked_mean(squared, mask)
+    return sum_per_sample(squared if mask is None else squared.masked_fill(~mask, 0))
 
 
 @in_float32
@@ -107,7 +151,7 @@ def activation_boundary_loss(s_pre: Tensor, t_pre: Tensor, *, margin: float = 1.
     """
     check_same_shape("activation_boundary_loss", s_pre, t_pre)
     shortfall = torch.where(t_pre.detach() > 0, margin - s_pre, margin + s_pre).relu()
-    return _sum_per_sample(shortfall.square())
+    return sum_per_sample(shortfall.square())
 
 
 @torch.no_grad()
@@ -160,7 +204,7 @@ def overhaul_loss(s: Tensor, t_pre: Tensor, *, margin: Tensor) -> Tensor:
     margin = margin.detach().reshape(1, -1, *[1] * (s.dim() - 2))
     target = torch.maximum(t_pre.detach(), margin)
     difference = s - target
-    return _sum_per_sample(torch.where(target > 0, difference, difference.relu()).square())
+    return sum_per_sample(torch.where(target > 0, difference, difference.relu()).square())
 
 
 @in_float32
@@ -219,7 +263,3 @@ def feature_matching_loss(s: Tensor, t: Tensor) -> Tensor:
     s, t = (x.mean(dim=(2, 3)) if x.dim() == 4 else x for x in (s, t.detach()))
     check_same_shape("feature_matching_loss", s, t)
     return mean((s - t).square())
-
-
-def _sum_per_sample(x: Tensor) -> Tensor:
-    return x.sum() / max(x.shape[0], 1)

@@ -10,7 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import check_choice, check_logits, check_same_shape, check_shape, in_float32, mean
+from .numerics import (
+    check_choice,
+    check_logits,
+    check_positive,
+    check_same_shape,
+    check_shape,
+    divergence,
+    divergence_terms,
+    in_float32,
+    mean,
+    standardize,
+    weighted,
+)
 
 
 @in_float32
@@ -41,13 +53,9 @@ def soft_target_loss(
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().to(s_logits)
         check_shape(name, "temperature", temperature, tuple(s_logits.shape[:-1]) if temperature.dim() else ())
-    elif temperature <= 0:
-        raise ValueError(f"{name}: temperature must be above 0, got {temperature}")
-    divergence = _divergence(s_logits, t_logits, temperature)
-    if weights is not None:
-        check_shape(name, "weights", weights, tuple(s_logits.shape[:-1]))
-        divergence = weights.detach().to(divergence) * divergence
-    return mean(divergence)
+    else:
+        check_positive(name, "temperature", temperature)
+    return mean(weighted(name, divergence(s_logits, t_logits, temperature), weights))
 
 
 @in_float32
@@ -72,14 +80,71 @@ def binary_soft_target_loss(s_logits: Tensor, t_logits: Tensor, *, weights: Tens
     name = "binary_soft_target_loss"
     check_same_shape(name, s_logits, t_logits)
     t_logits = t_logits.detach()
-    on, off = (_divergence_terms(F.logsigmoid(x * t_logits), F.logsigmoid(x * s_logits)) for x in (1, -1))
-    divergence = on + off
+    on, off = (divergence_terms(F.logsigmoid(x * t_logits), F.logsigmoid(x * s_logits)) for x in (1, -1))
+    elements = on + off
     if weights is None:
-        return mean(divergence)
+        return mean(elements)
     check_shape(name, "weights", weights, tuple(s_logits.shape))
-    weights = weights.to(divergence)
+    weights = weights.to(elements)
     total = weights.sum()
-    return (weights * divergence).sum() / total.masked_fill(total == 0, 1)
+    return (weights * elements).sum() / total.masked_fill(total == 0, 1)
+
+
+@in_float32
+def focal_soft_target_loss(
+    s_logits: Tensor, t_logits: Tensor, *, beta: float = 1.0, weights: Tensor | None = None, normalizer: float | Tensor
+) -> Tensor:
+    """Sums a binary cross-entropy with the teacher's probabilities, weighted by how far the student is from them.
+
+    The class part of BCKD: Yang et al., 2023, https://arxiv.org/abs/2308.14286, and of CrossKD: Wang et al., 2023,
+    https://arxiv.org/abs/2306.11369, for dense heads: ``|q - p|^beta * BCE(q, p)`` with q and p the sigmoids of student
+    and teacher, summed over all elements and divided by `normalizer`. As in the published code, the gradient passes
+    through the weight as well.
+
+    Args:
+        s_logits: (..., K) logits of the student.
+        t_logits: (..., K) logits of the teacher; no gradient flows into them.
+        beta: exponent of the weight, 0 or at least 1; in between, its gradient would be infinite where both agree.
+        weights: (...) factor of each row, such as 0 for ignored anchors; None for 1.
+        normalizer: divisor of the sum, such as the number of positive anchors.
+
+    Returns:
+        Scalar; 0 without rows.
+
+    Example:
+        >>> focal_soft_target_loss(torch.zeros(1, 1), torch.tensor([[3.0]]).log(), normalizer=2)
+        tensor(0.0866)
+    """
+    name = "focal_soft_target_loss"
+    check_same_shape(name, s_logits, t_logits)
+    if beta != 0 and not beta >= 1:
+        raise ValueError(f"{name}: beta must be 0 or at least 1, got {beta}")
+    p = t_logits.detach().sigmoid()
+    elements = F.binary_cross_entropy_with_logits(s_logits, p, reduction="none")
+    elements = (s_logits.sigmoid() - p).abs().pow(beta) * elements
+    return weighted(name, elements.sum(dim=-1), weights).sum() / normalizer
+
+
+@in_float32
+def standardize_logits(logits: Tensor, *, eps: float = 1e-7) -> Tensor:
+    """Subtracts each row's mean and divides by its standard deviation.
+
+    Logit standardisation: Sun et al., 2024, https://arxiv.org/abs/2403.01427: ``(x - mean) / (std + eps)`` with the
+    unbiased standard deviation over the classes, for both sides, before a loss at a temperature. The student then
+    learns the order and the relations of the logits, not their size; two classes leave nothing to learn.
+
+    Args:
+        logits: (..., K) logits of either side; the gradient passes through mean and standard deviation.
+        eps: added to the standard deviations.
+
+    Returns:
+        (..., K) standardised logits; a row of equal logits gives zeros.
+
+    Example:
+        >>> standardize_logits(torch.tensor([[1.0, 2.0, 3.0]]))
+        tensor([[-1.0000,  0.0000,  1.0000]])
+    """
+    return standardize(logits, (-1,), eps=eps)
 
 
 @in_float32
@@ -101,7 +166,7 @@ def mutual_loss(own_logits: Tensor, peer_logits: Tensor) -> Tensor:
         tensor(0.1308)
     """
     check_same_shape("mutual_loss", own_logits, peer_logits)
-    return mean(_divergence(own_logits, peer_logits))
+    return mean(divergence(own_logits, peer_logits))
 
 
 @in_float32
@@ -128,8 +193,7 @@ def softmax_regression_loss(
         tensor(2.)
     """
     name = "softmax_regression_loss"
-    if temperature <= 0:
-        raise ValueError(f"{name}: temperature must be above 0, got {temperature}")
+    check_positive(name, "temperature", temperature)
     check_choice(name, "kind", kind, ("mse", "ce"))
     check_same_shape(name, s_logits, t_logits)
     if kind == "mse":
@@ -326,26 +390,6 @@ def dynamic_temperature(
     else:
         weight = 1 / s_logits.softmax(dim=1).amax(dim=1)
     return (base + beta * (weight.mean() - weight)).clamp(low, high)
-
-
-def _divergence(s_logits: Tensor, t_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """Computes T^2 * KL(teacher || student) for each row."""
-    divisor = temperature[..., None] if isinstance(temperature, Tensor) else temperature
-    log_p = (t_logits.detach() / divisor).log_softmax(dim=-1)
-    log_q = (s_logits / divisor).log_softmax(dim=-1)
-    return temperature**2 * _divergence_terms(log_p, log_q).sum(dim=-1)
-
-
-def _divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Computes p log(p / q) + q - p for each class; their sum is the Kullback-Leibler divergence, as q - p sums to 0.
-
-    Near q = p the terms p log(p / q) alone would nearly cancel each other, and float32 would lose most digits of a
-    small divergence.
-    """
-    p, q = log_p.exp(), log_q.exp()
-    ratio = (log_p - log_q).masked_fill(p == 0, 0)  # 0 * log 0 = 0
-    near = (ratio.abs() < 1) & (p > 0)
-    return p * ratio + torch.where(near, p * (-ratio.clamp(-1, 1)).expm1(), q - p)
 
 
 def _cross_entropy(s_logits: Tensor, t_logits: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Provides what all losses share: float32 or wider, means that survive empty inputs, checks with clear messages."""
+"""Provides what losses share: float32 or wider, steps that survive empty and constant inputs, checks of arguments."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -51,6 +52,72 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.masked_fill(~mask, 0).sum() / (mask.sum() * x.shape[1]).clamp(min=1)
 
 
+def weighted(name: str, rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Multiplies each row's value by its weight, through which no gradient flows; None stands for weights of 1."""
+    if weights is None:
+        return rows
+    check_shape(name, "weights", weights, tuple(rows.shape))
+    return weights.detach().to(rows) * rows
+
+
+def sum_per_sample(x: Tensor) -> Tensor:
+    """Divides the sum of all elements by the number of samples; 0 without samples."""
+    return x.sum() / max(x.shape[0], 1)
+
+
+def standardize(x: Tensor, dims: tuple[int, ...], *, eps: float, mask: Tensor | None = None) -> Tensor:
+    """Subtracts the mean over `dims` and divides by the unbiased standard deviation plus eps.
+
+    Where `mask`, which broadcasts to x, is false, elements do not count, and the result is 0. A single value gives 0,
+    and constant values give 0 up to rounding. The gradient passes through the mean and the standard deviation.
+    """
+    if mask is None:
+        count = x.new_full((), math.prod(x.shape[dim] for dim in dims))
+    else:
+        count = mask.sum(dims, keepdim=True).to(x)
+        x = x.masked_fill(~mask, 0)
+    centred = x - x.sum(dims, keepdim=True) / count.clamp(min=1)
+    if mask is not None:
+        centred = centred.masked_fill(~mask, 0)
+    # The gradient of a norm of 0 is 0 in torch, where that of the root of a sum of squares would be NaN.
+    deviation = torch.linalg.vector_norm(centred, dim=dims, keepdim=True) / (count - 1).clamp(min=1).sqrt()
+    return centred / (deviation + eps)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Scales the last axis to unit length; a row of zeros stays zero and has a gradient of moderate size."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm == 0, 1)
+
+
+def divergence(s_logits: Tensor, t_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """Computes T^2 * KL(teacher || student) for each row."""
+    divisor = temperature[..., None] if isinstance(temperature, Tensor) else temperature
+    log_p = (t_logits.detach() / divisor).log_softmax(dim=-1)
+    log_q = (s_logits / divisor).log_softmax(dim=-1)
+    return temperature**2 * divergence_terms(log_p, log_q).sum(dim=-1)
+
+
+def divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Computes p log(p / q) + q - p for each class; their sum is the Kullback-Leibler divergence, as q - p sums to 0.
+
+    Near q = p the terms p log(p / q) alone would nearly cancel each other, and float32 would lose most digits of a
+    small divergence.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    ratio = (log_p - log_q).masked_fill(p == 0, 0)  # 0 * log 0 = 0
+    near = (ratio.abs() < 1) & (p > 0)
+    return p * ratio + torch.where(near, p * (-ratio.clamp(-1, 1)).expm1(), q - p)
+
+
+def keep_logits(logits: Tensor, mask: Tensor) -> Tensor:
+    """Gives the classes where mask is false the probability 0; a row without any other becomes uniform.
+
+    The value is finite, because the softmax of a row of -inf would be NaN.
+    """
+    return logits.masked_fill(~mask, -1e30)
+
+
 def check_same_shape(name: str, student: Tensor, teacher: Tensor) -> None:
     """Raises ValueError unless both tensors have the same shape."""
     if student.shape != teacher.shape:
@@ -86,6 +153,12 @@ def check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
     check_shape(name, "mask", mask, (like.shape[0], 1, *like.shape[2:]))
     if mask.dtype != torch.bool:
         raise ValueError(f"{name}: mask must be boolean, true where a cell is valid, got {mask.dtype}")
+
+
+def check_positive(name: str, key: str, value: float) -> None:
+    """Raises ValueError unless the option `key` is above 0."""
+    if value <= 0:
+        raise ValueError(f"{name}: {key} must be above 0, got {value}")
 
 
 def check_choice(name: str, key: str, value: str, allowed: tuple[str, ...]) -> None:

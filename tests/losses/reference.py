@@ -190,3 +190,167 @@ def margin_from_batch_norm(weight, bias):
 def feature_matching_loss(s, t):
     s, t = (x.mean(axis=(2, 3)) if x.ndim == 4 else x for x in (s, t))
     return np.mean((s - t) ** 2)
+
+
+def divergence(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def focal_soft_target_loss(s, t, *, beta=1.0, weights=None, normalizer):
+    p, q = sigmoid(t), sigmoid(s)
+    rows = (np.abs(q - p) ** beta * -(p * np.log(q) + (1 - p) * np.log(1 - q))).sum(axis=-1)
+    return (rows if weights is None else weights * rows).sum() / normalizer
+
+
+def standardize_logits(x, *, eps=1e-7):
+    return np.stack([(row - row.mean()) / (row.std(ddof=1) + eps) for row in x])
+
+
+def within_group_loss(s, t, mask, *, temperature, weights=None):
+    rows = [
+        divergence(softmax(b[m] / temperature), softmax(a[m] / temperature)) for a, b, m in zip(s, t, mask, strict=True)
+    ]
+    return temperature**2 * np.mean(rows if weights is None else weights * np.array(rows))
+
+
+def between_groups_loss(s, t, groups, *, temperature, weights=None):
+    rows = []
+    for a, b, ids in zip(softmax(s / temperature), softmax(t / temperature), groups, strict=True):
+        present = sorted(set(ids))
+        rows.append(divergence([b[ids == i].sum() for i in present], [a[ids == i].sum() for i in present]))
+    return temperature**2 * np.mean(rows if weights is None else weights * np.array(rows))
+
+
+def target_class_loss(s, t, labels):
+    return np.mean([-b[y] * math.log(a[y]) for a, b, y in zip(softmax(s), softmax(t), labels, strict=True)])
+
+
+def correlation_loss(s, t, *, dim):
+    s, t = (s, t) if dim == 1 else (s.T, t.T)
+    out = []
+    for a, b in zip(s, t, strict=True):
+        a, b = a - a.mean(), b - b.mean()
+        out.append(1 - a @ b / (math.sqrt(a @ a) * math.sqrt(b @ b) + 1e-8))
+    return np.mean(out)
+
+
+def channel_wise_loss(s, t, *, temperature=1.0, mask=None):
+    mask = np.ones_like(s[:, :1], dtype=bool) if mask is None else mask
+    rows = [
+        divergence(softmax(t[n, c][mask[n, 0]] / temperature), softmax(s[n, c][mask[n, 0]] / temperature))
+        for n, c in np.ndindex(s.shape[:2])
+    ]
+    return temperature**2 * np.mean(rows)
+
+
+def pearson_loss(s, t, *, eps=1e-6, mask=None):
+    mask = np.ones_like(s[:, :1], dtype=bool) if mask is None else mask
+    out = []
+    for c in range(s.shape[1]):
+        a, b = ((x - x.mean()) / (x.std(ddof=1) + eps) for x in (s[:, c][mask[:, 0]], t[:, c][mask[:, 0]]))
+        out.append(((a - b) ** 2).mean() / 2)
+    return np.mean(out)
+
+
+def masked_generation_loss(generated, t, *, reduction="sum", mask=None):
+    squared = (generated - t) ** 2
+    squared = squared if mask is None else squared[np.broadcast_to(mask, t.shape)]
+    return squared.mean() if reduction == "mean" else squared.sum() / len(t)
+
+
+def feature_attention(x, *, temperature=0.5):
+    n, c, h, w = x.shape
+    spatial = softmax(np.abs(x).mean(axis=1).reshape(n, h * w) / temperature).reshape(n, h, w)
+    return h * w * spatial, c * softmax(np.abs(x).mean(axis=(2, 3)) / temperature)
+
+
+def focal_loss(s, t, *, weight, temperature=0.5):
+    spatial, channel = feature_attention(t, temperature=temperature)
+    total = sum(
+        weight[n, i, j] * spatial[n, i, j] * channel[n, c] * (s[n, c, i, j] - t[n, c, i, j]) ** 2
+        for n, c, i, j in np.ndindex(s.shape)
+    )
+    return total / len(s)
+
+
+def attention_loss(s, t, *, temperature=0.5):
+    pairs = zip(
+        feature_attention(s, temperature=temperature), feature_attention(t, temperature=temperature), strict=True
+    )
+    return sum(np.abs(a - b).sum() for a, b in pairs) / len(s)
+
+
+def relation_loss(s, t):
+    return ((s - t) ** 2).sum() / len(s)
+
+
+def region_loss(s, t, *, mask, per_channel=True):
+    cells = [(n, i, j) for n, _, i, j in np.ndindex(mask.shape) if mask[n, 0, i, j]]
+    total = sum(((s[n, :, i, j] - t[n, :, i, j]) ** 2).sum() for n, i, j in cells)
+    return total / (2 * len(cells) * (s.shape[1] if per_channel else 1))
+
+
+def node_loss(s, t):
+    return ((s - t) ** 2).mean()
+
+
+def edge_loss(s, t):
+    cosines = [np.array([[a @ b for a in x] for b in x]) for x in (unit(s), unit(t))]
+    return ((cosines[0] - cosines[1]) ** 2).mean() / 2
+
+
+def similarity_loss(s, t, *, kind="gram"):
+    if kind == "cosine":
+        return edge_loss(s, t)
+    s, t = (unit(x.reshape(len(x), -1) @ x.reshape(len(x), -1).T) for x in (s, t))
+    return ((s - t) ** 2).sum() / len(s) ** 2
+
+
+def smooth_l1(x):
+    return np.where(np.abs(x) < 1, x**2 / 2, np.abs(x) - 0.5)
+
+
+def distance_relation_loss(s, t):
+    relative = []
+    for x in (s, t):
+        distances = np.array([[math.dist(a.flat, b.flat) for a in x] for b in x])
+        relative.append(distances / distances[distances > 0].mean())
+    return smooth_l1(relative[0] - relative[1]).mean()
+
+
+def angle_relation_loss(s, t):
+    def cosine(a, b):
+        return a @ b / math.sqrt((a @ a) * (b @ b)) if a.any() and b.any() else 0
+
+    def angles(x):
+        return np.array([[[cosine(j - i, k - i) for k in x] for j in x] for i in x.reshape(len(x), -1)])
+
+    s, t = (x.reshape(len(x), -1) for x in (s, t))
+    return smooth_l1(angles(s) - angles(t)).mean()
+
+
+def decode_boxes(deltas, anchors, *, weights):
+    boxes = []
+    for (dx, dy, dw, dh), (x0, y0, x1, y1) in zip(deltas / np.array(weights), anchors, strict=True):
+        x, y = x0 + (0.5 + dx) * (x1 - x0), y0 + (0.5 + dy) * (y1 - y0)
+        w, h = (x1 - x0) * min(math.exp(dw), 62.5), (y1 - y0) * min(math.exp(dh), 62.5)
+        boxes.append([x - w / 2, y - h / 2, x + w / 2, y + h / 2])
+    return np.array(boxes)
+
+
+def box_overlap_loss(s, t, *, weights, normalizer):
+    total = 0.0
+    for a, b, weight in zip(s, t, weights, strict=True):
+        width, height = (max(min(a[i + 2], b[i + 2]) - max(a[i], b[i]), 0) for i in (0, 1))
+        union = sum((x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)) - width * height
+        hull = math.prod(max(a[i + 2], b[i + 2]) - min(a[i], b[i]) for i in (0, 1))
+        total += weight * (1 - width * height / union + (hull - union) / hull)
+    return total / normalizer
+
+
+def bounded_regression_loss(s, t, targets, *, margin=0.0):
+    rows = []
+    for a, b, y in zip(s, t, targets, strict=True):
+        error = ((a - y) ** 2).sum()
+        rows.append(error if error + margin > ((b - y) ** 2).sum() else 0)
+    return np.mean(rows)

@@ -8,6 +8,7 @@ import torch
 from kd_det import losses
 
 A, B, ROWS = torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 4, 4), torch.ones(2, 3)
+BOXES, MASK = torch.ones(2, 4), torch.ones(2, 3, dtype=torch.bool)
 SAME_SHAPE = [
     losses.hint_loss,
     losses.hierarchical_context_loss,
@@ -21,6 +22,17 @@ SAME_SHAPE = [
     losses.born_again_loss,
     lambda s, t: losses.soft_target_loss(s, t, temperature=1.0),
     lambda s, t: losses.overhaul_loss(s, t, margin=torch.zeros(3)),
+    losses.channel_wise_loss,
+    losses.pearson_loss,
+    losses.masked_generation_loss,
+    losses.attention_loss,
+    losses.relation_loss,
+    losses.node_loss,
+    lambda s, t: losses.focal_loss(s, t, weight=torch.ones(2, 4, 4)),
+    lambda s, t: losses.region_loss(s, t, mask=torch.ones(2, 1, 4, 4, dtype=torch.bool)),
+    lambda s, t: losses.focal_soft_target_loss(s, t, normalizer=1.0),
+    lambda s, t: losses.box_overlap_loss(s, t, weights=torch.ones(2), normalizer=1.0),
+    lambda s, t: losses.bounded_regression_loss(s, t, t),
 ]
 
 
@@ -136,6 +148,89 @@ MISTAKES = [
     (
         lambda: losses.dynamic_temperature(ROWS, ROWS, base=4, beta=1, bounds=(5, 2)),
         "dynamic_temperature: bounds must be above 0 and in increasing order, got (5, 2)",
+    ),
+    (
+        lambda: losses.within_group_loss(ROWS, ROWS[:1], MASK, temperature=1.0),
+        "within_group_loss: student and teacher must have the same shape, got (2, 3) and (1, 3)",
+    ),
+    (
+        lambda: losses.within_group_loss(ROWS, ROWS, ROWS, temperature=1.0),
+        "within_group_loss: mask must be boolean, true for the classes of the group, got torch.float32",
+    ),
+    (
+        lambda: losses.within_group_loss(ROWS, ROWS, MASK[:1], temperature=1.0),
+        "within_group_loss: mask must have the shape (2, 3), got (1, 3)",
+    ),
+    (
+        lambda: losses.within_group_loss(ROWS, ROWS, MASK, temperature=0),
+        "within_group_loss: temperature must be above 0, got 0",
+    ),
+    (
+        lambda: losses.between_groups_loss(ROWS, ROWS, MASK[0].long(), temperature=1.0),
+        "between_groups_loss: groups must have the shape (2, 3), got (3,)",
+    ),
+    (
+        lambda: losses.between_groups_loss(ROWS, ROWS, MASK.long(), temperature=1.0, weights=torch.ones(3)),
+        "between_groups_loss: weights must have the shape (2,), got (3,)",
+    ),
+    (
+        lambda: losses.between_groups_loss(ROWS, ROWS, MASK, temperature=1.0),
+        "between_groups_loss: groups must be integers from 0 on, got torch.bool",
+    ),
+    (
+        lambda: losses.target_class_loss(ROWS, ROWS, torch.zeros(3, dtype=torch.long)),
+        "target_class_loss: labels must have the shape (2,), got (3,)",
+    ),
+    (
+        lambda: losses.focal_soft_target_loss(ROWS, ROWS, beta=0.5, normalizer=1.0),
+        "focal_soft_target_loss: beta must be 0 or at least 1, got 0.5",
+    ),
+    (
+        lambda: losses.focal_soft_target_loss(ROWS, ROWS, weights=ROWS, normalizer=1.0),
+        "focal_soft_target_loss: weights must have the shape (2,), got (2, 3)",
+    ),
+    (lambda: losses.correlation_loss(ROWS, ROWS, dim=2), "correlation_loss: dim must be 0 or 1, got 2"),
+    (
+        lambda: losses.correlation_loss(A, A, dim=1),
+        "correlation_loss: expected a tensor of shape (N, K), got (2, 3, 4, 4)",
+    ),
+    (lambda: losses.channel_wise_loss(A, A, temperature=-1), "channel_wise_loss: temperature must be above 0, got -1"),
+    (
+        lambda: losses.pearson_loss(ROWS, ROWS),
+        "pearson_loss: expected a feature map of shape (N, C, H, W), got (2, 3)",
+    ),
+    (
+        lambda: losses.masked_generation_loss(A, A, reduction="sum_hw"),
+        "masked_generation_loss: reduction must be one of 'sum', 'mean', got 'sum_hw'",
+    ),
+    (lambda: losses.feature_attention(A, temperature=0), "feature_attention: temperature must be above 0, got 0"),
+    (
+        lambda: losses.focal_loss(A, A, weight=torch.ones(2, 1, 4, 4)),
+        "focal_loss: weight must have the shape (2, 4, 4), got (2, 1, 4, 4)",
+    ),
+    (
+        lambda: losses.region_loss(A, A, mask=torch.ones(2, 1, 4, 4)),
+        "region_loss: mask must be boolean, true where a cell is valid, got torch.float32",
+    ),
+    (
+        lambda: losses.similarity_loss(A, A, kind="l2"),
+        "similarity_loss: kind must be one of 'gram', 'cosine', got 'l2'",
+    ),
+    (
+        lambda: losses.distance_relation_loss(ROWS, ROWS[:1]),
+        "distance_relation_loss: expected shapes (B, ...) with the same number of rows, got (2, 3) and (1, 3)",
+    ),
+    (
+        lambda: losses.decode_boxes(BOXES, BOXES[:1], weights=(1, 1, 1, 1)),
+        "decode_boxes: deltas and anchors must have the same shape (R, 4), got (2, 4) and (1, 4)",
+    ),
+    (
+        lambda: losses.box_overlap_loss(ROWS, ROWS, weights=torch.ones(2), normalizer=1.0),
+        "box_overlap_loss: expected a tensor of shape (R, 4), got (2, 3)",
+    ),
+    (
+        lambda: losses.bounded_regression_loss(BOXES, BOXES, BOXES[:1]),
+        "bounded_regression_loss: targets must have the shape (2, 4), got (1, 4)",
     ),
 ]
 

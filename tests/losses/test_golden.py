@@ -32,7 +32,8 @@ def test_golden(case):
 
 
 def test_golden_covers_every_function():
-    assert set(losses.__all__) - {case["function"] for case in GOLDEN} == {"binary_soft_target_loss"}  # by hand, below
+    by_hand = {"binary_soft_target_loss", "feature_attention"}  # below
+    assert set(losses.__all__) - {case["function"] for case in GOLDEN} == by_hand
 
 
 def checkerboard(side):
@@ -86,6 +87,26 @@ def test_binary_soft_targets_by_hand():
     close(losses.binary_soft_target_loss(student, teacher, weights=torch.tensor([1, 3])), one / 4)
     # far from zero, where sigmoids saturate, the divergence is the distance of the logits
     close(losses.binary_soft_target_loss(torch.tensor([-200.0]), torch.tensor([300.0])), 200.0)
+
+
+def test_attention_and_focal_loss_by_hand():
+    # |x| / T is log 3 in the first cell of the first channel, 0 elsewhere: means log 3 / 2 over channels or cells
+    teacher = torch.tensor([[[[LOG3, 0.0]], [[0.0, 0.0]]]], dtype=torch.float64)
+    spatial, channel = losses.feature_attention(-teacher, temperature=1.0)
+    top = 2 * math.sqrt(3) / (math.sqrt(3) + 1)
+    close(spatial, [[[top, 2 - top]]])
+    close(channel, [[top, 2 - top]])
+    # a student of 0 everywhere: differences of log 3 in one element alone, and uniform attention of 1
+    student = torch.zeros_like(teacher)
+    weight = torch.tensor([[[0.5, 9.0]]], dtype=torch.float64)
+    close(losses.focal_loss(student, teacher, weight=weight, temperature=1.0), 0.5 * (top * LOG3) ** 2)
+    close(losses.attention_loss(student, teacher, temperature=1.0), 4 * (top - 1))
+
+
+def test_box_overlap_by_hand():
+    # common 2 x 2 of areas 12 and 8: IoU 4 / 16; the hull of 5 x 4 holds 4 more
+    a, b = torch.tensor([[0.0, 0.0, 4.0, 3.0]]), torch.tensor([[2.0, 1.0, 4.0, 5.0]])
+    close(losses.box_overlap_loss(a, b, weights=torch.ones(1), normalizer=1), 1 - 4 / 16 + 4 / 20, 1e-6)
 
 
 def test_boundary_and_overhaul_by_hand():

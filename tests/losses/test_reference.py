@@ -8,7 +8,7 @@ from kd_det import losses
 
 from . import reference
 
-LOGITS, MAPS = (6, 5), (2, 3, 5, 9)
+LOGITS, BOXES, MAPS = (6, 5), (6, 4), (2, 3, 5, 9)
 
 
 def random_mask(rng, shape):
@@ -16,6 +16,13 @@ def random_mask(rng, shape):
     mask = np.zeros((shape[0], 1, *shape[2:]), dtype=bool)
     for sample in mask:
         sample[:, : rng.integers(1, shape[2] + 1), : rng.integers(1, shape[3] + 1)] = True
+    return mask
+
+
+def classes(rng, shape):
+    """Some of the classes of each row, one at least."""
+    mask = rng.random(shape) < 0.5
+    mask[:, rng.integers(shape[1])] = True
     return mask
 
 
@@ -71,6 +78,56 @@ CASES = [
     ("overhaul_loss", MAPS, MAPS, {"margin": lambda rng, shape: -rng.random(shape[1])}),
     ("feature_matching_loss", MAPS, (2, 3, 4, 4), {}),
     ("feature_matching_loss", MAPS, (2, 3), {}),
+    ("focal_soft_target_loss", LOGITS, LOGITS, {"normalizer": 3.0}),
+    (
+        "focal_soft_target_loss",
+        LOGITS,
+        LOGITS,
+        {"beta": 2.0, "weights": lambda rng, shape: rng.random(shape[:-1]), "normalizer": 2.0},
+    ),
+    ("within_group_loss", LOGITS, LOGITS, {"mask": classes, "temperature": 3.0}),
+    (
+        "within_group_loss",
+        LOGITS,
+        LOGITS,
+        {"mask": classes, "temperature": 1.0, "weights": lambda rng, shape: rng.random(shape[0])},
+    ),
+    (
+        "between_groups_loss",
+        LOGITS,
+        LOGITS,
+        {"groups": lambda rng, shape: rng.integers(3, size=shape), "temperature": 2.0},
+    ),
+    (
+        "between_groups_loss",
+        LOGITS,
+        LOGITS,
+        {
+            "groups": lambda rng, shape: classes(rng, shape).astype(int),
+            "temperature": 1.0,
+            "weights": lambda rng, shape: rng.random(shape[0]),
+        },
+    ),
+    ("target_class_loss", LOGITS, LOGITS, {"labels": lambda rng, shape: rng.integers(shape[1], size=shape[0])}),
+    ("correlation_loss", LOGITS, LOGITS, {"dim": 0}),
+    ("correlation_loss", LOGITS, LOGITS, {"dim": 1}),
+    ("channel_wise_loss", MAPS, MAPS, {"temperature": 4.0}),
+    ("channel_wise_loss", MAPS, MAPS, {"mask": random_mask}),
+    ("pearson_loss", MAPS, MAPS, {}),
+    ("pearson_loss", MAPS, MAPS, {"mask": random_mask, "eps": 0.1}),
+    ("masked_generation_loss", MAPS, MAPS, {"mask": random_mask}),
+    ("masked_generation_loss", MAPS, MAPS, {"reduction": "mean"}),
+    ("focal_loss", MAPS, MAPS, {"weight": lambda rng, shape: rng.random((shape[0], *shape[2:]))}),
+    ("attention_loss", MAPS, MAPS, {"temperature": 0.1}),
+    ("relation_loss", MAPS, MAPS, {}),
+    ("region_loss", MAPS, MAPS, {"mask": random_mask}),
+    ("region_loss", MAPS, MAPS, {"mask": random_mask, "per_channel": False}),
+    ("node_loss", MAPS, MAPS, {}),
+    ("edge_loss", MAPS, (2, 7), {}),
+    ("similarity_loss", LOGITS, (6, 2, 3), {}),
+    ("distance_relation_loss", LOGITS, (6, 2, 3), {}),
+    ("angle_relation_loss", LOGITS, (6, 2, 3), {}),
+    ("bounded_regression_loss", BOXES, BOXES, {"targets": lambda rng, shape: rng.normal(size=shape), "margin": 0.5}),
 ]
 
 
@@ -97,4 +154,21 @@ def test_maps_weights_and_targets(seed):
     both("confidence_weights", [logits], {})
     both("adjust_probability_shift", [reference.softmax(logits), labels], {})
     both("adjust_label_smoothing", [reference.softmax(logits), labels], {"correct_prob": 0.8})
+    both("standardize_logits", [logits], {})
     both("margin_from_batch_norm", [rng.normal(size=9), rng.normal(size=9)], {})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_boxes(seed):
+    rng = np.random.default_rng(seed)
+    corners = rng.uniform(0, 20, size=(2, 6, 2))
+    s, t = (np.concatenate((first, first + rng.uniform(1, 20, size=(6, 2))), axis=1) for first in corners)
+    both("decode_boxes", [rng.normal(size=(6, 4)), s], {"weights": (10.0, 10.0, 5.0, 0.2)})  # some beyond the bound
+    both("box_overlap_loss", [s, t], {"weights": rng.random(6), "normalizer": 3.0})
+
+
+def test_attention_of_features():
+    x = np.random.default_rng(0).normal(size=MAPS)
+    actual = losses.feature_attention(torch.from_numpy(x), temperature=0.2)
+    for found, expected in zip(actual, reference.feature_attention(x, temperature=0.2), strict=True):
+        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-9)
