@@ -1,0 +1,130 @@
+"""Marks the cells of feature maps that belong to objects, from the objects' boxes.
+
+Boxes are x0, y0, x1, y1 in pixels of the network's input. Images are padded at the right and bottom only, so a position
+divided by the stride is a position on the map. No function has a gradient.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+
+@torch.no_grad()
+def focal_masks(boxes: Tensor, size: tuple[int, int], stride: int) -> tuple[Tensor, Tensor]:
+    """Weights the cells of one image by the objects there, as in FGD.
+
+    Yang et al., 2021, https://arxiv.org/abs/2111.11837. An object takes all cells from the floor of its first to the
+    ceiling of its last coordinate, both included, and weights each by 1 over their number, also if some lie outside the
+    map; where objects overlap, the largest weight counts. The published code divides the boxes by the size of the image
+    before padding, which shifts them in padded images; here the stride divides them.
+
+    Args:
+        boxes: (n, 4) boxes of one image.
+        size: height and width of the map.
+        stride: pixels per cell.
+
+    Returns:
+        (H, W) weights of the foreground, and (H, W) weights of the background: 1 over the number of cells without an
+        object there, 0 elsewhere.
+
+    Example:
+        >>> focal_masks(torch.tensor([[0.0, 0.0, 4.0, 7.0]]), size=(2, 3), stride=8)
+        (tensor([[0.2500, 0.2500, 0.0000],
+                [0.2500, 0.2500, 0.0000]]), tensor([[0.0000, 0.0000, 0.5000],
+                [0.0000, 0.0000, 0.5000]]))
+    """
+    cells = boxes / stride
+    first, last = cells[:, :2].floor(), cells[:, 2:].ceil() + 1
+    weights = 1 / (last - first).prod(dim=1)
+    foreground = weights[:, None, None] * _rectangles(first, last, size)
+    foreground = torch.cat((foreground.new_zeros(1, *size), foreground)).amax(dim=0)
+    background = (foreground == 0).to(foreground)
+    return foreground, background / background.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def fine_grained_mask(anchors: Tensor, boxes: Tensor, size: tuple[int, int], *, phi: float = 0.5) -> Tensor:
+    """Marks the cells with an anchor that overlaps an object nearly as well as the best one, as in FGFI.
+
+    Wang et al., 2019, https://arxiv.org/abs/1906.03609. An anchor counts if its IoU with an object is above phi times
+    that object's best IoU on the map.
+
+    Args:
+        anchors: (H * W * A, 4) anchors of the map in the order row, column, anchor.
+        boxes: (n, 4) boxes of one image.
+        size: height and width of the map.
+        phi: share of the best IoU that an anchor must exceed.
+
+    Returns:
+        (H, W) boolean mask.
+
+    Example:
+        >>> anchors = torch.tensor([[0.0, 0.0, 8.0, 8.0], [8.0, 0.0, 16.0, 8.0], [16.0, 0.0, 24.0, 8.0]])
+        >>> fine_grained_mask(anchors, torch.tensor([[0.0, 0.0, 15.0, 8.0]]), size=(1, 3))
+        tensor([[ True,  True, False]])
+    """
+    overlaps = box_iou(anchors, boxes)
+    near = (overlaps > phi * overlaps.amax(dim=0)).any(dim=1)
+    return near.view(*size, -1).any(dim=2)
+
+
+@torch.no_grad()
+def decoupled_masks(boxes: Tensor, sizes: Sequence[tuple[int, int]], strides: Sequence[int]) -> list[Tensor]:
+    """Marks the cells of each object on one level of a pyramid, as in DeFeat.
+
+    Guo et al., 2021, https://arxiv.org/abs/2103.14475. An object takes the cells from its first coordinate to its last,
+    both divided by the stride and truncated, the last cell not included; if that leaves none in either direction, it
+    takes the single cell of its first corner.
+
+    Args:
+        boxes: (n, 4) boxes of one image.
+        sizes: height and width of each level's map, finest first.
+        strides: pixels per cell of each level.
+
+    Returns:
+        One (H, W) boolean mask per level.
+
+    Example:
+        >>> decoupled_masks(torch.tensor([[0.0, 0.0, 8.0, 3.0], [0.0, 0.0, 128.0, 128.0]]), [(1, 3), (1, 2)], [4, 8])
+        [tensor([[ True, False, False]]), tensor([[True, True]])]
+    """
+    levels = box_levels(boxes, len(strides))
+    masks = []
+    for level, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
+        cells = (boxes[levels == level] / stride).trunc()
+        first, last = cells[:, :2], cells[:, 2:]
+        empty = (last <= first).any(dim=1, keepdim=True)
+        masks.append(_rectangles(first, torch.where(empty, first + 1, last), size).any(dim=0))
+    return masks
+
+
+@torch.no_grad()
+def box_levels(boxes: Tensor, count: int) -> Tensor:
+    """Assigns each box to the level of a pyramid that suits its size, as in DeFeat.
+
+    The rule is ``floor(log2(sqrt((w + 1) (h + 1)) / 56))`` from the finest level on: boxes up to 111 pixels belong to
+    the finest, up to 223 to the next, and so on.
+
+    Args:
+        boxes: (n, 4) boxes.
+        count: number of levels, finest first; the coarsest takes all larger boxes.
+
+    Returns:
+        (n,) index of each box's level.
+
+    Example:
+        >>> box_levels(torch.tensor([[0.0, 0.0, 50.0, 50.0], [0.0, 0.0, 120.0, 120.0], [0.0, 0.0, 900.0, 900.0]]), 3)
+        tensor([0, 1, 2])
+    """
+    sides = boxes[:, 2:] - boxes[:, :2] + 1
+    return (sides.prod(dim=1).sqrt() / 56 + 1e-6).log2().floor().long().clamp(0, count - 1)
+
+
+def _rectangles(first: Tensor, last: Tensor, size: tuple[int, int]) -> Tensor:
+    """Marks the cells from first (n, 2), included, to last (n, 2), not included, as (n, H, W); x comes before y."""
+    rows, columns = (torch.arange(length, device=first.device) for length in size)
+    in_row = (rows >= first[:, 1:]) & (rows < last[:, 1:])
+    in_column = (columns >= first[:, :1]) & (columns < last[:, :1])
+    return in_row[:, :, None] & in_column[:, None]
