@@ -47,6 +47,38 @@ class WeightSchedule:
         return self.weight * share
 
 
+def adapted_weight(weight: float, share: float, *, target: float, tolerance: float) -> float:
+    """Computes the weight that brings a head's share of the gradient back into its band.
+
+    RT-DETRv4 (https://github.com/RT-DETRs/RT-DETRv4): a share g within ``target +- tolerance`` leaves the weight as it
+    is. Otherwise the weight is multiplied by ``q (1 - g) / (g (1 - q))``, at least 0.1 and at most 10, where q is the
+    far edge of the band: target + tolerance from below, target - tolerance from above. As share / (1 - share) is
+    proportional to the weight, the next share is q.
+
+    Args:
+        weight: The current weight.
+        share: The measured share of the gradient, above 0 and at most 1.
+        target: The share to hold.
+        tolerance: Half the width of the band.
+
+    Raises:
+        InputError: If the band does not lie between 0 and 1.
+
+    Example:
+        >>> adapted_weight(1.0, 0.2, target=0.5, tolerance=0.0)
+        4.0
+    """
+    if not 0 <= target - tolerance <= target + tolerance < 1:
+        raise InputError(
+            f"adapted_weight: target - tolerance must be 0 or more and target + tolerance below 1, "
+            f"got target {target}, tolerance {tolerance}."
+        )
+    if target - tolerance <= share <= target + tolerance:
+        return weight
+    goal = target + tolerance if share < target else target - tolerance
+    return weight * min(max(goal * (1 - share) / (share * (1 - goal)), 0.1), 10.0)
+
+
 def build_schedule(node, max_iter: int, *, key: str) -> WeightSchedule:
     """Builds the schedule of a head from its config node.
 

@@ -6,7 +6,7 @@ import pytest
 from detectron2.config import CfgNode
 
 from kd_det import InputError
-from kd_det.schedules import WeightSchedule, build_schedule
+from kd_det.schedules import WeightSchedule, adapted_weight, build_schedule
 
 
 def build(max_iter=100, weight=1.0, **changes):
@@ -62,3 +62,30 @@ def test_a_constant_weight_without_stop_never_ends():
 def test_schedules_that_cannot_be(changes, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}"):
         build(**changes)
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (0.1, 2 * (0.4 / 0.6) / (0.1 / 0.9)),  # below: to the upper edge
+        (0.5, 2 * (0.2 / 0.8) / (0.5 / 0.5)),  # above: to the lower edge
+        (0.21, 2),
+        (0.3, 2),
+        (1e-6, 20),  # at most ten times
+        (1.0, 0.2),  # at least a tenth
+    ],
+)
+def test_adapted_weights_by_hand(share, expected):
+    assert adapted_weight(2.0, share, target=0.3, tolerance=0.1) == pytest.approx(expected)
+
+
+def test_an_adapted_weight_reaches_its_share():
+    task = 3.0  # the task's gradient, beside one of 1 per unit of weight
+    weight = adapted_weight(1.0, 1 / (1 + task), target=0.5, tolerance=0.05)
+    assert weight / (weight + task) == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize(("target", "tolerance"), [(0.1, 0.2), (0.9, 0.1), (0.5, -0.1)])
+def test_bands_of_shares_that_cannot_be(target, tolerance):
+    with pytest.raises(InputError, match=r"^adapted_weight: target - tolerance must be 0 or more"):
+        adapted_weight(1.0, 0.3, target=target, tolerance=tolerance)
