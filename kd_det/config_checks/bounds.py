@@ -91,7 +91,9 @@ BOUNDS = {
     "MODEL.*BATCH_SIZE_PER_IMAGE": COUNT,
     "MODEL.*BBOX_REG_WEIGHTS": POSITIVE,
     "INPUT.MIN_SIZE_*": Bounds(0, PIXELS.most),
-    "INPUT.MAX_SIZE_*": COUNT,
+    # Detectron2 cannot flip an image of one pixel.
+    "INPUT.MAX_SIZE_TRAIN": Bounds(2),
+    "INPUT.MAX_SIZE_TEST": COUNT,
     "INPUT.CLASSIFICATION.*": Bounds(0, PIXELS.most),
     "DATALOADER.NUM_WORKERS": Bounds(0, 1024),
     "DATALOADER.REPEAT_THRESHOLD": SHARE,

@@ -14,7 +14,7 @@ CHOICES = {
     "MODEL.TIMM.NORM": ("BN", "FrozenBN", "SyncBN"),
     "MODEL.*NORM": NORMS,
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
-    "MODEL.*POOLER_TYPE": ("ROIAlignV2", "ROIAlign", "ROIPool", "ROIAlignRotated"),
+    "MODEL.*POOLER_TYPE": ("ROIAlignV2", "ROIAlign", "ROIPool"),
     "MODEL.*BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou", "diou", "ciou"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),

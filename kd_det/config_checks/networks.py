@@ -51,10 +51,8 @@ def check_box_weights(cfg: CfgNode) -> None:
     weights_of["MODEL.ROI_BOX_CASCADE_HEAD"] = node.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
     for key, lists in weights_of.items():
         for weights in lists:
-            if len(weights) not in (4, 5):
-                raise InputError(
-                    f"{key}.BBOX_REG_WEIGHTS: must be four numbers, of rotated boxes five, got {list(weights)}."
-                )
+            if len(weights) != 4:
+                raise InputError(f"{key}.BBOX_REG_WEIGHTS: must be four numbers, got {list(weights)}.")
 
 
 def check_anchors(cfg: CfgNode) -> None:

@@ -30,16 +30,18 @@ PARTS = {
     "SemanticSegmentor": SEM_SEG,
     "RetinaNet": {"MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY},
 }
+# These parts predict rotated boxes; the data sets that kd_det reads have upright ones.
+ROTATED = ("RRPN", "RROIHeads", "RotatedAnchorGenerator")
 
 
 def check_parts(cfg: CfgNode, source: str) -> None:
-    """Checks that every class and function that the config names for its model is registered.
+    """Checks that every class and function that the config names for its model is registered and can be trained.
 
     Args:
         source: Origin of the config, for messages.
 
     Raises:
-        InputError: If one is not.
+        InputError: If one is not, or needs rotated boxes.
     """
     for key, (registry, name) in registered_parts(cfg).items():
         if name not in registry:
@@ -47,6 +49,10 @@ def check_parts(cfg: CfgNode, source: str) -> None:
             raise InputError(
                 f"{source}: {key} is {name!r}, which nothing registers (--plugin FILE imports what does); there are "
                 f"{known}."
+            )
+        if name in ROTATED:
+            raise InputError(
+                f"{source}: {key} is {name!r}, which needs rotated boxes; kd_det supports upright ones only."
             )
 
 
