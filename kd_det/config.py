@@ -12,6 +12,7 @@ import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 
+from kd_det.config_files import default_output_dir, find_config
 from kd_det.config_kinds import check_kinds, show
 from kd_det.errors import InputError, reason
 from kd_det.fetching import fetch, is_url
@@ -80,10 +81,11 @@ def add_kd_config(cfg: CfgNode) -> None:
 
     # ---- Teacher ----
     cfg.KD.TEACHER = CfgNode()
-    # The teacher's config: a file, or the name of a model-zoo config such as
-    # COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml.
+    # The teacher's config: a file, or the name of a config of the model zoo or of kd_det, such as
+    # COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml or BCCD/teacher.yaml.
     cfg.KD.TEACHER.CONFIG_FILE = ""
-    # The teacher's checkpoint. "": the zoo's trained model for a zoo config, else MODEL.WEIGHTS of the config file.
+    # The teacher's checkpoint. "": the zoo's trained model for a zoo config; for others model_final.pth in the
+    # OUTPUT_DIR of that config, if it is there, else MODEL.WEIGHTS of that config.
     cfg.KD.TEACHER.WEIGHTS = ""
     # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...].
     cfg.KD.TEACHER.OPTS = []
@@ -107,8 +109,9 @@ def add_kd_config(cfg: CfgNode) -> None:
 
     # ---- Students that teach each other (MODEL.META_ARCHITECTURE MutualStudents) ----
     cfg.KD.MUTUAL = CfgNode()
-    # Config files of the other students, or names of model-zoo configs; the first student is that of this config. Only
-    # their MODEL and INPUT matter; this config sets the augmentation of images. A file may be listed several times.
+    # Config files of the other students, or names of configs of the model zoo or of kd_det; the first student is that
+    # of this config. Only their MODEL and INPUT matter; this config sets the augmentation of images. A file may be
+    # listed several times.
     cfg.KD.MUTUAL.PEERS = []
     # Overrides of all these configs: [KEY, VALUE, KEY, VALUE, ...].
     cfg.KD.MUTUAL.OPTS = []
@@ -358,53 +361,40 @@ def merge_list(cfg: CfgNode, options: list, key: str) -> None:
     _check_merged(cfg, key)
 
 
-def find_config(path: str, key: str = "--config-file") -> str:
-    """Returns the path of a config file, or of the model zoo's config of that name.
-
-    Args:
-        path: A file, a URL, or a name such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml.
-        key: The key or argument that names the file, for messages.
-
-    Raises:
-        InputError: If no such file or zoo config exists, or the URL cannot be fetched.
-    """
-    path = os.path.expanduser(path)
-    if path.endswith(".py"):
-        raise InputError(f"{key}: {path} is a LazyConfig (.py); only YAML configs are read.")
-    if is_url(path):
-        fetch(path, key)
-        return path  # Its bases are relative to it.
-    if os.path.isfile(path):
-        return path
-    try:
-        return model_zoo.get_config_file(path)
-    except RuntimeError as error:
-        raise InputError(f"{key}: there is no such file, and {error}") from error
-
-
 def read_config(
-    source: str,
+    source: str | Sequence[str],
     key: str = "--config-file",
     *,
     options: Sequence = (),
     options_key: str = "command line",
     other_heads: bool = False,
+    output_dir: str = "",
 ) -> CfgNode:
-    """Reads a config: all defaults, then a file with its bases, then overrides.
+    """Reads a config: all defaults, then files with their bases, one after the other, then overrides.
+
+    A file after the first one, such as a recipe, may set MODEL.META_ARCHITECTURE to TeacherStudent or MutualStudents:
+    the architecture before it is then the student's.
 
     Args:
-        source: A file, a URL, or a name of Detectron2's model zoo.
+        source: A file, a URL, or a name of a config of Detectron2's model zoo or of kd_det; or several, of which later
+            ones win.
         key: The key or argument that names the source, for messages.
         options: Overrides, [KEY, VALUE, KEY, VALUE, ...].
         options_key: The key or argument that holds the overrides, for messages.
         other_heads: Accept the keys of heads that are not registered, such as those of a plugin.
+        output_dir: OUTPUT_DIR if neither a file nor an override sets it; "": :func:`default_output_dir`.
 
     Raises:
-        InputError: If the source cannot be read, or a key or a value is wrong.
+        InputError: If a source cannot be read, or a key or a value is wrong.
     """
+    paths = [find_config(path, key) for path in ([source] if isinstance(source, str) else source)]
     cfg = default_config()
     cfg.KD.set_new_allowed(other_heads)
-    merge_file(cfg, find_config(source, key))
+    cfg.OUTPUT_DIR = output_dir or default_output_dir(paths)
+    for i, path in enumerate(paths):
+        if i > 0 and cfg.MODEL.META_ARCHITECTURE not in DISTILLED:
+            cfg.KD.STUDENT_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
+        merge_file(cfg, path)
     merge_list(cfg, options, options_key)
     return cfg
 

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -12,8 +13,10 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from kd_det.checkpoint import load_strictly
-from kd_det.config import find_config, is_flipped, read_config, student_config
+from kd_det.checkpoint_folder import FINAL
+from kd_det.config import is_flipped, read_config, student_config
 from kd_det.config_checks import check_network_values
+from kd_det.config_files import is_zoo_name
 from kd_det.construction import build_network
 from kd_det.errors import InputError
 from kd_det.signals import BOX_SIGNALS, Signals, flipped
@@ -212,7 +215,13 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     teacher_cfg, weights = load_teacher_config(cfg)
     flip_channels = is_flipped(cfg, teacher_cfg, ("the student", "the teacher"))
     model = build_network(teacher_cfg, f"{node.CONFIG_FILE} with KD.TEACHER.OPTS")
-    load_strictly(model, weights, key="KD.TEACHER.WEIGHTS")
+    try:
+        load_strictly(model, weights, key="KD.TEACHER.WEIGHTS")
+    except InputError as error:
+        if weights != teacher_cfg.MODEL.WEIGHTS:
+            raise
+        command = training_command(node.CONFIG_FILE, node.OPTS)
+        raise InputError(f"{error} If this teacher is not trained yet: {command}") from error
     logging.getLogger(__name__).info("Teacher: %s, weights %s", node.CONFIG_FILE, weights)
     source = f"{node.CONFIG_FILE} with {weights}"
     return Teacher(model, flip_channels=flip_channels, student_std=cfg.MODEL.PIXEL_STD, source=source, **options)
@@ -251,11 +260,39 @@ def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher_cfg = student_config(teacher_cfg)
     check_network_values(teacher_cfg, f"{node.CONFIG_FILE} with KD.TEACHER.OPTS")
-    in_zoo = find_config(node.CONFIG_FILE, key) != os.path.expanduser(node.CONFIG_FILE)
-    weights = node.WEIGHTS or (zoo_weights(node.CONFIG_FILE) if in_zoo else teacher_cfg.MODEL.WEIGHTS)
-    if not weights:
-        raise InputError(f"KD.TEACHER.WEIGHTS: no file is named, and MODEL.WEIGHTS of {node.CONFIG_FILE} is empty.")
-    return teacher_cfg, weights
+    return teacher_cfg, node.WEIGHTS or default_weights(node.CONFIG_FILE, teacher_cfg, node.OPTS)
+
+
+def default_weights(name: str, teacher_cfg: CfgNode, options: Sequence) -> str:
+    """Returns the weights of a teacher for which ``KD.TEACHER.WEIGHTS`` names none.
+
+    They are the zoo's trained model for a zoo config, else what a training of the config has left in its OUTPUT_DIR,
+    else MODEL.WEIGHTS of the config.
+
+    Args:
+        name: The teacher's config: a file or a name.
+        teacher_cfg: What was read from it.
+        options: The overrides of it, [KEY, VALUE, KEY, VALUE, ...]; if they set MODEL.WEIGHTS, those are taken.
+
+    Raises:
+        InputError: If there are none.
+    """
+    if is_zoo_name(name):
+        return zoo_weights(name)
+    trained = os.path.join(teacher_cfg.OUTPUT_DIR, FINAL)
+    if os.path.isfile(trained) and "MODEL.WEIGHTS" not in options[::2]:
+        return trained
+    if not teacher_cfg.MODEL.WEIGHTS:
+        raise InputError(
+            f"KD.TEACHER.WEIGHTS: no file is named, and MODEL.WEIGHTS of {name} is empty; train this teacher first: "
+            f"{training_command(name, options)}"
+        )
+    return teacher_cfg.MODEL.WEIGHTS
+
+
+def training_command(name: str, options: Sequence) -> str:
+    """Returns the command that trains a teacher, of which :func:`default_weights` then finds the weights."""
+    return shlex.join(["kd-det", "train", "--config-file", name, *map(str, options)])
 
 
 def zoo_weights(name: str) -> str:

@@ -8,7 +8,8 @@ from detectron2.config import get_cfg
 from torch import nn
 
 from kd_det import KD_HEAD_REGISTRY, InputError, add_kd_config
-from kd_det.config import find_config, merge_file, merge_list, student_config
+from kd_det.config import merge_file, merge_list, student_config
+from kd_det.config_files import find_config
 from kd_det.registry import config_key
 
 

@@ -1,6 +1,7 @@
 """Runs: resumed where they ended, evaluated without a teacher, and any Detectron2 config distilled as it is."""
 
 import multiprocessing
+import re
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from detectron2.utils.env import seed_all_rng
 from helpers import build, distilled_cfg, interrupted_at, parse, step, tiny_cfg, train_net, with_data, write_yaml
 
 from kd_det import InputError, add_kd_config
-from kd_det.config import find_config, merge_file, student_config
+from kd_det.config import merge_file, student_config
+from kd_det.config_files import find_config
 from kd_det.data import register_datasets
 from kd_det.data.loader import seed_everything
 from kd_det.engine import Trainer, import_plugin, run_tool, setup
-from kd_det.engine.run_config import apply_distillation_arguments
+from kd_det.engine.run_config import make_config
 
 HEADS = ["ReviewKDHead", "HintHead"]
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -227,27 +229,21 @@ def test_counts_below_zero(run, tmp_path, key):
 ZOO = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 
 
-def applied(*arguments, config=None):
-    cfg = get_cfg()
-    add_kd_config(cfg)
-    if config:
-        merge_file(cfg, find_config(config))
-    apply_distillation_arguments(cfg, parse(*arguments))
-    return cfg
+def applied(*arguments, config=ZOO):
+    return make_config(parse("--config-file", config, *arguments))
 
 
 def test_without_the_arguments_a_config_stays_as_it_is():
     plain = get_cfg()
     add_kd_config(plain)
+    plain.OUTPUT_DIR = "output/retinanet_R_50_FPN_1x"
     merge_file(plain, find_config(ZOO))
-    assert applied(config=ZOO) == plain
+    assert applied() == plain
     assert plain.MODEL.META_ARCHITECTURE == "RetinaNet"
 
 
 def test_a_zoo_config_with_teacher_and_heads():
-    cfg = applied(
-        "--teacher", "t.yaml", "--teacher-weights", "t.pth", "--kd-heads", "ReviewKDHead,SoftTargetHead", config=ZOO
-    )
+    cfg = applied("--teacher", "t.yaml", "--teacher-weights", "t.pth", "--kd-heads", "ReviewKDHead,SoftTargetHead")
     assert cfg.MODEL.META_ARCHITECTURE == "TeacherStudent"
     assert cfg.KD.STUDENT_ARCHITECTURE == "RetinaNet"
     assert (cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS) == ("t.yaml", "t.pth")
@@ -255,7 +251,7 @@ def test_a_zoo_config_with_teacher_and_heads():
     assert cfg.KD.REVIEW.IN_FEATURES == ["p3", "p4", "p5", "p6", "p7"]
     assert cfg.KD.SOFT_TARGET.SOURCES == ["dense"]
     # beside them it is the config that it was
-    assert student_config(cfg).MODEL == applied(config=ZOO).MODEL
+    assert student_config(cfg).MODEL == applied().MODEL
 
 
 def test_an_rcnn_keeps_the_levels_of_the_heads():
@@ -307,19 +303,26 @@ def test_a_c4_model_has_one_level():
     assert cfg.KD.HINT.IN_FEATURES == ["res4"]
 
 
-def test_arguments_change_a_config_that_distils(teacher):
-    cfg = distilled_cfg(teacher, ["HintHead"])
-    apply_distillation_arguments(cfg, parse("--kd-heads", "ReviewKDHead"))
+def test_arguments_change_a_config_that_distils(teacher, tmp_path):
+    config = write_yaml(tmp_path / "config.yaml", distilled_cfg(teacher, ["HintHead"]))
+    cfg = applied("--kd-heads", "ReviewKDHead", config=config)
     assert cfg.KD.HEADS == ["ReviewKDHead"]
     assert teacher["KD.TEACHER.WEIGHTS"] == cfg.KD.TEACHER.WEIGHTS
-    apply_distillation_arguments(cfg, parse("--teacher", "other.yaml"))
+    cfg = applied("--teacher", "other.yaml", config=config)
     assert (cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS) == ("other.yaml", "")
 
 
-@pytest.mark.parametrize("arguments", [["--teacher", "t.yaml"], ["--kd-heads", "HintHead"], ["--teacher-weights", "x"]])
-def test_one_argument_without_the_other(arguments):
-    with pytest.raises(InputError, match=r"^--teacher and --kd-heads: .* needs both arguments\.$"):
-        applied(*arguments, config=ZOO)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--teacher", "t.yaml"], f"KD.HEADS: {ZOO} names no distillation heads; name some with --kd-heads"),
+        (["--teacher-weights", "x"], f"KD.HEADS: {ZOO} names no distillation heads; name some with --kd-heads"),
+        (["--kd-heads", "HintHead"], f"KD.TEACHER.CONFIG_FILE: {ZOO} names no teacher for HintHead; name one with"),
+    ],
+)
+def test_one_argument_without_the_other(arguments, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        applied(*arguments)
 
 
 def test_a_zoo_config_trains(coco_folder, tmp_path, inputs):
@@ -393,7 +396,7 @@ def test_a_machine_without_gpu_goes_on_with_the_cpu(coco_folder, tmp_path, monke
 
 
 def test_files_that_are_not_there():
-    with pytest.raises(InputError, match=r"^--config-file: there is no such file, and no/such.yaml not available"):
+    with pytest.raises(InputError, match=r"^--config-file: there is no such file, and no/such.yaml is not the name"):
         find_config("no/such.yaml")
     with pytest.raises(InputError, match=r"^--plugin: there is no file no/such.py\.$"):
         import_plugin("no/such.py")

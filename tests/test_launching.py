@@ -63,7 +63,7 @@ def test_a_single_task_is_a_plain_run(monkeypatch, variables):
         monkeypatch.setenv(name, value)
     found = []
     launch_workers(lambda args: found.append((args.config_file, comm.get_world_size())), parse("--config-file", "x"))
-    assert found == [("x", 1)]
+    assert found == [(["x"], 1)]
 
 
 def test_torchrun_started_by_srun_tells_the_rank(monkeypatch):

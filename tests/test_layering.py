@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = {"config", "config_kinds", "config_checks", "construction"}
+CONFIG = {"config", "config_files", "config_kinds", "config_checks", "construction"}
 GROUND = CONFIG | {"errors", "lazy", "registry", "signals", "schedules", "files", "fetching"}
 GROUND |= {"checkpoint_files", "unpickling", "formats", "timm_models"}
 DISTILS = {"taps", "heads", "losses", "teacher", "gradients", "meta_arch", "peers", "mutual"}
@@ -24,7 +24,7 @@ ALLOWED = {
     "classification": GROUND | {"data"},
     "taps": GROUND,
     "heads": GROUND | {"losses"},
-    "teacher": GROUND | {"taps", "checkpoint"},
+    "teacher": GROUND | CHECKPOINTS | {"taps"},
     "gradients": GROUND,
     "meta_arch": GROUND | {"taps", "teacher", "heads", "losses", "gradients"},
     "peers": GROUND | {"taps", "heads", "checkpoint"},

@@ -477,7 +477,11 @@ def test_two_ranks_stay_in_sync(mutual, tmp_path, sequential):
             {},
             r"KD.MUTUAL.PEERS: no peer is named; give the config file of each .*",
         ),
-        ({"KD.MUTUAL.PEERS": ["no/such.yaml"]}, {}, r"KD.MUTUAL.PEERS: there is no such file, and no/such.yaml not .*"),
+        (
+            {"KD.MUTUAL.PEERS": ["no/such.yaml"]},
+            {},
+            r"KD.MUTUAL.PEERS: there is no such file, and no/such.yaml is not .*",
+        ),
         ({"KD.MUTUAL.METHOD": "DML"}, {}, r"KD.MUTUAL.METHOD: 'DML' is not one of dml, ie_dml\."),
         ({"KD.MUTUAL.SOURCE": "rpn"}, {}, r"KD.MUTUAL.SOURCE: 'rpn' is not one of roi, cls\."),
         ({"KD.MUTUAL.WEIGHT": -1.0}, {}, r"KD.MUTUAL.WEIGHT: must be finite and 0 or more, got -1.0\."),

@@ -23,7 +23,8 @@ from helpers import build, parse, tiny_cfg, train_net, with_data, write_yaml
 from kd_det import InputError, build_teacher
 from kd_det.analysis.runs import load_runs
 from kd_det.checkpoint import KDCheckpointer, load_strictly
-from kd_det.config import find_config, merge_file
+from kd_det.config import merge_file
+from kd_det.config_files import find_config
 from kd_det.data.proposals import read_proposals
 from kd_det.engine.stages import load_stage
 from kd_det.fetching import fetch

@@ -2,16 +2,62 @@
 
 import argparse
 import os
+import sys
+from collections.abc import Collection, Iterable
+from typing import Any
+
+YAML = (".yaml", ".yml")
 
 
-def training_parser(description: str) -> argparse.ArgumentParser:
+class ConfigFilesParser(argparse.ArgumentParser):
+    """Parses options that take several config files: all arguments after them that end in .yaml or .yml.
+
+    Overrides may follow, which an option with ``nargs="+"`` would take for files.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._file_options: set[str] = set()
+
+    def add_files_argument(self, option: str, **kwargs: Any) -> None:
+        """Adds an option whose values are lists of files."""
+        self._file_options.add(option)
+        self.add_argument(option, type=str.splitlines, **kwargs)
+
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args(_join_files(arguments, self._file_options), namespace)
+
+
+def _join_files(arguments: Iterable[str], options: Collection[str]) -> list[str]:
+    """Joins the files after each of the options by line breaks, so that they are one argument."""
+    joined: list[str] = []
+    in_files = False
+    for argument in arguments:
+        is_first = bool(joined) and joined[-1] in options
+        if in_files and not is_first and argument.endswith(YAML):
+            joined[-1] += f"\n{argument}"
+        else:
+            in_files = (in_files and is_first) or argument.partition("=")[0] in options
+            joined.append(argument)
+    return joined
+
+
+def training_parser(description: str) -> ConfigFilesParser:
     """Makes the parser for training, with the arguments of Detectron2's ``default_argument_parser`` and those below.
 
     Args:
         description: Text for ``--help``.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default="", metavar="FILE", help="config: a file, or a name of the model zoo")
+    parser = ConfigFilesParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_files_argument(
+        "--config-file",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="config: a file, or a name of the model zoo or of kd_det; further ones after it, such as "
+        "recipes/reviewkd.yaml, are merged in order",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUTPUT_DIR")
     parser.add_argument(
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST, train nothing"
@@ -34,7 +80,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
 def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that turn any Detectron2 config into a distillation run."""
     group = parser.add_argument_group("distillation")
-    group.add_argument("--teacher", metavar="CONFIG", help="the teacher's config: a file, or a name of the model zoo")
+    group.add_argument("--teacher", metavar="CONFIG", help="the teacher's config: a file or a name, as above")
     group.add_argument(
         "--teacher-weights", metavar="FILE", help="the teacher's checkpoint, if its config names another"
     )

@@ -3,7 +3,7 @@
 import argparse
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from kd_det.config import DISTILLED, default_config, find_config, merge_list, read_config
+from kd_det.config import DISTILLED, default_config, merge_list, read_config
 from kd_det.config_checks import check_parts, check_run_values
+from kd_det.config_files import default_output_dir, find_config
 from kd_det.data import (
     check_annotations,
     check_files,
@@ -49,13 +50,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise InputError(f"command line: {late[0]} must come before the overrides, {' '.join(args.opts[:2])} ...")
     for path in args.plugin:
         import_plugin(path)
-    if args.config_file:
-        args.config_file = find_config(args.config_file)
-    cfg = read_config(args.config_file) if args.config_file else default_config()
-    apply_distillation_arguments(cfg, args)
-    merge_list(cfg, args.opts, "command line")
+    cfg, files = make_config(args), config_files(args)
     beside = args.eval_only and not args.resume and "OUTPUT_DIR" not in args.opts[::2] and write_beside_weights(cfg)
-    check_run(cfg, f"{args.config_file or 'the config'} with the overrides")
+    check_run(cfg, f"{describe_files(files)} with the overrides")
     with kept_back() as messages:
         if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
             logger.warning("MODEL.DEVICE: this machine has no GPU, going on with cpu instead of %s.", cfg.MODEL.DEVICE)
@@ -74,7 +71,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     start_logging(cfg.OUTPUT_DIR)
     log_again(messages)
     with kept(Path(cfg.OUTPUT_DIR, "config.yaml")):
-        default_setup(cfg, args)
+        # It logs what a single file says.
+        single = find_config(*files) if len(files) == 1 else ""
+        default_setup(cfg, argparse.Namespace(**vars(args) | {"config_file": single}))
+    if len(files) > 1:
+        logger.info("Config files, each of which overrides those before it: %s", ", ".join(files))
     if beside:
         logger.info("The evaluation writes into %s, the folder of the run that it evaluates.", cfg.OUTPUT_DIR)
     logger.info("The log with all details, environment and config among them: %s", Path(cfg.OUTPUT_DIR, "log.txt"))
@@ -147,22 +148,65 @@ def kept(path: Path) -> Iterator[None]:
         write_whole(str(path), lambda file: file.write(before))
 
 
-def apply_distillation_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Turn a config into that of a distillation run, as ``--teacher``, ``--teacher-weights`` and ``--kd-heads`` say."""
+def make_config(args: argparse.Namespace) -> CfgNode:
+    """Make the config that the command line describes: its files, the arguments of distillation, the overrides.
+
+    Raises:
+        InputError: If a file, a key or a value is wrong, or a student is to be taught without a teacher or heads.
+    """
+    files, heads = config_files(args), named_heads(args)
+    keys = None if heads is None else [config_key(name) for name in heads]
+    cfg = read_config(files, output_dir=default_output_dir(files, keys))
     if args.teacher:
         cfg.KD.TEACHER.CONFIG_FILE = os.path.expanduser(args.teacher)
         cfg.KD.TEACHER.WEIGHTS = ""
     if args.teacher_weights:
         cfg.KD.TEACHER.WEIGHTS = os.path.expanduser(args.teacher_weights)
-    if args.kd_heads is not None:
-        cfg.KD.HEADS = [name.strip() for name in args.kd_heads.split(",") if name.strip()]
-    if cfg.MODEL.META_ARCHITECTURE in DISTILLED or not (args.teacher or args.teacher_weights or args.kd_heads):
-        return
-    if not (cfg.KD.TEACHER.CONFIG_FILE and cfg.KD.HEADS):
+    if heads is not None:
+        cfg.KD.HEADS = heads
+    merge_list(cfg, args.opts, "command line")
+    by_arguments = args.teacher or args.teacher_weights or heads
+    by_recipe = len(files) > 1 and cfg.KD.HEADS
+    if cfg.MODEL.META_ARCHITECTURE not in DISTILLED and (by_arguments or by_recipe):
+        add_teacher(cfg, describe_files(files))
+    return cfg
+
+
+def config_files(args: argparse.Namespace) -> list[str]:
+    """Return the names of all config files; Detectron2's ``default_argument_parser`` gives a single one as a string."""
+    given = [args.config_file] if isinstance(args.config_file, str) else args.config_file
+    return [name for name in given if name]
+
+
+def describe_files(files: Sequence[str]) -> str:
+    """Return a name for what the files say together, for messages."""
+    return " with ".join(files) or "the config"
+
+
+def named_heads(args: argparse.Namespace) -> list[str] | None:
+    """Return the heads that ``--kd-heads`` names; None if it is not given."""
+    return None if args.kd_heads is None else [name.strip() for name in args.kd_heads.split(",") if name.strip()]
+
+
+def add_teacher(cfg: CfgNode, source: str) -> None:
+    """Turn the config of a plain student into that of the student beside its teacher.
+
+    Args:
+        cfg: The config, which names the teacher and the heads already.
+        source: What the config was read from, for messages.
+
+    Raises:
+        InputError: If it names no teacher or no head.
+    """
+    if not cfg.KD.HEADS:
         raise InputError(
-            "--teacher and --kd-heads: a config that names neither teacher nor heads needs both arguments."
+            f"KD.HEADS: {source} names no distillation heads; name some with --kd-heads, or in a further config file."
         )
-    check_parts(cfg, args.config_file or "the config")
+    if not cfg.KD.TEACHER.CONFIG_FILE:
+        raise InputError(
+            f"KD.TEACHER.CONFIG_FILE: {source} names no teacher for {', '.join(cfg.KD.HEADS)}; name one with --teacher."
+        )
+    check_parts(cfg, source)
     cfg.KD.STUDENT_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE, "TeacherStudent"
     default = default_config()
     for name in cfg.KD.HEADS:
