@@ -85,9 +85,9 @@ def standardize(x: Tensor, dims: tuple[int, ...], *, eps: float, mask: Tensor | 
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Scales the last axis to unit length; a row of zeros stays zero and has a gradient of moderate size."""
+    """Scales the last axis to unit length, except rows shorter than 1e-12, whose gradient would be huge or NaN."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / norm.masked_fill(norm == 0, 1)
+    return x / norm.masked_fill(norm < 1e-12, 1)
 
 
 def divergence(s_logits: Tensor, t_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:

@@ -347,6 +347,9 @@ def test_channels_without_variance_or_rows_without_direction():
     for loss in (losses.distance_relation_loss, losses.angle_relation_loss, losses.similarity_loss, losses.edge_loss):
         (gradient,) = torch.autograd.grad(loss(student, teacher), student)
         assert gradient.abs().max() < 10
+    for loss in (losses.angle_relation_loss, losses.similarity_loss, losses.edge_loss):
+        (gradient,) = torch.autograd.grad(loss(student + 1e-30 * teacher, teacher), student)
+        assert gradient.abs().max() < 10
     (gradient,) = torch.autograd.grad(losses.pearson_loss(student, teacher), student)
     assert gradient.isfinite().all()
     logits = torch.ones(2, 3, requires_grad=True)
