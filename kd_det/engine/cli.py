@@ -38,7 +38,7 @@ def import_plugin(path: str) -> None:
         raise InputError(f"--plugin: there is no file {path}.")
     name = f"kd_det_plugin_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise InputError(f"--plugin: {path} is not a Python file; its name must end in .py.")
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
@@ -98,7 +98,8 @@ def one_line(text: str) -> str:
 
 def is_defect(record: logging.LogRecord) -> bool:
     """Filters log records: drops errors that :func:`run_tool` already reports in one line."""
-    return not (record.exc_info and describe_error(record.exc_info[1]) is not None)
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or describe_error(error) is None
 
 
 @contextmanager
@@ -123,7 +124,11 @@ def replaced_attribute(owner: object, name: str, value: object) -> Iterator[None
         setattr(owner, name, original)
 
 
-def handle_log_error(handler: logging.Handler, record: logging.LogRecord, report=logging.Handler.handleError) -> None:
+def handle_log_error(
+    handler: logging.Handler,
+    record: logging.LogRecord,
+    report: Callable[[logging.Handler, logging.LogRecord], None] = logging.Handler.handleError,
+) -> None:
     """Ends the run if its log file cannot be written; ignores a terminal that fails, since the file has its text.
 
     Args:
@@ -145,7 +150,10 @@ def handle_log_error(handler: logging.Handler, record: logging.LogRecord, report
         raise OSError(error.errno, error.strerror, stream.name) from error
 
 
-def handle_thread_error(error: threading.ExceptHookArgs, report=threading.excepthook) -> None:
+def handle_thread_error(
+    error: threading.ExceptHookArgs, report: Callable[[threading.ExceptHookArgs], object] = threading.excepthook
+) -> None:
     """Ignores file-system errors in TensorBoard's thread: TensorBoard raises them again at the next write."""
-    if find_file_error(error.exc_value) is None or not type(error.thread).__module__.startswith("tensorboard."):
+    is_file_error = error.exc_value is not None and find_file_error(error.exc_value) is not None
+    if not (is_file_error and type(error.thread).__module__.startswith("tensorboard.")):
         report(error)

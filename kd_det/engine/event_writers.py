@@ -145,7 +145,7 @@ def metrics_path(cfg: CfgNode) -> str:
 
 def new_scalars(last: int) -> dict[int, dict[str, float]]:
     """Maps each iteration after `last` to its scalars by name; losses and times are medians of 20 iterations."""
-    scalars = defaultdict(dict)
+    scalars: defaultdict[int, dict[str, float]] = defaultdict(dict)
     for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint().items():
         if iteration > last:
             scalars[iteration][name] = value
@@ -181,7 +181,7 @@ def drop_lines(path: str, start: int) -> None:
         write_whole(path, lambda file: file.writelines(lines[:end]))
 
 
-def last_iteration(path: str) -> int:
+def last_iteration(path: str) -> float:
     """Finds the last iteration in ``metrics.json``; returns -1 if there is none."""
     if not os.path.isfile(path):
         return -1

@@ -13,6 +13,7 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
@@ -86,28 +87,36 @@ def draw_grid(
         width: Width of each column in pixels.
         legend: Styles of boxes to explain above the titles.
     """
-    rows = [[Scene(cell) if isinstance(cell, np.ndarray) else cell for cell in row] for row in rows]
+    cells = [[Scene(cell) if isinstance(cell, np.ndarray) else cell for cell in row] for row in rows]
     size = max(FONT_SIZE, width / 40)
     titles = [wrap(title, width, size) for title in titles]
-    heights = [width * np.clip(np.divide(*row[0].pixels.shape[:2]), *RATIOS) / DPI for row in rows]
+    heights = [width * row_ratio(row) / DPI for row in cells]
     lines = 1 + max(title.count("\n") for title in titles) + 2 * bool(legend)
     extra = lines * size + 2 * FONT_SIZE * len(rows)
-    figure = Figure((len(titles) * width / DPI, sum(heights) + extra / 72), dpi=DPI, layout="constrained")
+    layout = ConstrainedLayoutEngine(h_pad=0.1)
+    figure = Figure((len(titles) * width / DPI, sum(heights) + extra / 72), dpi=DPI, layout=layout)
     axes = figure.subplots(len(rows), len(titles), squeeze=False, gridspec_kw={"height_ratios": heights})
-    figure.get_layout_engine().set(h_pad=0.1)
     if legend:
         draw_legend(figure, legend, size)
-    for i, (row, row_axes) in enumerate(zip(rows, axes, strict=True)):
+    for i, (row, row_axes) in enumerate(zip(cells, axes, strict=True)):
         for title, cell, axis in zip(titles, row, row_axes, strict=True):
             draw_cell(axis, cell, title if i == 0 else "", size)
     FigureCanvasAgg(figure)  # Attaching a canvas makes it possible to measure text.
     figure.draw_without_rendering()  # Labels can be placed only after everything else has been.
     figure.set_layout_engine("none")
-    for row, row_axes in zip(rows, axes, strict=True):
+    for row, row_axes in zip(cells, axes, strict=True):
         for cell, axis in zip(row, row_axes, strict=True):
             if isinstance(cell, Scene):
                 place_labels(axis, cell.marks)
     return figure
+
+
+def row_ratio(row: Sequence[Scene | Words]) -> float:
+    """Returns the height of a row relative to the width of a column; the image in its first cell decides."""
+    first = row[0]
+    assert isinstance(first, Scene)
+    height, width = first.pixels.shape[:2]
+    return min(max(height / width, RATIOS[0]), RATIOS[1])
 
 
 def draw_legend(figure: Figure, styles: Sequence[Style], size: float) -> None:
@@ -122,9 +131,9 @@ def draw_cell(axis: Axes, cell: Scene | Words, title: str, size: float) -> None:
     axis.spines[:].set_visible(False)
     axis.set_title(title, fontsize=size, parse_math=False)
     if isinstance(cell, Words):
-        style = {"color": cell.color, "fontsize": WORDS_SIZE, "ha": "center", "va": "center", "parse_math": False}
         text = wrap(cell.text, axis.get_window_extent().width, WORDS_SIZE)
-        axis.text(0.5, 0.5, text, in_layout=False, **style)
+        place = {"ha": "center", "va": "center"}
+        axis.text(0.5, 0.5, text, place, color=cell.color, fontsize=WORDS_SIZE, in_layout=False, parse_math=False)
         return
     height, width = cell.pixels.shape[:2]
     axis.set_xlabel(cell.caption, fontsize=FONT_SIZE, parse_math=False)
@@ -132,9 +141,10 @@ def draw_cell(axis: Axes, cell: Scene | Words, title: str, size: float) -> None:
     axis.imshow(pixels, extent=(0, width, height, 0))
     for mark in cell.marks:
         x0, y0, x1, y1 = mark.box
-        style = {"edgecolor": mark.style.color, "linestyle": mark.style.line, "linewidth": LINE_WIDTH}
-        halo = [patheffects.withStroke(linewidth=HALO_WIDTH, foreground="black")]
-        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, path_effects=halo, **style))
+        box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, linewidth=LINE_WIDTH)
+        box.set(edgecolor=mark.style.color, linestyle=mark.style.line)
+        box.set_path_effects([patheffects.withStroke(linewidth=HALO_WIDTH, foreground="black")])
+        axis.add_patch(box)
 
 
 def overlay_masks(pixels: np.ndarray, masks: Sequence[Any], width: int) -> np.ndarray:
@@ -160,11 +170,13 @@ def overlay_masks(pixels: np.ndarray, masks: Sequence[Any], width: int) -> np.nd
 
 def place_labels(axis: Axes, marks: Sequence[Mark]) -> None:
     """Writes the labels of an image's marks; skips labels that have no room at their box without covering others."""
-    limits, taken = axis.get_window_extent(), []
+    limits = axis.get_window_extent()
+    taken: list[Bbox] = []
     for mark in filter(lambda mark: mark.label, marks):
+        style = {"fontsize": LABEL_SIZE, "color": "black", "va": "bottom"}
         background = {"facecolor": mark.style.color, "alpha": 0.85, "linewidth": 0, "pad": 1}
-        style = {"fontsize": LABEL_SIZE, "color": "black", "va": "bottom", "parse_math": False, "bbox": background}
-        text = axis.text(0, 0, mark.label, transform=None, **style)  # The position is in pixels of the picture.
+        # Without a transform, the position is in pixels of the picture.
+        text = axis.text(0, 0, mark.label, style, transform=None, parse_math=False, bbox=background)
         room = text.get_window_extent().padded(1)
         box = Bbox(axis.transData.transform(np.reshape(mark.box, (2, 2))))
         place = find_place(box, room, limits, taken)

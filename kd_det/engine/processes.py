@@ -31,11 +31,12 @@ def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
 def forwarding_signals() -> Iterator[None]:
     """Forwards the signals inside the block to the :mod:`multiprocessing` children, instead of ending this process."""
 
-    def pass_on(number: int, frame: object) -> None:
+    def forward(number: int, frame: object) -> None:
         for child in multiprocessing.active_children():
-            os.kill(child.pid, number)
+            if child.pid is not None:
+                os.kill(child.pid, number)
 
-    with handling_signals(pass_on):
+    with handling_signals(forward):
         yield
 
 
@@ -57,7 +58,7 @@ class Commands:
         interrupted: Whether a signal has arrived, or has interrupted a command.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.interrupted = False
         self._running: list[subprocess.Popen] = []
         self._received: list[int] = []

@@ -94,7 +94,7 @@ def model_metrics(results: Mapping[str, float], prefix: str) -> dict[str, object
 
 def closing_table(columns: Mapping[str, Mapping[str, object]]) -> str:
     """Formats a table with one column per model and one line per metric."""
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    names = [name for name in names if name not in ("iteration", "file")] + ["iteration", "file"]
+    last = ["iteration", "file"]
+    names = [*dict.fromkeys(name for column in columns.values() for name in column if name not in last), *last]
     rows = [[name, *(column.get(name, "") for column in columns.values())] for name in names]
     return tabulate(rows, ["", *columns], disable_numparse=True, stralign="right", colalign=("left",))
