@@ -36,6 +36,7 @@ setup(
     license="Apache-2.0",
     author="The kd_det authors",
     packages=find_packages(include=["kd_det", "kd_det.*"]),
+    entry_points={"console_scripts": ["kd-det = kd_det.commands.console:main"]},
     python_requires=">=3.10",
     # Not Detectron2 itself: no index has it under its own name. Wide ranges: a build of it is tied to its own torch.
     install_requires=[

@@ -1,32 +1,7 @@
-#!/usr/bin/env python3
-"""Write the synthetic data set "shapes" of the quickstart: a few seconds, no download.
+#!/usr/bin/env python
+"""Runs `kd-det prepare-shapes`."""
 
-The folder is in both COCO and Pascal VOC layout; datasets/README.md shows it.
-"""
-
-import argparse
-from pathlib import Path
-
-from kd_det.engine.cli import run_tool
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("datasets/shapes"), help="folder to write (%(default)s)")
-    parser.add_argument("--train", type=int, default=1000, help="images to train on (%(default)s)")
-    parser.add_argument("--test", type=int, default=200, help="images to test on (%(default)s)")
-    parser.add_argument("--size", type=int, default=128, help="side of the images in pixels (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other images (%(default)s)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    from kd_det.data.shapes_folder import write_shapes
-
-    written = write_shapes(args.output, train=args.train, test=args.test, size=args.size, seed=args.seed)
-    print(f"{args.output}: {'written' if written else 'already there, with these parameters'}.")
-
+from kd_det.commands.console import run_command
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_command("prepare-shapes")

@@ -1,7 +1,6 @@
 """Tiny detectors and batches, so that a test builds and runs a model in a fraction of a second."""
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,9 +20,9 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kd_det import add_kd_config
-from kd_det.engine import Trainer, run_tool
+from kd_det.commands.console import run_command
+from kd_det.engine import Trainer
 from kd_det.engine.arguments import training_parser
-from kd_det.engine.launching import launch_workers
 from kd_det.registry import config_key
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,17 +216,13 @@ def with_data(cfg: CfgNode, root: Path, output: Path, name: str = "") -> CfgNode
 
 
 def parse(*arguments: str) -> argparse.Namespace:
-    """Arguments of ``tools/train_net.py``."""
+    """Arguments of ``kd-det train``."""
     return training_parser("").parse_args(list(map(str, arguments)))
 
 
 def train_net(*arguments: str) -> None:
-    """Run ``tools/train_net.py`` in this process; as there, a user's mistake raises SystemExit with its one line."""
-    # Not imported as `tools.train_net`: Detectron2's wheel brings a top-level module of that name.
-    spec = importlib.util.spec_from_file_location("kd_det_train_net", TRAIN_NET)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    run_tool(lambda: launch_workers(module.main, parse(*arguments)))
+    """Run ``kd-det train`` in this process; as there, a user's mistake raises SystemExit with its one line."""
+    run_command("train", list(map(str, arguments)))
 
 
 class Cut(BaseException):

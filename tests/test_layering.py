@@ -1,4 +1,4 @@
-"""Imports point one way: ground <- losses, taps <- heads <- meta_arch <- engine <- analysis, benchmarking <- tools."""
+"""Imports point one way: ground <- losses, taps <- heads <- meta_arch <- engine <- analysis <- commands."""
 
 import ast
 import sys
@@ -33,6 +33,8 @@ ALLOWED = {
     "export": BELOW_ENGINE | {"engine"},
     "analysis": BELOW_ENGINE | {"engine", "export"},
     "benchmarking": BELOW_ENGINE | {"engine"},
+    "commands": BELOW_ENGINE | {"engine", "export", "analysis", "benchmarking"},
+    "__main__": {"commands"},
 }
 ALLOWED_IN_LOSSES = {"torch", "__future__", *sys.stdlib_module_names}
 

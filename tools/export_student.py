@@ -1,74 +1,7 @@
 #!/usr/bin/env python
-"""Export the student of a run: a plain Detectron2 checkpoint and config, and TorchScript.
+"""Runs `kd-det export`."""
 
-    tools/export_student.py --run output/reviewkd --output exported
-    tools/export_student.py --config-file configs/reviewkd_r101_r18.yaml --weights model.pth --output exported
-    tools/export_student.py --run output/reviewkd --ema --output averaged
-
-exported/student.yaml and student.pth are for Detectron2 alone, for example its DefaultPredictor, unless a part of the
-model is kd_det's own (image classifiers, timm's networks, build_basic_resnet_fpn_backbone) or your plugin's; then this
-tool and the YAML say what to import.
-
-exported/student.ts needs torch and torchvision alone. It maps one image, (3, H, W) float32 from 0 to 255, to a tuple of
-tensors. It takes one image at a time, of any size (a detector) or of the sample's size (an image classifier), on the
-kind of device that it was traced on. The export fails unless its results on the sample, and on another image made of
-it, equal the eager model's.
-
-exported/backbone.pth, of an image classifier, is for MODEL.WEIGHTS of a detector with the same network, in Detectron2
-alone, too. Such a detector needs the classifier's INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD.
-"""
-
-import argparse
-
-from kd_det.engine.arguments import add_plugin_argument
-from kd_det.engine.cli import import_plugin, run_tool
-from kd_det.errors import InputError
-from kd_det.files import naming
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", metavar="FOLDER", help="output folder of a run: its config.yaml and newest checkpoint")
-    parser.add_argument("--config-file", metavar="FILE", help="instead of --run, together with --weights")
-    parser.add_argument("--weights", metavar="FILE", help="instead of --run, together with --config-file")
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights (SOLVER.EMA_DECAY of the run)")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to make")
-    sample = parser.add_mutually_exclusive_group()
-    sample.add_argument("--image", metavar="FILE", help="image to trace on (default: the first of DATASETS.TEST)")
-    sample.add_argument(
-        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="trace on noise of this size instead"
-    )
-    parser.add_argument("--no-torchscript", action="store_true", help="leave student.ts out")
-    parser.add_argument(
-        "--device", default="cpu", choices=["cpu", "cuda"], help="what student.ts will run on (%(default)s)"
-    )
-    add_plugin_argument(parser)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    if bool(args.run) == bool(args.config_file or args.weights) or bool(args.config_file) != bool(args.weights):
-        raise InputError("give either --run, or --config-file and --weights.")
-    import torch
-
-    from kd_det.export import export_student, find_run, header, read_sample, read_student_config
-
-    for path in args.plugin:
-        import_plugin(path)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device: this machine has no GPU.")
-    config_file, weights = find_run(args.run) if args.run else (args.config_file, args.weights)
-    cfg = read_student_config(config_file)
-    sample = None if args.no_torchscript else read_sample(cfg, args.image, args.size)
-    with naming(args.output):
-        done = export_student(cfg, weights, args.output, ema=args.ema, sample=sample, device=args.device)
-    print(f"{args.output}: {', '.join(done.files)}")
-    print(header(done.needs).replace("# ", ""), end="")
-    if done.tried:
-        sizes = " and ".join(f"{height} x {width}" for height, width in done.tried)
-        print(f"student.ts returns ({', '.join(done.outputs)}); equal to the eager model on images of {sizes}.")
-
+from kd_det.commands.console import run_command
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_command("export")

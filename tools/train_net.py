@@ -1,64 +1,7 @@
 #!/usr/bin/env python
-"""Train, resume or evaluate a detector: plain, or distilled from a teacher.
+"""Runs `kd-det train`."""
 
-    tools/train_net.py --config-file configs/reviewkd_r101_r18.yaml
-    tools/train_net.py --config-file configs/reviewkd_r101_r18.yaml --resume
-    tools/train_net.py --config-file configs/reviewkd_r101_r18.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
-
-Any Detectron2 config becomes a distillation run with a teacher and heads named beside it:
-
-    tools/train_net.py --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml \\
-        --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml --kd-heads ReviewKDHead
-
-On several GPUs: --num-gpus 8, or under torchrun --nproc-per-node 8, or SLURM's srun with one task per GPU; see
-docs/clusters.md.
-
-SIGTERM, Ctrl-C and SIGUSR1 (SLURM: --signal=USR1@120) end a training after its iteration, with a checkpoint and status
-75; --resume goes on. A second Ctrl-C ends it at once.
-"""
-
-import argparse
-
-from kd_det.engine.arguments import training_parser
-from kd_det.engine.cli import run_tool
-
-
-def main(args: argparse.Namespace) -> None:
-    from kd_det.checkpoint import KDCheckpointer, load_strictly
-    from kd_det.config import student_config
-    from kd_det.engine import Trainer, setup
-    from kd_det.engine.interruption import interruptible
-    from kd_det.engine.stages import train
-    from kd_det.engine.tta import evaluate_with_tta
-    from kd_det.errors import InputError
-    from kd_det.files import naming
-
-    cfg = setup(args)
-    if args.eval_only:
-        cfg = student_config(cfg)
-        model = Trainer.build_model(cfg)
-        checkpointer = KDCheckpointer(model, cfg.OUTPUT_DIR)
-        if args.resume and checkpointer.has_checkpoint():
-            checkpointer.resume_or_load("", resume=True)
-        elif cfg.MODEL.WEIGHTS:
-            load_strictly(model, cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
-        else:
-            raise InputError("MODEL.WEIGHTS: is empty, but --eval-only needs a trained model.")
-        with naming(cfg.OUTPUT_DIR):
-            Trainer.test(cfg, model)
-            if cfg.TEST.AUG.ENABLED:
-                evaluate_with_tta(Trainer.test, cfg, model)
-        return
-    with interruptible():
-        train(cfg, resume=args.resume)
-
-
-def launch() -> None:
-    args = training_parser(__doc__).parse_args()
-    from kd_det.engine.launching import launch_workers
-
-    launch_workers(main, args)
-
+from kd_det.commands.console import run_command
 
 if __name__ == "__main__":
-    run_tool(launch)
+    run_command("train")

@@ -43,13 +43,25 @@ def _join_files(arguments: Iterable[str], options: Collection[str]) -> list[str]
     return joined
 
 
-def training_parser(description: str) -> ConfigFilesParser:
+def make_parser(description: str | None, prog: str | None = None) -> ConfigFilesParser:
+    """Makes the parser of a command, without its arguments.
+
+    Args:
+        description: Text for ``--help``, shown with its line breaks.
+        prog: Name of the program; by default, the name of the file that Python was started with.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter
+    return ConfigFilesParser(prog=prog, description=description, formatter_class=formatter)
+
+
+def training_parser(description: str | None, prog: str | None = None) -> ConfigFilesParser:
     """Makes the parser for training, with the arguments of Detectron2's ``default_argument_parser`` and those below.
 
     Args:
-        description: Text for ``--help``.
+        description: See :func:`make_parser`.
+        prog: See :func:`make_parser`.
     """
-    parser = ConfigFilesParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(description, prog)
     parser.add_files_argument(
         "--config-file",
         action="extend",

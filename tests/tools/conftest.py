@@ -1,35 +1,20 @@
-"""Tools as modules, and output folders of runs, made without training."""
+"""Commands in this process, and output folders of runs, made without training."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, build, write_yaml
+from helpers import build, write_yaml
+
+from kd_det.commands.console import run_command
 
 
 @pytest.fixture
-def load_tool():
-    """Import ``tools/NAME.py``, under a name of its own: Detectron2's wheel brings a top-level module ``tools``."""
-
-    def load(name: str):
-        spec = importlib.util.spec_from_file_location(f"kd_det_{name}", ROOT / "tools" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
-
-
-@pytest.fixture
-def run_tool(load_tool, monkeypatch):
-    """Run ``tools/NAME.py`` in this process; a user's mistake raises SystemExit with its one line."""
+def run_tool():
+    """Run ``kd-det NAME`` in this process; a user's mistake raises SystemExit with its one line."""
 
     def run(name: str, *arguments: str) -> None:
-        module = load_tool(name)
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        module.run_tool(module.main)
+        run_command(name, list(map(str, arguments)))
 
     return run
 

@@ -1,8 +1,7 @@
-"""tools/benchmark.py: runs, and times the same work on both sides. Times themselves are not tested."""
+"""kd-det benchmark: runs, and times the same work on both sides. Times themselves are not tested."""
 
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ from kd_det.benchmarking import Row, Setup, case, loader_speed, measurement, swi
 
 
 @pytest.fixture
-def benchmark(load_tool, monkeypatch):
-    """The tool with tiny detectors, and without processes of their own."""
+def benchmark(run_tool, monkeypatch):
+    """Run the command with tiny detectors, and without processes of their own."""
 
     def config(depth):
         options = {
@@ -30,17 +29,12 @@ def benchmark(load_tool, monkeypatch):
 
     monkeypatch.setattr(case, "detector_config", config)
     monkeypatch.setattr(measurement, "in_new_processes", lambda jobs: [measurement.measure_memory(job) for job in jobs])
-    return load_tool("benchmark")
-
-
-def run(benchmark, monkeypatch, *arguments):
     tiny = ["--size", 64, "--batch", 1, "--rounds", 2, "--depths", 18, 34]
-    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, [*tiny, *arguments])])
-    benchmark.run_tool(benchmark.main)
+    return lambda *arguments: run_tool("benchmark", *tiny, *arguments)
 
 
-def test_table_and_json(benchmark, monkeypatch, tmp_path, capsys):
-    run(benchmark, monkeypatch, "--heads", "none", "HintHead,SoftTargetHead", "--output", tmp_path / "out")
+def test_table_and_json(benchmark, tmp_path, capsys):
+    benchmark("--heads", "none", "HintHead,SoftTargetHead", "--output", tmp_path / "out")
     table = (tmp_path / "out/benchmark.md").read_text()
     assert table in capsys.readouterr().out
     assert "| HintHead,SoftTargetHead" in table
@@ -73,7 +67,7 @@ def test_switches(benchmark, monkeypatch, tmp_path, capsys):
     off = Row("all off", ("HintHead",))
     rows = [off, *(row for row in switches(off) if row.name == "KD.TEACHER.CHANNELS_LAST")]
     monkeypatch.setattr(benchmarking, "switches", lambda row: rows)
-    run(benchmark, monkeypatch, "--switches", "--heads", "none", "HintHead", "--output", tmp_path)
+    benchmark("--switches", "--heads", "none", "HintHead", "--output", tmp_path)
     assert "| KD.TEACHER.CHANNELS_LAST |" in capsys.readouterr().out
     results = json.loads((tmp_path / "benchmark.json").read_text())
     assert list(results["rows"]) == ["all off", "KD.TEACHER.CHANNELS_LAST"]
@@ -89,8 +83,8 @@ def test_each_row_has_its_switch_and_what_all_have():
     assert all(options.keys() <= together.keys() for options in rows.values())
 
 
-def test_profile(benchmark, monkeypatch, tmp_path, capsys):
-    run(benchmark, monkeypatch, "--profile", "--heads", "none", "SoftTargetHead", "--output", tmp_path)
+def test_profile(benchmark, tmp_path, capsys):
+    benchmark("--profile", "--heads", "none", "SoftTargetHead", "--output", tmp_path)
     assert "kd_det: student " in capsys.readouterr().out
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
@@ -102,7 +96,7 @@ def test_profile(benchmark, monkeypatch, tmp_path, capsys):
 def test_loader(benchmark, monkeypatch, coco_folder, tmp_path, capsys):
     monkeypatch.setattr(loader_speed, "SECONDS", 0.1)
     config = write_yaml(tmp_path / "config.yaml", with_data(tiny_cfg(), coco_folder, tmp_path))
-    run(benchmark, monkeypatch, "--loader", config, "SOLVER.IMS_PER_BATCH", 3)
+    benchmark("--loader", config, "SOLVER.IMS_PER_BATCH", 3)
     found = re.fullmatch(r"\S+: (\d+) images per second with 0 workers, 3 per batch\n", capsys.readouterr().out)
     assert int(found[1]) > 0
 
@@ -117,6 +111,6 @@ def test_loader(benchmark, monkeypatch, coco_folder, tmp_path, capsys):
         (["--loader", "a.yaml"], "--loader: there is no such file"),
     ],
 )
-def test_mistakes_end_in_one_line(arguments, message, benchmark, monkeypatch):
+def test_mistakes_end_in_one_line(arguments, message, benchmark):
     with pytest.raises(SystemExit, match=message):
-        run(benchmark, monkeypatch, *arguments)
+        benchmark(*arguments)

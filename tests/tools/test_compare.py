@@ -1,4 +1,4 @@
-"""tools/compare.py: table, JSON and picture of several runs on a tiny data set."""
+"""kd-det compare: table, JSON and picture of several runs on a tiny data set."""
 
 import io
 import json

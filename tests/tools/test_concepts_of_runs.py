@@ -1,4 +1,4 @@
-"""tools/concepts.py: visual concepts of runs, over their checkpoints."""
+"""kd-det concepts: visual concepts of runs, over their checkpoints."""
 
 import math
 from pathlib import Path

@@ -1,8 +1,7 @@
-"""tools/repeat.py: what each run is told, what becomes of it, and what is said of it meanwhile."""
+"""kd-det repeat: what each run is told, what becomes of it, and what is said of it meanwhile."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 import torch
 from helpers import ROOT
 
+from kd_det.commands import repeat
 from kd_det.engine.processes import INTERRUPTED
 from kd_det.errors import InputError
 
@@ -19,9 +19,9 @@ from kd_det.errors import InputError
 @pytest.mark.parametrize(
     ("name", "expected"), [("student", False), ("reviewkd", True), ("born_again", True), ("dml", False)]
 )
-def test_only_students_with_a_teacher_are_told_of_one(name, expected, load_tool):
+def test_only_students_with_a_teacher_are_told_of_one(name, expected):
     config = str(ROOT / f"configs/BCCD/{name}.yaml")
-    assert load_tool("repeat").has_teacher(config, ["SOLVER.MAX_ITER", "1"], "--student") is expected
+    assert repeat.has_teacher(config, ["SOLVER.MAX_ITER", "1"], "--student") is expected
 
 
 STUDENT = f"a={ROOT}/configs/BCCD/student.yaml"
@@ -40,22 +40,22 @@ VALID = ["--teacher", f"{ROOT}/configs/BCCD/teacher.yaml", "--student", STUDENT,
         (["SOLVER.MAX_ITER"], "command line: Override list has odd length"),
     ],
 )
-def test_mistakes_are_found_before_the_first_run(arguments, told, load_tool, monkeypatch, capsys):
-    repeat = load_tool("repeat")
-    monkeypatch.setattr("sys.argv", ["repeat.py", *VALID, *arguments])
+def test_mistakes_are_found_before_the_first_run(arguments, told, monkeypatch, capsys):
     monkeypatch.setattr(repeat.Call, "start", lambda *_: pytest.fail("a run began"))
     with pytest.raises((InputError, SystemExit)) as error:
-        repeat.main()
+        repeat.main(repeat.parse_args([*VALID, *arguments]))
     assert told in f"{error.value} {capsys.readouterr().err}"
 
 
-# ---- Runs, by a tool that stands in for the trainings ----
-# At its first call it waits for a signal that asks it to end, at the next one it comes to its end.
-TRAIN_NET = """
+# ---- Runs, by a program that stands in for the commands ----
+# At its first call a training waits for a signal that asks it to end, at the next one it comes to its end.
+STAND_IN = """
 import shutil, signal, sys, time
 from pathlib import Path
 from kd_det.engine.processes import end_with_tool
 
+if sys.argv[1] == "compare":
+    sys.exit(print("compared"))
 output = Path(sys.argv[sys.argv.index("OUTPUT_DIR") + 1])
 output.mkdir(parents=True, exist_ok=True)
 received = []
@@ -70,20 +70,23 @@ if output.name != "teacher" and not (output / "begun").exists():
 shutil.copy(Path(__file__).with_name("model_final.pth"), output)
 (output / "last_checkpoint").write_text("model_final.pth")
 """
-COMPARE = "print('compared')"
+REPEAT = """
+import sys
+from kd_det.commands import console, repeat
+
+repeat.KD_DET = (sys.executable, sys.argv.pop(1))
+console.run_command("repeat")
+"""
 
 
 @pytest.fixture
-def repeat(tmp_path):
-    """Start tools/repeat.py with two students that train at a time."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    shutil.copy(ROOT / "tools" / "repeat.py", tools)
-    (tools / "train_net.py").write_text(TRAIN_NET)
-    (tools / "compare.py").write_text(COMPARE)
-    torch.save({"model": {}, "iteration": 1}, tools / "model_final.pth")
+def start_repeat(tmp_path):
+    """Start kd-det repeat with two students that train at a time."""
+    stand_in = tmp_path / "stand_in.py"
+    stand_in.write_text(STAND_IN)
+    torch.save({"model": {}, "iteration": 1}, tmp_path / "model_final.pth")
     students = [x for name in ("a", "b") for x in ("--student", f"{name}={ROOT}/configs/BCCD/student.yaml")]
-    command = [sys.executable, tools / "repeat.py", "--teacher", ROOT / "configs/BCCD/teacher.yaml", *students]
+    command = [sys.executable, "-c", REPEAT, stand_in, "--teacher", ROOT / "configs/BCCD/teacher.yaml", *students]
     command += ["--seeds", "1", "--jobs", "2", "--output", tmp_path / "output"]
 
     def start():
@@ -99,9 +102,9 @@ def wait_for(*paths):
         time.sleep(0.05)
 
 
-def test_a_signal_reaches_the_trainings_and_the_same_command_goes_on(repeat, tmp_path):
+def test_a_signal_reaches_the_trainings_and_the_same_command_goes_on(start_repeat, tmp_path):
     students = [tmp_path / "output" / name for name in ("a_seed1", "b_seed1")]
-    process = repeat()
+    process = start_repeat()
     wait_for(*(x / "begun" for x in students))
     process.send_signal(signal.SIGTERM)
     printed = process.communicate(timeout=120)[0]
@@ -111,16 +114,16 @@ def test_a_signal_reaches_the_trainings_and_the_same_command_goes_on(repeat, tmp
     # The teacher is damaged since.
     final = tmp_path / "output" / "teacher" / "model_final.pth"
     final.write_bytes(final.read_bytes()[:-100])
-    process = repeat()
+    process = start_repeat()
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == 0, printed
     assert "compared" in printed
-    assert final.read_bytes() == (tmp_path / "tools" / "model_final.pth").read_bytes()
+    assert final.read_bytes() == (tmp_path / "model_final.pth").read_bytes()
 
 
-def test_trainings_end_when_it_is_killed(repeat, tmp_path):
+def test_trainings_end_when_it_is_killed(start_repeat, tmp_path):
     students = [tmp_path / "output" / name for name in ("a_seed1", "b_seed1")]
-    process = repeat()
+    process = start_repeat()
     wait_for(*(x / "begun" for x in students))
     process.kill()
     process.communicate(timeout=120)
@@ -133,8 +136,8 @@ def write_metrics(path, *rows, rest=""):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + rest)
 
 
-def test_progress_of_a_training(load_tool, tmp_path):
-    training = load_tool("repeat").Training("x.yaml", tmp_path / "a_seed1", ())
+def test_progress_of_a_training(tmp_path):
+    training = repeat.Training("x.yaml", tmp_path / "a_seed1", ())
     assert training.progress() == "a_seed1 begins"
     write_metrics(tmp_path / "a_seed1/pretrain/metrics.json", {"iteration": 19, "eta_seconds": 61.7})
     assert training.progress() == "a_seed1/pretrain 19 (0:01:01)"
@@ -144,8 +147,7 @@ def test_progress_of_a_training(load_tool, tmp_path):
     assert training.progress() == "a_seed1 39 (0:01:00)"
 
 
-def test_a_log_file_is_not_flooded(load_tool, capsys, monkeypatch):
-    repeat = load_tool("repeat")
+def test_a_log_file_is_not_flooded(capsys, monkeypatch):
     progress = repeat.Progress()
     now = time.monotonic()
     for second in range(2 * repeat.TELL + 9):

@@ -1,4 +1,4 @@
-"""tools/similarity.py: CKA of a student's halves and its teacher."""
+"""kd-det similarity: CKA of a student's halves and its teacher."""
 
 import numpy as np
 import pytest

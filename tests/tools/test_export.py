@@ -1,4 +1,4 @@
-"""tools/export_student.py: what it writes is what stock Detectron2 and TorchScript read, and all of it or nothing."""
+"""kd-det export: what it writes is what stock Detectron2 and TorchScript read, and all of it or nothing."""
 
 import os
 import resource
@@ -41,7 +41,7 @@ def photo(tmp_path):
 
 def test_stock_detectron2_predicts_the_same(teacher, photo, tmp_path, save_run, run_tool):
     run = save_run(tmp_path / "run", distilled_cfg(teacher, ["HintHead"], STOCK_R18))
-    run_tool("export_student", "--run", run, "--output", tmp_path / "out", "--image", photo)
+    run_tool("export", "--run", run, "--output", tmp_path / "out", "--image", photo)
     assert sorted(os.listdir(tmp_path / "out")) == ["student.pth", "student.ts", "student.yaml"]
 
     command = [sys.executable, "-c", READER, tmp_path / "out/student.yaml", photo, tmp_path / "found.pth"]
@@ -106,7 +106,7 @@ def test_own_backbone_is_named_with_what_it_needs(tmp_path, save_run, run_tool, 
     import kd_det
 
     run = save_run(tmp_path / "run", tiny_cfg())
-    run_tool("export_student", "--run", run, "--output", tmp_path / "out", "--no-torchscript")
+    run_tool("export", "--run", run, "--output", tmp_path / "out", "--no-torchscript")
     assert sorted(os.listdir(tmp_path / "out")) == ["student.pth", "student.yaml"]
     for text in (capsys.readouterr().out, (tmp_path / "out/student.yaml").read_text()):
         assert "build_basic_resnet_fpn_backbone" in text
@@ -160,7 +160,7 @@ def test_classifier_reads_back_and_traces(family, tmp_path, save_run):
 
 def test_stock_detector_starts_from_a_classifiers_backbone(tmp_path, save_run, run_tool):
     run = save_run(tmp_path / "run", classifier_cfg("detectron2"))
-    run_tool("export_student", "--run", run, "--output", tmp_path / "out", "--no-torchscript")
+    run_tool("export", "--run", run, "--output", tmp_path / "out", "--no-torchscript")
     weights = torch.load(tmp_path / "out/backbone.pth", weights_only=True)["model"]
     for norm in ("FrozenBN", "BN"):
         detector = build(tiny_cfg(options=STOCK_R18 | {"MODEL.MASK_ON": False, "MODEL.RESNETS.NORM": norm}), seed=3)
@@ -178,7 +178,7 @@ def test_classifiers_sample(photo, tmp_path, save_run, run_tool, capsys):
     run = save_run(tmp_path / "run", classifier_cfg(options=options))
     for arguments in ([], ["--image", photo]):
         output = tmp_path / f"out{len(arguments)}"
-        run_tool("export_student", "--run", run, "--output", output, *arguments)
+        run_tool("export", "--run", run, "--output", output, *arguments)
         assert "student.ts returns (scores); equal to the eager model on images of 8 x 8" in capsys.readouterr().out
 
 
@@ -228,11 +228,11 @@ def test_mistakes_end_in_one_line(arguments, message, tmp_path, save_run, run_to
     run = save_run(tmp_path / "run", tiny_cfg())
     arguments = [argument.format(run=run) for argument in arguments]
     with pytest.raises(SystemExit, match=message):
-        run_tool("export_student", "--output", tmp_path / "out", *arguments)
+        run_tool("export", "--output", tmp_path / "out", *arguments)
 
 
 def test_a_run_that_kept_no_average(teacher, tmp_path, save_run, run_tool):
     run = save_run(tmp_path / "run", distilled_cfg(teacher, ["HintHead"]))
     with pytest.raises(SystemExit, match=r"^error: --ema: .*/model_0000001.pth has no averaged weights; SOLVER.EMA"):
-        run_tool("export_student", "--run", run, "--ema", "--output", tmp_path / "out", "--no-torchscript")
+        run_tool("export", "--run", run, "--ema", "--output", tmp_path / "out", "--no-torchscript")
     assert not (tmp_path / "out").exists()
