@@ -48,6 +48,8 @@ class PaddingShortcut(nn.Module):
 class PaddingBlock(BasicBlock):
     """Replaces the shortcut of Detectron2's basic block by one without parameters (He et al., 2016, option A)."""
 
+    shortcut: nn.Module | None
+
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, norm: str = "BN"):
         super().__init__(in_channels, out_channels, stride=stride, norm=norm)
         if self.shortcut is not None:

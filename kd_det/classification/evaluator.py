@@ -26,7 +26,7 @@ class ClassificationEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         # (K, 3): for each class, the number of its images, and of those whose label is in the top 1 and the top 5.
-        self._counts = None
+        self._counts: torch.Tensor | None = None
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Counts the hits of a batch.

@@ -22,6 +22,9 @@ class ImageClassifier(nn.Module):
         pixel_std: Standard deviation of each channel.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     @configurable
     def __init__(
         self, *, backbone: Backbone, linear: nn.Linear, pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]

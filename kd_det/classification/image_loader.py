@@ -96,7 +96,7 @@ def _load(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
         if "file_name" not in record or "label" not in record:
             raise InputError(f"data set {name!r}: dict {i} has {', '.join(record)}; file_name and label are needed.")
         label = record["label"]
-        if not isinstance(label, Integral) or not 0 <= label < num_classes:
+        if not isinstance(label, Integral) or not 0 <= int(label) < num_classes:
             raise InputError(
                 f"{record['file_name']}: got label {label!r} in data set {name!r}; MODEL.CLASSIFIER.NUM_CLASSES "
                 f"allows whole numbers from 0 to {num_classes - 1}."

@@ -1,5 +1,7 @@
 """Makes any network of the timm library the backbone of an image classifier."""
 
+from typing import Any, Protocol, cast
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
@@ -7,6 +9,20 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.timm_models import create_resizable_timm_model
+
+
+class LinearClassifier(Protocol):
+    """Describes the networks of timm that end with one linear layer behind feature maps."""
+
+    feature_info: list[dict[str, Any]]
+
+    def get_classifier(self) -> nn.Linear: ...
+
+    def reset_classifier(self, num_classes: int) -> None: ...
+
+    def forward_intermediates(self, x: Tensor, indices: list[int]) -> tuple[Tensor, list[Tensor]]: ...
+
+    def forward_head(self, x: Tensor, pre_logits: bool) -> Tensor: ...
 
 
 class TimmClassifierBackbone(Backbone):
@@ -24,9 +40,10 @@ class TimmClassifierBackbone(Backbone):
 
     def __init__(self, name: str, *, pretrained: bool, num_classes: int, in_channels: int, size: int):
         super().__init__()
-        self.net = create_resizable_timm_model(
+        net = create_resizable_timm_model(
             name, (size, size), pretrained=pretrained, num_classes=num_classes, in_chans=in_channels
         )
+        self.net = cast(LinearClassifier, net)
         if not isinstance(self.net.get_classifier(), nn.Linear) or not hasattr(self.net, "forward_intermediates"):
             raise InputError(f"MODEL.TIMM.NAME: {name!r} does not end with one linear layer behind feature maps.")
         # If several maps have the same stride, the last one is used.

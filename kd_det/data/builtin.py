@@ -59,7 +59,7 @@ class Cifar:
     def _read(self) -> tuple[np.ndarray, list[int], list[str]]:
         self.check_files()
         try:
-            return _read_cifar(self.reader, data_root(), self.train)
+            return _read_cifar(self.reader, data_root(), self.train)  # type: ignore[arg-type]  # torchvision has no types.
         except RuntimeError as error:
             raise InputError(
                 f"{self._folder}: a file is missing or differs from the official one; {self._advice}."

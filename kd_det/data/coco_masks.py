@@ -1,6 +1,6 @@
 """Checks polygons and RLE masks of COCO annotations before they reach pycocotools, which trusts its input."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -10,7 +10,7 @@ from detectron2.structures import PolygonMasks
 FARTHEST = 1e6
 
 
-def are_numbers(values: Any) -> bool:
+def are_numbers(values: Any) -> TypeGuard[list[float]]:
     """Returns whether a value is a list of finite numbers that can be pixel coordinates."""
     if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
         return False
@@ -49,7 +49,7 @@ def mask_area(segmentation: list[list[float]] | dict[str, Any]) -> float:
 
 
 def _read_rle(value: dict[str, Any]) -> dict[str, Any]:
-    size, counts = (value.get(key) for key in ("size", "counts"))
+    size, counts = value.get("size"), value.get("counts")
     if not (are_numbers(size) and len(size) == 2 and all(side == int(side) > 0 for side in size)):
         raise ValueError("an RLE mask: its size must be [height, width]")
     try:
@@ -64,7 +64,7 @@ def _read_rle(value: dict[str, Any]) -> dict[str, Any]:
     return {"size": [height, width], "counts": runs.astype(int).tolist() if isinstance(counts, list) else counts}
 
 
-def _decode_runs(counts: str) -> np.ndarray:
+def _decode_runs(counts: Any) -> np.ndarray:
     """Returns the run lengths of a compressed RLE mask, which pycocotools would read unchecked.
 
     A run is written in groups of five bits, lowest first, each with a bit that says whether another group follows. From

@@ -41,14 +41,14 @@ def define_datasets(cfg: CfgNode) -> Iterator[tuple[str, CocoFormat | VocFormat 
     """
     for name, entry in cfg.DATASETS.COCO_FORMAT.items():
         key = f"DATASETS.COCO_FORMAT.{name}"
-        expected = {"JSON": str, "IMAGE_ROOT": str}
-        json_file, image_root, pairs = _read_entry(key, entry, expected, {"FLIP_PAIRS": None})
+        required: dict[str, Any] = {"JSON": str, "IMAGE_ROOT": str}
+        json_file, image_root, pairs = _read_entry(key, entry, required, {"FLIP_PAIRS": None})
         flip_pairs = None if pairs is None else _read_pairs(f"{key}.FLIP_PAIRS", pairs)
         yield key, CocoFormat(name, resolve(json_file), resolve(image_root), flip_pairs)
     for name, entry in cfg.DATASETS.VOC_FORMAT.items():
         key = f"DATASETS.VOC_FORMAT.{name}"
-        expected = {"ROOT": str, "SPLIT": str, "CLASSES": (list, tuple)}
-        root, split, classes, year = _read_entry(key, entry, expected, {"YEAR": 2012})
+        required = {"ROOT": str, "SPLIT": str, "CLASSES": (list, tuple)}
+        root, split, classes, year = _read_entry(key, entry, required, {"YEAR": 2012})
         if not classes or not all(isinstance(c, str) for c in classes) or len(set(classes)) < len(classes):
             raise InputError(f"{key}.CLASSES: {list(classes)} found; a list of different names is needed.")
         if year not in (2007, 2012):
@@ -76,8 +76,9 @@ def known_class_names(cfg: CfgNode) -> list[str]:
         known = [name for name in names if name in defined or name in DatasetCatalog]
         if known:
             name, dataset = known[0], defined.get(known[0])
-            registered = dataset is None or (name in DatasetCatalog and DatasetCatalog[name] == dataset)
-            return list(class_names(name) if registered else _names_of(dataset))
+            if dataset is None or (name in DatasetCatalog and DatasetCatalog[name] == dataset):
+                return list(class_names(name))
+            return list(_names_of(dataset))
     return []
 
 

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList
 from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from kd_det.config import student_config
 from kd_det.data.datasets import load_training_images
@@ -23,6 +23,7 @@ from kd_det.errors import InputError
 
 # Meta-architectures that are trained on semantic segmentations.
 SEGMENTING = ("PanopticFPN", "SemanticSegmentor")
+IndexAndSeed = tuple[int, tuple[int, int]]
 
 
 def seed_everything(*key: int, cuda: bool = True) -> None:
@@ -75,7 +76,7 @@ class SeededDataset(Dataset):
             return self.mapper(self.records[index])
 
 
-class TrainingBatches(BatchSampler):
+class TrainingBatches(Sampler[list[IndexAndSeed]]):
     """Yields this process's endless batches of a :class:`SeededDataset`, which depend only on the seed.
 
     Attributes:
@@ -95,12 +96,12 @@ class TrainingBatches(BatchSampler):
         self.seed = 0
         self.start = 0
 
-    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, int]]]]:
+    def __iter__(self) -> Iterator[list[IndexAndSeed]]:
         return itertools.islice(self._batches(), self.start, None)
 
-    def _batches(self) -> Iterator[list[tuple[int, tuple[int, int]]]]:
+    def _batches(self) -> Iterator[list[IndexAndSeed]]:
         rank, processes = comm.get_rank(), comm.get_world_size()
-        waiting: dict[int, list] = {}
+        waiting: dict[int, list[IndexAndSeed]] = {}
         for turn, index in enumerate(self.make_sampler(self.seed)):
             batch = waiting.setdefault(self.groups[index] if self.groups else 0, [])
             batch.append((index, (self.seed, turn * processes + rank)))

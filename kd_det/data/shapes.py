@@ -26,7 +26,7 @@ def make_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[tu
         object.
     """
     image = _texture(rng, size, size, rng.uniform(0, 255, 3), contrast=45)
-    objects = []
+    objects: list[tuple[int, np.ndarray, float]] = []
     occupied = np.zeros((size, size), bool)
     for _ in range(rng.integers(3, 9)):
         class_index = int(rng.integers(len(CLASSES)))
@@ -49,7 +49,7 @@ def make_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[tu
         _paint(rng, image, line)
         _hide(objects, line > 0)
     image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9))
-    image += rng.normal(0, rng.uniform(1, 6), image.shape)
+    np.add(image, rng.normal(0, rng.uniform(1, 6), image.shape), out=image)
     seen = [(c, m) for c, m, area in objects if m.sum() >= max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE * area)]
     return image.clip(0, 255).astype(np.uint8), seen
 
@@ -85,7 +85,9 @@ def _clutter(rng: np.random.Generator) -> list[np.ndarray]:
     if rng.random() < 0.4:
         return [np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * [0.95, rng.uniform(0.1, 0.3)]]
     angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    waves = sum(rng.uniform(0.08, 0.3) * np.cos(k * angles + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 5))
+    waves = np.zeros_like(angles)
+    for k in (2, 3, 5):
+        waves += rng.uniform(0.08, 0.3) * np.cos(k * angles + rng.uniform(0, 2 * np.pi))
     return [_polygon((1 + waves) / (1 + waves).max())]
 
 

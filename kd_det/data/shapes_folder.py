@@ -3,6 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -57,7 +58,8 @@ def write_shapes(output: str | Path, *, train: int = 600, test: int = 150, size:
 
 
 def _write_split(folder: Path, split: str, count: int, size: int, seed: list[int], progress: tqdm) -> None:
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(count):
         scene, objects = make_scene(np.random.default_rng([*seed, number]), size)
         name = f"{split}_{number:05}"

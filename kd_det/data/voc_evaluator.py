@@ -96,7 +96,7 @@ class VocEvaluator(DatasetEvaluator):
 
 def objects_by_class(images: Iterable[VocImage]) -> dict[int, dict[str, Objects]]:
     """Maps each class with an object that is not difficult to a dict from image names to the objects of that class."""
-    boxes = defaultdict(lambda: defaultdict(list))
+    boxes: dict[int, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for image in images:
         for thing in image.objects:
             boxes[thing.category][image.name].append((thing.box, thing.difficult))

@@ -265,7 +265,8 @@ def _size(xml: str, root: ElementTree.Element) -> tuple[int, int] | None:
         if side < 0 or side != int(side):
             raise InputError(f"{xml}: <{tag}> is {side:.10g}; a number of pixels is needed.")
         sides.append(int(side))
-    return tuple(sides) if all(sides) else None
+    width, height = sides
+    return (width, height) if width and height else None
 
 
 def _text(xml: str, element: ElementTree.Element, tag: str) -> str:

@@ -21,9 +21,10 @@ def ignore_signals(worker: int) -> None:
     sys.excepthook = _report
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # This is missing on macOS.
+    parent = multiprocessing.parent_process()
+    if parent and hasattr(signal, "sigwaitinfo"):  # This is missing on macOS.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey, args=(multiprocessing.parent_process().pid,), daemon=True).start()
+        threading.Thread(target=_obey, args=(parent.pid,), daemon=True).start()
 
 
 def _obey(parent: int) -> None:
