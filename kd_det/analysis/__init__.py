@@ -1,6 +1,6 @@
-"""What looks at trained models: tables and pictures of several side by side, CKA, visual concepts, ensembles."""
+"""Analyses trained models: tables and pictures of several models, CKA, visual concepts and ensembles."""
 
 from kd_det.analysis.report import compare
-from kd_det.analysis.runs import split_run
+from kd_det.analysis.run import split_run
 
 __all__ = ["compare", "split_run"]

@@ -1,4 +1,6 @@
-"""How alike two networks' features are: centred kernel alignment (CKA)."""
+"""Measures the similarity of two networks' features by centred kernel alignment (CKA)."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -7,22 +9,29 @@ from kd_det.errors import InputError
 
 
 def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
-    """Computes linear CKA of two sets of features of the same examples.
+    """Computes the linear CKA of two sets of features of the same examples.
 
-    Kornblith et al., ICML 2019, https://arxiv.org/abs/1905.00414. It does not change when either side is rotated,
-    shifted or scaled as a whole, and the two may have different numbers of features.
+    Kornblith et al., ICML 2019, https://arxiv.org/abs/1905.00414. The result does not change if either set is
+    rotated, shifted or scaled as a whole, and the two may have different numbers of features.
 
     Args:
-        x: Features of n examples, (n, ...); all but the first dimension are flattened. In float64 where digits matter.
+        x: Features of n examples, (n, ...); all but the first dimension are flattened. Pass float64 for full precision.
         y: Features of the same examples, (n, ...).
-        unbiased: Whether to use the unbiased estimate of HSIC (Song et al., 2012), advisable for n below 100: few
-            examples of many features look alike otherwise. It needs n of 4 or more, and may fall below 0.
+        unbiased: Whether to use the unbiased estimate of HSIC (Song et al., 2012), which is advisable for n below 100:
+            otherwise, few examples with many features always look similar. It needs n >= 4 and may be negative.
 
     Returns:
-        Scalar, 1 for equal features; NaN if one side is the same for all examples.
+        Scalar, 1 for equal features; NaN if all examples of one set are equal.
 
     Raises:
-        InputError: If the numbers of examples differ, or are too small.
+        InputError: If the numbers of examples differ or are too small.
+
+    Example:
+        >>> x = torch.tensor([[3.0], [1.0], [2.0]])
+        >>> linear_cka(x, torch.tensor([[1.0], [0.0], [-1.0]]))
+        tensor(0.2500)
+        >>> linear_cka(x, 5 * x + 1)
+        tensor(1.)
     """
     x, y = _rows(x, y, least=4 if unbiased else 2)
     if unbiased:
@@ -31,7 +40,7 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
 
 
 def rbf_cka(x: Tensor, y: Tensor, *, width: float = 1.0) -> Tensor:
-    """Computes CKA with a Gaussian kernel, to which near examples matter more than far ones.
+    """Computes CKA with a Gaussian kernel, which gives more weight to near examples than to distant ones.
 
     Kornblith et al., ICML 2019, https://arxiv.org/abs/1905.00414.
 
@@ -41,45 +50,49 @@ def rbf_cka(x: Tensor, y: Tensor, *, width: float = 1.0) -> Tensor:
         width: Standard deviation of the kernel, in units of the root of the median squared distance of two examples.
 
     Returns:
-        Scalar in [0, 1]; NaN if one side is the same for all examples.
+        Scalar in [0, 1]; NaN if all examples of one set are equal.
 
     Raises:
-        InputError: If the numbers of examples differ, or are smaller than 2.
+        InputError: If the numbers of examples differ or are below 2.
     """
-    grams = []
-    for features in _rows(x, y, least=2):
-        products = features @ features.T
-        square = products.diag()
-        distances = (square[:, None] + square - 2 * products).clamp(min=0)
-        # As numpy's: of an even number of values the mean of the two in the middle.
-        median = (distances.median() - (-distances).median()) / 2
-        grams.append((-distances / (2 * width**2 * median)).exp())
-    return _align(*(k - k.mean(dim=0) - k.mean(dim=1, keepdim=True) + k.mean() for k in grams), _inner_product)
+    x, y = _rows(x, y, least=2)
+    return _align(_gaussian_gram(x, width), _gaussian_gram(y, width), _inner_product)
 
 
 def _rows(x: Tensor, y: Tensor, *, least: int) -> list[Tensor]:
-    """Both sides as (n, features), in float32 at least, with mean 0: products of large means would drown all else."""
+    """Returns both sets as (n, features), at least in float32, with mean 0.
+
+    In products of features with large means, all other digits would be lost.
+    """
     if len(x) != len(y) or len(x) < least:
         raise InputError(f"CKA: both sides need the same {least} or more examples, got {len(x)} and {len(y)}.")
     rows = [(z if z.dtype == torch.float64 else z.float()).flatten(1) for z in (x, y)]
-    shifted = [z - z[:1] for z in rows]  # Equal examples become zeros, which the mean alone would miss by rounding.
+    # Equal examples become exactly 0; subtracting only the mean would leave rounding errors.
+    shifted = [z - z[:1] for z in rows]
     return [z - z.mean(dim=0) for z in shifted]
 
 
-def _align(k: Tensor, other: Tensor, inner) -> Tensor:
-    return inner(k, other) / (inner(k, k) * inner(other, other)).sqrt()
+def _gaussian_gram(rows: Tensor, width: float) -> Tensor:
+    """Computes the centred Gram matrix (n, n) of the Gaussian kernel."""
+    products = rows @ rows.T
+    square = products.diag()
+    distances = (square[:, None] + square - 2 * products).clamp(min=0)
+    # This is numpy's median: for an even number of values, the mean of the two in the middle.
+    median = (distances.median() - (-distances).median()) / 2
+    gram = (-distances / (2 * width**2 * median)).exp()
+    return gram - gram.mean(dim=0) - gram.mean(dim=1, keepdim=True) + gram.mean()
 
 
-def _inner_product(k: Tensor, other: Tensor) -> Tensor:
-    return (k * other).sum()
+def _align(gram_x: Tensor, gram_y: Tensor, inner: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    return inner(gram_x, gram_y) / (inner(gram_x, gram_x) * inner(gram_y, gram_y)).sqrt()
 
 
-def _unbiased_hsic(k: Tensor, other: Tensor) -> Tensor:
-    """Unbiased HSIC of two Gram matrices (n, n), times n (n - 3), which cancels in CKA."""
-    n = len(k)
-    k, other = (gram - gram.diag().diag() for gram in (k, other))
-    return (
-        (k * other).sum()
-        + k.sum() * other.sum() / ((n - 1) * (n - 2))
-        - 2 / (n - 2) * (k.sum(dim=0) * other.sum(dim=0)).sum()
-    )
+def _inner_product(gram_x: Tensor, gram_y: Tensor) -> Tensor:
+    return (gram_x * gram_y).sum()
+
+
+def _unbiased_hsic(gram_x: Tensor, gram_y: Tensor) -> Tensor:
+    """Computes the unbiased HSIC of two Gram matrices (n, n), times n (n - 3), which cancels in CKA."""
+    n = len(gram_x)
+    x, y = (gram - gram.diag().diag() for gram in (gram_x, gram_y))
+    return (x * y).sum() + x.sum() * y.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (x.sum(dim=0) * y.sum(dim=0)).sum()

@@ -1,10 +1,10 @@
-"""Compares image classifiers; ``compare_detectors`` has the same functions for detectors."""
+"""Compares image classifiers; :mod:`compare_detectors` has the same functions for detectors."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from kd_det.analysis.runs import Run
+from kd_det.analysis.run import Run
 from kd_det.classification.evaluator import ClassificationEvaluator
 from kd_det.classification.image_mapper import ClassificationMapper
 from kd_det.data import class_names
@@ -17,9 +17,9 @@ Mapper = ClassificationMapper
 def evaluate(
     runs: list[Run], dataset: str, records: list[dict], threshold: float | None = None
 ) -> list[dict[str, float]]:
-    """Measure top-1 and top-5 accuracy over all classes, and top-1 per class; `threshold` has no part in it."""
-    found = [run.evaluate(dataset, ClassificationEvaluator(dataset))["classification"] for run in runs]
-    return [{key: value for key, value in metrics.items() if key != "error"} for metrics in found]
+    """Measures the top-1 and top-5 accuracy over all classes and the top-1 accuracy per class; ignores `threshold`."""
+    results = [run.evaluate(dataset, ClassificationEvaluator(dataset))["classification"] for run in runs]
+    return [{key: value for key, value in metrics.items() if key != "error"} for metrics in results]
 
 
 def draw(
@@ -29,5 +29,5 @@ def draw(
     metrics: Mapping[str, Sequence[dict[str, float]]],
     path: str,
 ) -> None:
-    """Write the picture: every run's class of the same images; `metrics` have no part in it."""
+    """Writes a picture with the classes that each run predicts for the same images; ignores `metrics`."""
     save(draw_classifications(images, class_names(dataset), predictions), path)

@@ -1,31 +1,26 @@
-"""How many visual concepts each of several trained models has, on objects and beside them, and how it learned them."""
+"""Compares trained models by their visual concepts on objects and on the background, and by how they learned them."""
 
-import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog
-from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
+from torch import Tensor
 from tqdm import tqdm
 
-from kd_det.analysis.compare_halves import check_feature, labelled_boxes
-from kd_det.analysis.runs import Run, load_runs
-from kd_det.analysis.table import summarise
+from kd_det.analysis.probing import check_feature, feature_of_copies, labelled_boxes
+from kd_det.analysis.run import Run
+from kd_det.analysis.run_history import load_checkpoints
+from kd_det.analysis.runs import load_runs
+from kd_det.analysis.table import Summary, summarise
 from kd_det.analysis.visual_concepts import concept_ratio, find_concepts, learning_effort, measure_entropies, stability
-from kd_det.checkpoint import load_strictly
-from kd_det.checkpoint_files import read_header
-from kd_det.checkpoint_folder import read_headers
 from kd_det.data import choose_images
 from kd_det.engine import build_test_mapper
 from kd_det.errors import InputError
-from kd_det.export import find_run
-from kd_det.taps import build_tap
 
-logger = logging.getLogger(__name__)
-# Features beside maps that concepts can be measured of.
+# Features that have visual concepts, in addition to maps.
 OTHERS = ("roi_features", "roi_box_features", "pooled")
 METRICS = ("N_fg", "N_bg", "lambda", "D_mean", "D_std", "rho")
 
@@ -37,28 +32,29 @@ def compare_concepts(
     dataset: str | None = None,
     images: int = 20,
     threshold: float = 0.2,
-    **search,
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Measure the visual concepts of each run, at each of its checkpoints.
+    **search: Any,
+) -> Summary:
+    """Measures the visual concepts of each run at each of its checkpoints.
 
-    The foreground are the labelled boxes of a detector's images. Of a classifier's, which have none, it is the middle,
-    three quarters of each side, as in the published code for images of one object.
+    The foreground is the labelled boxes of a detector's images. The images of a classifier have none; their foreground
+    is the middle, three quarters of each side, as in the published code for images of a single object.
 
     Args:
-        runs: Name and source of each: an output folder, or "CONFIG:WEIGHTS", which has one checkpoint. Runs of equal
-            names are averaged.
-        feature: A signal of all of them: a map such as ``res4``, ``pooled``, ``roi_features`` or ``roi_box_features``
-            (of the labelled boxes).
-        dataset: Name of the test set; the first run's DATASETS.TEST if None.
-        images: How many of its images are looked at, evenly spaced; of a detector's those with objects.
-        threshold: Of :func:`kd_det.analysis.visual_concepts.find_concepts`.
+        runs: Name and source of each run: an output folder, or "CONFIG:WEIGHTS", which has one checkpoint. Runs with
+            the same name are averaged.
+        feature: A signal that all of them have: a map such as ``res4``, ``pooled``, ``roi_features`` or
+            ``roi_box_features`` (of the labelled boxes).
+        dataset: Name of the test set; None is the first run's DATASETS.TEST.
+        images: Number of its images to use, evenly spaced; for detectors, among those with objects.
+        threshold: Threshold of :func:`kd_det.analysis.visual_concepts.find_concepts`.
         search: Options of :func:`kd_det.analysis.visual_concepts.measure_entropies`.
 
     Returns:
-        Name, then metric, then mean and std over runs. Metrics: "N_fg" and "N_bg", concepts of an image on objects and
-        beside them at the last checkpoint; "lambda", the share of the former; of two or more checkpoints (else NaN)
-        "D_mean" and "D_std" (a variance), the way of the weights until an image had most concepts on objects, and
-        "rho", the share that the last one has of all that were ever there.
+        Mean and std over runs, by name and metric. "N_fg" and "N_bg" are the numbers of concepts in an image on objects
+        and on the background at the last checkpoint, and "lambda" is the share of the former. The others are NaN unless
+        there are two checkpoints or more: "D_mean" and "D_std" (a variance) describe how far the weights moved until an
+        image had the most concepts on objects, and "rho" is the share of all concepts ever learned that the last
+        checkpoint has.
 
     Raises:
         InputError: If a model cannot be read or lacks the feature, or if no image has objects and background.
@@ -71,78 +67,66 @@ def compare_concepts(
     if not any(record.get("annotations", True) for record in records):
         raise InputError(f"--dataset: no image of {dataset} has objects.")
     records = choose_images(records, images)
-    found = [measure_run(run, feature, records, threshold, search) for run in loaded]
-    return summarise([run.name for run in loaded], found)
+    metrics = [measure_run(run, feature, records, threshold, search) for run in loaded]
+    return summarise([run.name for run in loaded], metrics)
 
 
-def measure_run(run: Run, feature: str, records: list[dict], threshold: float, search: dict) -> dict[str, float]:
-    """The metrics of one run, see :func:`compare_concepts`."""
+def measure_run(
+    run: Run, feature: str, records: list[dict], threshold: float, search: dict[str, Any]
+) -> dict[str, float]:
+    """Measures one run; see :func:`compare_concepts`."""
     mapper = build_test_mapper(run.cfg)
-    pairs = [(record, mapper(record)) for record in records]
-    run.model.requires_grad_(False)
-    entropies, steps, weights = [], [], None
-    for path in find_checkpoints(run.source):
-        load_strictly(run.model, path, key=f"--run {run.name}")
-        entropies.append(
-            [
-                measure_entropies(
-                    extract(run.model, feature, *pair), pair[1]["image"].float().to(run.model.device), **search
-                )
-                for pair in tqdm(pairs, desc=f"{run.name}, {os.path.basename(path)}", unit="image", disable=None)
-            ]
-        )
-        before, weights = weights, parameters_to_vector(run.model.parameters()).double()
-        if before is None:
-            before, length = weights, weights.norm()
-        steps.append((weights - before).norm() / length)
-    entropies = torch.stack([torch.stack(images) for images in entropies]).cpu()
-    # An image whose feature does not answer, at any checkpoint, tells nothing.
-    answered = ~entropies.isnan().flatten(2).any(dim=2).any(dim=0)
-    if not answered.any():
+    images = [(record, mapper(record)) for record in records]
+    entropies, steps = measure_checkpoints(run, feature, images, search)
+    # An image that does not change the feature at some checkpoint shows nothing.
+    responding = ~entropies.isnan().flatten(2).any(dim=2).any(dim=0)
+    if not responding.any():
         raise InputError(f"--feature: {feature} of {run.name!r} does not change with any of the images.")
-    entropies = entropies[:, answered]
-    foreground = torch.stack([find_foreground(*pair, entropies.shape[-1]) for pair in pairs])[answered]
+    foreground = torch.stack([find_foreground(*image, entropies.shape[-1]) for image in images])
+    return count_concepts(entropies[:, responding], foreground[responding], steps, threshold)
+
+
+def measure_checkpoints(
+    run: Run, feature: str, images: list[tuple[dict, dict]], search: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Measures the entropies of all images at each checkpoint of a run.
+
+    Args:
+        images: Pairs of Detectron2's dict of an image and the same image as the model gets it.
+
+    Returns:
+        Entropies (M, N, g, g) for M checkpoints and N images, and the steps of the weights between checkpoints, (M,).
+    """
+    run.model.requires_grad_(False)
+    entropies, steps = [], []
+    for path, step in load_checkpoints(run):
+        steps.append(step.cpu())
+        for record, sample in tqdm(images, desc=f"{run.name}, {os.path.basename(path)}", unit="image", disable=None):
+            compute = feature_of_copies(run.model, feature, record, sample)
+            pixels = sample["image"].float().to(run.device)
+            entropies.append(measure_entropies(compute, pixels, **search).cpu())
+    return torch.stack(entropies).unflatten(0, (len(steps), -1)), torch.stack(steps)
+
+
+def count_concepts(entropies: Tensor, foreground: Tensor, steps: Tensor, threshold: float) -> dict[str, float]:
+    """Computes the metrics of one run from entropies (M, N, g, g), foreground (N, g, g) and steps (M,)."""
     concepts = torch.stack([find_concepts(x, foreground, threshold=threshold) for x in entropies])
-    on, beside = ((concepts & where).flatten(2).sum(dim=2).double() for where in (foreground, ~foreground))
-    metrics = {"N_fg": on[-1].mean(), "N_bg": beside[-1].mean(), "lambda": concept_ratio(on[-1], beside[-1])}
+    on_objects, on_background = (
+        (concepts & where).flatten(2).sum(dim=2).double() for where in (foreground, ~foreground)
+    )
+    metrics = {
+        "N_fg": on_objects[-1].mean(),
+        "N_bg": on_background[-1].mean(),
+        "lambda": concept_ratio(on_objects[-1], on_background[-1]),
+    }
     if len(steps) > 1:
-        metrics["D_mean"], metrics["D_std"] = learning_effort(on.T, torch.stack(steps).cpu())
+        metrics["D_mean"], metrics["D_std"] = learning_effort(on_objects.T, steps)
         metrics["rho"] = stability(concepts & foreground)
     return dict.fromkeys(METRICS, math.nan) | {name: value.item() for name, value in metrics.items()}
 
 
-def find_checkpoints(source: str) -> list[str]:
-    """Paths of a run's checkpoints, the first one first; those of another run that used the folder before are left out.
-
-    Args:
-        source: The output folder, or "CONFIG:WEIGHTS", which is one checkpoint.
-    """
-    if not os.path.isdir(source):
-        return [source.split(":", 1)[1]]
-    last = find_run(source)[1]
-    own = read_header(last)
-    headers, reasons = read_headers(source)
-    for damaged in reasons.values():
-        logger.warning("%s; it is left out.", damaged)
-    # The last one is often there twice, with its number and as model_final.pth.
-    found = {header.iteration: path for path, header in headers.items() if header.run == own.run}
-    return [path for _, path in sorted((found | {own.iteration: last}).items())]
-
-
-def extract(model: nn.Module, feature: str, record: dict, sample: dict) -> Callable[[Tensor], Tensor]:
-    """The function that computes a feature of copies of an image, (n, 3, H, W)."""
-    tap = build_tap(model)
-
-    def compute(images: Tensor) -> Tensor:
-        batch = [sample | {"image": image} for image in images]
-        boxes = labelled_boxes([record] * len(batch), batch) if feature.startswith("roi_") else torch.empty(0, 5)
-        return tap.compute(batch, {feature}, {"roi_boxes": boxes.to(images.device)})[feature]
-
-    return compute
-
-
 def find_foreground(record: dict, sample: dict, grid: int) -> Tensor:
-    """The cells, (grid, grid), whose centres lie in a labelled box; of a classifier's image those in its middle."""
+    """Marks the cells (grid, grid) whose centres lie in a labelled box; for a classifier's image, in its middle."""
     height, width = sample["image"].shape[-2:]
     boxes = torch.tensor([[0.0, width / 8, height / 8, width * 7 / 8, height * 7 / 8]])
     if "annotations" in record:

@@ -1,4 +1,4 @@
-"""The part of a comparison that is about detectors; `compare_classifiers` has the same names for image classifiers."""
+"""Compares detectors; :mod:`compare_classifiers` has the same functions for image classifiers."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.structures import Instances
 
-from kd_det.analysis.runs import Run
+from kd_det.analysis.run import Run
 from kd_det.data import CocoEvaluator, DetectionMapper, class_names
 from kd_det.data.voc_evaluator import VocEvaluator
 from kd_det.engine.matching import OperatingPoint, match, operating_point
@@ -23,16 +23,16 @@ Mapper = DetectionMapper
 
 
 class F1Metric(DatasetEvaluator):
-    """The best F1 of boxes at IoU 0.5, all classes together, and the score threshold that gives it.
+    """Computes the best F1 of boxes at IoU 0.5 over all classes together, and the score threshold that gives it.
 
     Args:
-        name: Name of the run, for an error.
+        name: Name of the run, for messages.
         dataset: Name of the data set.
         records: Detectron2's dicts of its images.
-        threshold: The score threshold to use instead.
+        threshold: The score threshold to use; None searches for the best one.
 
     Raises:
-        InputError: When it gets outputs of a model that detects no objects.
+        InputError: In :meth:`process`, if the model is not a detector.
     """
 
     def __init__(self, name: str, dataset: str, records: Sequence[dict], threshold: float | None = None):
@@ -43,18 +43,19 @@ class F1Metric(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        self.images = []
+        self.images: list[tuple[list[dict], Instances]] = []
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for image, output in zip(inputs, outputs, strict=True):
             if "instances" not in output:
-                found = ", ".join(output)
                 raise InputError(
-                    f"--run {self.name}: its model gives {found}; detectors, which give instances, are compared."
+                    f"--run {self.name}: its model gives {', '.join(output)}; only detectors, which give "
+                    "instances, can be compared."
                 )
-            found = output["instances"].to("cpu")
-            fields = {key: found.get(key) for key in ("pred_boxes", "scores", "pred_classes")}  # but no masks
-            self.images.append((self.annotations[image["image_id"]], Instances(found.image_size, **fields)))
+            instances = output["instances"].to("cpu")
+            # Masks, which would fill the memory, are left out.
+            fields = {key: instances.get(key) for key in ("pred_boxes", "scores", "pred_classes")}
+            self.images.append((self.annotations[image["image_id"]], Instances(instances.image_size, **fields)))
 
     def evaluate(self) -> dict[str, Any]:
         point = operating_point(match(self.images, classes=self.classes), self.threshold)
@@ -62,7 +63,7 @@ class F1Metric(DatasetEvaluator):
 
 
 class VOCMetric(VocEvaluator):
-    """The metric of PASCAL VOC under a name of its own, beside COCO's."""
+    """Computes the metric of Pascal VOC under a name that does not clash with COCO's."""
 
     def evaluate(self) -> dict[str, Any]:
         return {"voc": super().evaluate()["bbox"]}
@@ -71,13 +72,13 @@ class VOCMetric(VocEvaluator):
 def evaluate(
     runs: list[Run], dataset: str, records: list[dict], threshold: float | None = None
 ) -> list[dict[str, float]]:
-    """Measure COCO AP of boxes and masks, over all classes and per class, VOC AP of VOC data sets, and F1.
+    """Measures the COCO AP of boxes and masks (over all classes and per class), F1, and for VOC data sets the VOC AP.
 
     Args:
         runs: The detectors.
         dataset: Name of the test set.
         records: Detectron2's dicts of its images.
-        threshold: Least score of the boxes that F1 counts; None stands for the score that gives the best F1.
+        threshold: Lowest score of the boxes that F1 counts; None chooses the score that gives the best F1.
     """
     with tempfile.TemporaryDirectory() as folder:
         coco_name = coco_version(dataset, folder)
@@ -87,7 +88,11 @@ def evaluate(
 def evaluate_run(
     run: Run, dataset: str, coco_name: str, records: list[dict], threshold: float | None
 ) -> dict[str, float]:
-    """Measure one run, see :func:`evaluate`; `coco_name` is the test set's for COCOEvaluator."""
+    """Measures one run; see :func:`evaluate`.
+
+    Args:
+        coco_name: Name under which COCOEvaluator finds the test set.
+    """
     annotations = [annotation for record in records for annotation in record["annotations"]]
     masks = run.cfg.MODEL.MASK_ON and all("segmentation" in each or each.get("iscrowd", 0) for each in annotations)
     tasks = ("bbox", "segm") if masks else ("bbox",)
@@ -95,20 +100,20 @@ def evaluate_run(
     evaluators = [coco, F1Metric(run.name, dataset, records, threshold)]
     if MetadataCatalog.get(dataset).evaluator_type == "pascal_voc":
         evaluators.append(VOCMetric(dataset))
-    found = run.evaluate(dataset, DatasetEvaluators(evaluators))
-    f1 = found.pop("f1")
+    results = run.evaluate(dataset, DatasetEvaluators(evaluators))
+    f1 = results.pop("f1")
     keys = ("AP", "AP50", "AP75")
-    metrics = {f"{task} {key}": float(values[key]) for task, values in found.items() for key in keys}
+    metrics = {f"{task} {key}": float(values[key]) for task, values in results.items() for key in keys}
     if any(not annotation.get("iscrowd", 0) for annotation in annotations):
-        # COCOEvaluator gives NaN also to a detector that finds nothing.
+        # For a detector that finds nothing, COCOEvaluator gives NaN instead of 0.
         metrics |= {key: 0.0 for key, value in metrics.items() if key.startswith(tasks) and math.isnan(value)}
     for task in tasks:
-        metrics |= {f"{task} {key}": value for key, value in found[task].items() if key.startswith("AP-")}
+        metrics |= {f"{task} {key}": value for key, value in results[task].items() if key.startswith("AP-")}
     return metrics | f1
 
 
 def coco_version(dataset: str, folder: str) -> str:
-    """Return a name under which COCOEvaluator finds a data set's annotations; others are converted into `folder`."""
+    """Returns a name under which COCOEvaluator finds a data set; converts it into `folder` if it has no COCO file."""
     metadata = MetadataCatalog.get(dataset)
     if "json_file" in metadata.as_dict():
         return dataset
@@ -125,13 +130,13 @@ def draw(
     metrics: Mapping[str, Sequence[dict[str, float]]],
     path: str,
 ) -> None:
-    """Write the picture: every run's instances on the same images, with the score threshold that its F1 has.
+    """Writes a picture with the instances that each run finds in the same images, at the score threshold of its F1.
 
     Args:
         images: Detectron2's dicts of the images.
         dataset: Name of the test set.
-        predictions: Maps a name to the instances of its first run on each image.
-        metrics: Maps a name to what :func:`evaluate` found for each of its runs.
+        predictions: Maps a name to the instances that its first run finds in each image.
+        metrics: Maps a name to the metrics of each of its runs, as :func:`evaluate` returns them.
         path: Path of the file.
     """
     choices = {}

@@ -1,4 +1,6 @@
-"""Several models as one, for inference: the generations of a born-again series, for example."""
+"""Combines several models into one for inference, such as the generations of a born-again chain."""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -8,29 +10,37 @@ from torch import Tensor, nn
 from kd_det.errors import InputError
 from kd_det.taps import describe_model
 
+# Maps the boxes, scores and classes of each model to those of the fused boxes.
+BoxFusion = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
+
 
 class Ensemble(nn.Module):
-    """Predicts with several models and joins what they find; the output has the format of one model's.
+    """Averages or fuses the predictions of several models; its inputs and outputs are those of a single model.
 
-    Image classifiers: ``scores`` are the mean of the models' class probabilities (Furlanello et al., ICML 2018,
+    For image classifiers, ``scores`` is the mean of the models' class probabilities (Furlanello et al., ICML 2018,
     https://arxiv.org/abs/1805.04770).
 
-    Detectors: ``instances`` are joined by weighted boxes fusion (Solovyev et al., 2021,
-    https://arxiv.org/abs/1910.13302), which needs the package ``ensemble-boxes``. Boxes of one class that overlap
-    become their mean, weighted by score; its score is their mean, times the share of models that found the object.
-    Boxes are in pixels of the output image. Masks are dropped.
+    For detectors, ``instances`` are fused by weighted boxes fusion (Solovyev et al., 2021,
+    https://arxiv.org/abs/1910.13302), which needs the package ``ensemble-boxes``. Overlapping boxes of one class become
+    one box, their mean weighted by score; its score is the mean of their scores, times the share of models that found
+    the object. Boxes are in pixels of the output image. Masks are dropped.
 
-    The models stay in evaluation mode, and compute no gradients. They all read the images as they come, so they need
-    the same ``INPUT.FORMAT``.
+    The models stay in evaluation mode and compute no gradients. All of them get the same images, so they must have the
+    same ``INPUT.FORMAT``.
 
     Args:
-        models: Trained image classifiers, or trained detectors, which know the same classes.
-        iou_threshold: Overlap (IoU) above which boxes are one object.
-        detections_per_image: Highest number of detections in an image; those of the highest scores are kept.
+        models: Trained image classifiers or trained detectors of the same classes.
+        iou_threshold: Overlap (IoU) above which boxes are taken for the same object.
+        detections_per_image: Maximum number of detections in an image; those with the highest scores are kept.
 
     Raises:
-        InputError: If there is no model, or the models do not know equally many classes, or are of different kinds, or
-            a package is missing.
+        InputError: If there are no models, if they differ in kind or in the number of classes, or if
+            ``ensemble-boxes`` is missing.
+
+    Example::
+
+        ensemble = Ensemble([run.model for run in runs])
+        instances = ensemble([{"image": image}])[0]["instances"]
     """
 
     def __init__(self, models: list[nn.Module], *, iou_threshold: float = 0.55, detections_per_image: int = 100):
@@ -47,37 +57,38 @@ class Ensemble(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "Ensemble":
-        """Stay in evaluation mode."""
+        """Keeps evaluation mode, whatever `mode` is."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """Predict; inputs and outputs are those of each model."""
-        found = zip(*(model(batched_inputs) for model in self.models), strict=True)
+        """Predicts with all models; inputs and outputs are those of a single model."""
+        predictions = zip(*(model(batched_inputs) for model in self.models), strict=True)
         if self.fuse is None:
-            return [{"scores": torch.stack([x["scores"] for x in outputs]).mean(dim=0)} for outputs in found]
-        return [{"instances": self._join([x["instances"] for x in outputs])} for outputs in found]
+            return [{"scores": torch.stack([x["scores"] for x in outputs]).mean(dim=0)} for outputs in predictions]
+        return [{"instances": self._fuse(self.fuse, [x["instances"] for x in outputs])} for outputs in predictions]
 
-    def _join(self, instances: list[Instances]) -> Instances:
-        """Join the detections of all models in one image."""
+    def _fuse(self, fuse: BoxFusion, instances: list[Instances]) -> Instances:
+        """Fuses the detections of all models in one image."""
         height, width = instances[0].image_size
         size = np.array([width, height, width, height])
-        boxes, scores, classes = self.fuse(
+        boxes, scores, classes = fuse(
             [(as_array(x.pred_boxes.tensor) / size).clip(0, 1) for x in instances],
             [as_array(x.scores) for x in instances],
             [as_array(x.pred_classes) for x in instances],
             iou_thr=self.iou_threshold,
         )
-        kept, like = slice(self.detections_per_image), instances[0].scores  # the highest scores come first
-        joined = Instances((height, width))
-        joined.pred_boxes = Boxes(torch.as_tensor(boxes[kept] * size, dtype=torch.float32, device=like.device))
-        joined.scores = torch.as_tensor(scores[kept], dtype=torch.float32, device=like.device)
-        joined.pred_classes = torch.as_tensor(classes[kept], dtype=torch.int64, device=like.device)
-        return joined
+        # The highest scores come first.
+        best, device = slice(self.detections_per_image), instances[0].scores.device
+        fused = Instances((height, width))
+        fused.pred_boxes = Boxes(torch.as_tensor(boxes[best] * size, dtype=torch.float32, device=device))
+        fused.scores = torch.as_tensor(scores[best], dtype=torch.float32, device=device)
+        fused.pred_classes = torch.as_tensor(classes[best], dtype=torch.int64, device=device)
+        return fused
 
 
-def load_boxes_fusion():
-    """The function that fuses boxes.
+def load_boxes_fusion() -> BoxFusion:
+    """Imports the function that fuses boxes.
 
     Raises:
         InputError: If its package is missing.

@@ -1,8 +1,8 @@
-"""The whole comparison: accuracy, size and speed on one test set, written as JSON, as a table and as a picture."""
+"""Compares runs by accuracy, size and speed on one test set, and writes JSON, a table and a picture."""
 
 import json
 import os
-import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ import torch
 from detectron2.data import DatasetCatalog
 
 from kd_det.analysis import compare_classifiers, compare_detectors
-from kd_det.analysis.runs import load_runs, measure_times
+from kd_det.analysis.costs import measure_costs
+from kd_det.analysis.run import Run
+from kd_det.analysis.runs import load_runs
 from kd_det.analysis.table import make_table, summarise, without_nan
 from kd_det.data import choose_images
 from kd_det.engine import is_classifier
-from kd_det.engine.flops import count_gflops
 from kd_det.errors import InputError
 from kd_det.files import write_whole
 
@@ -28,19 +29,19 @@ def compare(
     images: int = 4,
     threshold: float | None = None,
 ) -> dict[str, Any]:
-    """Evaluate runs on one test set and write ``comparison.json``, ``comparison.md`` and ``comparison.png``.
+    """Evaluates runs on one test set and writes ``comparison.json``, ``comparison.md`` and ``comparison.png``.
 
     Args:
-        runs: Name and source of each: a run's output folder, or "CONFIG:WEIGHTS". Runs of equal names are averaged. Of
-            a chain of generations each one and their ensemble are compared.
-        output: The folder for the files, which are replaced.
-        dataset: Name of the test set; the first run's DATASETS.TEST if None.
+        runs: Name and source of each run: an output folder, or "CONFIG:WEIGHTS". Runs with the same name are averaged.
+            For a chain of generations, each generation and their ensemble are compared.
+        output: The folder for the files; existing files are replaced.
+        dataset: Name of the test set; None is the first run's DATASETS.TEST.
         images: Number of images in the picture; speed and operations are measured on them, too.
-        threshold: Least score of the boxes in the picture and of those that F1 counts; if None, each detector's is the
-            one of its best F1 on the whole test set.
+        threshold: Lowest score of the boxes that the picture shows and F1 counts; None chooses the score of each
+            detector's best F1 on the whole test set.
 
     Returns:
-        What the JSON holds; "table" is the table as text.
+        The content of the JSON file; "table" is the table as text.
 
     Raises:
         InputError: If a run or the data set cannot be read, or they do not fit each other.
@@ -57,22 +58,13 @@ def compare(
     Path(output).mkdir(parents=True, exist_ok=True)
     measured = kind.evaluate(loaded, dataset, records, threshold)
     samples = [[kind.Mapper(run.cfg, is_train=False)(dict(image)) for image in chosen] for run in loaded]
-    times = measure_times(loaded, samples)
-    for run, metrics, inputs, ms in zip(loaded, measured, samples, times, strict=True):
-        metrics["parameters (M)"] = sum(p.numel() for p in run.model.parameters()) / 1e6
-        metrics["GFLOPs"] = statistics.fmean(sum(count_gflops(x, image) for x in run.networks) for image in inputs)
-        metrics["ms per image"] = ms
-    results = {
-        "dataset": dataset,
-        "dataset_images": len(records),
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)",
-        "runs": [{"name": r.name, "source": r.source, "metrics": m} for r, m in zip(loaded, measured, strict=True)],
-        "summary": summarise([run.name for run in loaded], measured),
-    }
-    results["table"] = make_table(results)
-    predictions, by_name = {}, {}
+    for metrics, costs in zip(measured, measure_costs(loaded, samples), strict=True):
+        metrics.update(costs)
+    results = collect(loaded, measured, dataset, len(records))
+    predictions: dict[str, list[Any]] = {}
+    by_name: dict[str, list[dict[str, float]]] = defaultdict(list)
     for run, inputs, metrics in zip(loaded, samples, measured, strict=True):
-        by_name.setdefault(run.name, []).append(metrics)
+        by_name[run.name].append(metrics)
         if run.name not in predictions:
             predictions[run.name] = [run.predict(image) for image in inputs]
     write(Path(output, "comparison.json"), json.dumps(without_nan(results), indent=2) + "\n")
@@ -81,6 +73,26 @@ def compare(
     return results
 
 
+def collect(runs: list[Run], measured: list[dict[str, float]], dataset: str, images: int) -> dict[str, Any]:
+    """Collects the results of a comparison, including the table.
+
+    Args:
+        runs: The runs.
+        measured: Metrics of each run.
+        dataset: Name of the test set.
+        images: Number of its images.
+    """
+    cuda = torch.cuda.is_available()
+    results: dict[str, Any] = {
+        "dataset": dataset,
+        "dataset_images": images,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)",
+        "runs": [{"name": r.name, "source": r.source, "metrics": m} for r, m in zip(runs, measured, strict=True)],
+        "summary": summarise([run.name for run in runs], measured),
+    }
+    return results | {"table": make_table(results)}
+
+
 def write(path: Path, text: str) -> None:
-    """Write a file in one piece."""
+    """Writes a text file atomically."""
     write_whole(str(path), lambda file: file.write(text.encode()))

@@ -1,4 +1,4 @@
-"""The numbers of a comparison: mean and deviation over seeds, as a table and without NaN."""
+"""Summarises the numbers of a comparison: mean and deviation over seeds, as a table and without NaN."""
 
 import math
 import statistics
@@ -11,46 +11,51 @@ from tabulate import tabulate
 
 from kd_det.engine.picture_grid import printable
 
-# First letters of the metrics in the order of the table, and what is told of them below it.
+# Maps the name of an experiment, and then of a metric, to its "mean" and "std" over runs.
+Summary = dict[str, dict[str, dict[str, float]]]
+# Maps the first letters of metrics, in the order of the table, to the explanation below it.
 SECTIONS = {
     "bbox": "bbox, segm: COCO AP.",
     "segm": "",
     "voc": "voc: PASCAL VOC AP, without objects marked as difficult.",
-    "F1": "F1: of the boxes of all classes together at IoU 0.5, with the score threshold that the picture has, too.",
+    "F1": "F1: boxes of all classes together at IoU 0.5, at the score threshold of the picture.",
     "score": "",
-    "top": "top1, top5: accuracy in percent; top1-NAME: of the images of one class.",
+    "top": "top1, top5: accuracy in percent; top1-NAME: on the images of one class.",
     "parameters": "",
     "GFLOPs": "GFLOPs: billions of multiply-adds per image.",
     "ms": "",
 }
-# Their numbers may be far below 1; those of the others are percentages.
+# Metrics whose numbers may be far below 1; all others are percentages.
 COSTS = ("parameters", "GFLOPs", "ms")
 
 
-def summarise(names: Sequence[str], measured: Sequence[dict[str, float]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Name of an experiment and metric to the mean and the standard deviation (0 for one run) over its runs.
+def summarise(names: Sequence[str], measured: Sequence[dict[str, float]]) -> Summary:
+    """Computes the mean and the standard deviation (0 for a single run) of each metric over the runs of an experiment.
 
     Args:
-        names: The experiment of each run.
-        measured: The metrics of each run.
+        names: Name of the experiment of each run.
+        measured: Metrics of each run.
     """
     seeds: dict[str, list[dict[str, float]]] = {}
     for name, metrics in zip(names, measured, strict=True):
         seeds.setdefault(name, []).append(metrics)
-    summary: dict[str, dict[str, dict[str, float]]] = {name: {} for name in seeds}
-    for name, found in seeds.items():
-        for metric in dict.fromkeys(metric for metrics in found for metric in metrics):
-            values = [metrics.get(metric, math.nan) for metrics in found]
+    summary: Summary = {name: {} for name in seeds}
+    for name, runs in seeds.items():
+        for metric in dict.fromkeys(metric for metrics in runs for metric in metrics):
+            values = [metrics.get(metric, math.nan) for metrics in runs]
             std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
             summary[name][metric] = {"mean": statistics.fmean(values), "std": std}
     return summary
 
 
 def make_table(results: dict[str, Any]) -> str:
-    """The summary as a Markdown table, one column per name, with what the numbers are below it.
+    """Formats results as a Markdown table with one column per name, and explains the numbers below it.
 
-    A dash stands for what a model does not have, such as masks, and nan for what cannot be computed, such as the AP of
-    a class without objects.
+    A dash marks what a model does not have, such as masks; nan marks what cannot be computed, such as the AP of a class
+    without objects.
+
+    Args:
+        results: Results of :func:`kd_det.analysis.compare`, except "table".
     """
     summary = results["summary"]
     counts = Counter(run["name"] for run in results["runs"])
@@ -59,49 +64,49 @@ def make_table(results: dict[str, Any]) -> str:
     order = sorted(metrics, key=lambda metric: list(SECTIONS).index(sections[metric]))
 
     def row(metric: str) -> list[str]:
-        found = {name: column[metric] for name, column in summary.items() if metric in column}
-        means = [x["mean"] for x in found.values()]
+        numbers = {name: column[metric] for name, column in summary.items() if metric in column}
+        means = [x["mean"] for x in numbers.values()]
         digits = decimals(means) if sections[metric] in COSTS else 2
-        cells = {name: format_number(x, digits, counts[name]) for name, x in found.items()}
+        cells = {name: format_number(x, digits, counts[name]) for name, x in numbers.items()}
         return [metric, *(cells.get(name, "-") for name in summary)]
 
     headers = ["", *(name if counts[name] == 1 else f"{name} ({counts[name]} runs)" for name in summary)]
-    told = [text for section, text in SECTIONS.items() if text and section in sections.values()]
+    notes = [text for section, text in SECTIONS.items() if text and section in sections.values()]
     if max(counts.values()) > 1:
-        told.append("±: standard deviation over runs.")
+        notes.append("±: standard deviation over runs.")
     return (
         f"{format_table([row(metric) for metric in order], headers)}\n\n"
-        f"{printable(results['dataset'])}, {results['dataset_images']} images. {' '.join(told)} "
-        f"Time: median, batch of one, models in turn, on {results['device']}; other work on the machine shifts it."
+        f"{printable(results['dataset'])}, {results['dataset_images']} images. {' '.join(notes)} "
+        f"Time: median, batch of one, models in turn, on {results['device']}; other work on the machine affects it."
     )
 
 
-def make_rows(found: dict[str, dict[str, dict[str, float]]], title: str, runs: Sequence[tuple[str, str]]) -> str:
-    """What :func:`summarise` gives as a Markdown table, one row per name; a dash where there is no number.
+def make_rows(summary: Summary, title: str, runs: Sequence[tuple[str, str]]) -> str:
+    """Formats a summary as a Markdown table with one row per name; a dash stands for NaN.
 
     Args:
-        found: The summary.
-        title: Of the first column.
+        summary: Result of :func:`summarise`.
+        title: Title of the first column.
         runs: Name and source of each run in the summary.
     """
-    columns = list(next(iter(found.values())))
+    columns = list(next(iter(summary.values())))
     counts = Counter(name for name, _ in runs)
 
     def row(name: str) -> list[str]:
-        cells = (found[name][column] for column in columns)
+        cells = (summary[name][column] for column in columns)
         return [name, *("-" if math.isnan(x["mean"]) else format_number(x, 3, counts[name]) for x in cells)]
 
-    return format_table([row(name) for name in found], [title, *columns])
+    return format_table([row(name) for name in summary], [title, *columns])
 
 
 def format_number(value: dict[str, float], digits: int, runs: int) -> str:
-    """Return a mean, and of two or more runs also its standard deviation."""
+    """Formats a mean, with its standard deviation if there are two runs or more."""
     mean = f"{value['mean']:.{digits}f}"
     return mean if runs < 2 or math.isnan(value["mean"]) else f"{mean} ± {value['std']:.{digits}f}"
 
 
 def format_table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
-    """Return a Markdown table, whose rows and columns no text can break."""
+    """Formats a Markdown table; escapes text that would break its rows or columns."""
 
     def escape(text: str) -> str:
         return printable(text.replace("\\", "\\\\").replace("|", "\\|"))
@@ -111,13 +116,13 @@ def format_table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
 
 
 def decimals(values: list[float]) -> int:
-    """Digits behind the point: two, or as many as leave the least value two that are not leading zeros."""
-    least = min((value for value in values if value > 0), default=1.0)
-    return max(2, 1 - math.floor(math.log10(least)))
+    """Returns the number of decimals: two, or more if the smallest value needs them for two significant digits."""
+    smallest = min((value for value in values if value > 0), default=1.0)
+    return max(2, 1 - math.floor(math.log10(smallest)))
 
 
 def without_nan(value: Any) -> Any:
-    """The same with None for NaN, which JSON does not know."""
+    """Replaces NaN, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):

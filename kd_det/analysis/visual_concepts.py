@@ -1,9 +1,9 @@
-"""Visual concepts: the cells of an image that a network's feature keeps, and how the network came to keep them.
+"""Measures visual concepts: the cells of an image that a network's feature depends on, and how they were learned.
 
 Cheng et al., "Explaining Knowledge Distillation by Quantifying the Knowledge", CVPR 2020,
-https://arxiv.org/abs/2003.03622. A cell counts as a visual concept if its pixels must be known more exactly than the
-background's for the feature to stay what it is. The paper expects of a distilled network more concepts on objects and
-fewer on the background, learned at the same time, and with fewer detours.
+https://arxiv.org/abs/2003.03622. A cell counts as a visual concept if the feature tolerates less noise in its pixels
+than in the background's. According to the paper, a distilled network has more concepts on objects and fewer on the
+background than one trained alone, and learns them at the same time and with fewer detours.
 """
 
 import math
@@ -15,26 +15,31 @@ from torch import Tensor
 
 from kd_det.errors import InputError
 
-# Of the deviations of the noise: where they begin, and what they are kept within.
+# Initial standard deviation of the noise, and the bounds that it is clamped to.
 START = 0.01
 BOUNDS = (0.001, 1.0)
-# What a deviation of 1 is in grey levels from 0 to 255: the mean of the deviations that ImageNet networks divide by.
+# Grey levels, from 0 to 255, of a deviation of 1: the mean of the deviations that ImageNet networks divide by.
 UNIT = 57.6
 
 
 def entropy(sigma: Tensor) -> Tensor:
-    """Entropy of Gaussian noise of deviation sigma, in nats: ln sigma + 1/2 ln(2 pi e)."""
+    """Computes the entropy of Gaussian noise of standard deviation sigma, in nats: ln sigma + 1/2 ln(2 pi e).
+
+    Example:
+        >>> entropy(torch.tensor(1.0))
+        tensor(1.4189)
+    """
     return sigma.log() + 0.5 * math.log(2 * math.pi * math.e)
 
 
 def information_loss(noisy: Tensor, clean: Tensor, sigma: Tensor, *, scale: float | Tensor, weight: float) -> Tensor:
-    """Computes what the deviations of the noise are chosen by: the feature shall stay, the entropy be high.
+    """Computes the loss that the noise minimises: it should change the feature little and have a high entropy.
 
     Args:
-        noisy: Features of copies of an image with noise, (n, ...).
-        clean: Its feature without noise, (...). Both are rectified first, as the published code does.
-        sigma: Deviation of the noise in each cell, (g, g).
-        scale: What the squared error is divided by: its own value at :data:`START`.
+        noisy: Features of noisy copies of an image, (n, ...).
+        clean: Its feature without noise, (...). Both are rectified first, as in the published code.
+        sigma: Standard deviation of the noise in each cell, (g, g).
+        scale: Divisor of the squared error: the error at :data:`START`.
         weight: Factor of the mean entropy.
 
     Returns:
@@ -58,25 +63,26 @@ def measure_entropies(
 ) -> Tensor:
     """Measures how much of each cell of an image a feature discards.
 
-    Noise is added to the pixels, with a deviation for each cell, and by gradient descent on :func:`information_loss`
-    the deviations grow where the feature does not mind. As in the published code, those are taken whose mean entropy
-    comes nearest to a target, so that features and networks are compared at the same total; after three quarters of
-    the steps the search ends if the target was reached, else the entropy weighs half as much again.
+    Noise is added to the pixels, with its own standard deviation in each cell. Gradient descent on
+    :func:`information_loss` increases the deviations wherever this hardly changes the feature. As in the published
+    code, the result are the deviations whose mean entropy comes closest to a target, so that features and networks are
+    compared at the same total. After three quarters of the steps, the search ends if the target has been reached;
+    otherwise the weight of the entropy is multiplied by 1.5.
 
     Args:
-        feature: Images (n, C, H, W) to their features (n * r, ...), the same for the same image; differentiable.
-        image: (C, H, W), in grey levels from 0 to 255; the deviations' unit is :data:`UNIT` of them.
-        grid: Cells along each side.
-        weight: Of the entropy: 6 for ResNets, 7 for AlexNet and VGG in the published code.
+        feature: Maps images (n, C, H, W) to their features (n * r, ...); differentiable and deterministic.
+        image: (C, H, W), in grey levels from 0 to 255. Deviations are in units of :data:`UNIT` grey levels.
+        grid: Number of cells along each side.
+        weight: Weight of the entropy; the published code uses 6 for ResNets, 7 for AlexNet and VGG.
         target: Mean entropy in nats; -2.8 is a deviation of 0.015.
-        steps: Steps of gradient descent.
-        copies: Noisy images of a step.
-        batch: How many of them are computed at a time.
-        learning_rate: Of plain gradient descent.
-        seed: Of the noise.
+        steps: Number of steps of gradient descent.
+        copies: Number of noisy copies per step.
+        batch: Number of copies to compute at a time.
+        learning_rate: Learning rate of plain gradient descent.
+        seed: Seed of the noise.
 
     Returns:
-        (grid, grid) entropies in nats; NaN if the feature does not change when noise is added, or is not finite.
+        Entropies (grid, grid) in nats; NaN if noise does not change the feature, or if the feature is not finite.
     """
     generator = torch.Generator(image.device).manual_seed(seed)
     with torch.no_grad():
@@ -95,14 +101,14 @@ def measure_entropies(
         scale = sum(loss(part, 1.0, 0.0) * part for part in parts) / copies
     if not 0 < scale < math.inf:
         return torch.full_like(sigma, math.nan).detach()
-    found, nearest, reached = sigma.detach().clone(), math.inf, False
+    closest, distance, reached = sigma.detach().clone(), math.inf, False
     for step in range(steps):
         with torch.no_grad():
             sigma.clamp_(*BOUNDS)
             mean = entropy(sigma).mean().item()
         reached |= mean > target
-        if abs(mean - target) < nearest:
-            found, nearest = sigma.detach().clone(), abs(mean - target)
+        if abs(mean - target) < distance:
+            closest, distance = sigma.detach().clone(), abs(mean - target)
         if step == steps * 3 // 4:
             if reached:
                 break
@@ -111,23 +117,28 @@ def measure_entropies(
         for part in parts:
             (loss(part, scale, weight) * part / copies).backward()
         optimizer.step()
-    return entropy(found)
+    return entropy(closest)
 
 
 def find_concepts(entropies: Tensor, foreground: Tensor, *, threshold: float = 0.2) -> Tensor:
     """Finds the cells whose entropy is lower than the background's by more than a threshold.
 
+    The entropy of the background is averaged over the background of each image first, and then over images.
+
     Args:
-        entropies: (N, g, g) of :func:`measure_entropies`, one network's on N images; NaN of an image that has none.
-        foreground: Booleans (N, g, g): the cells of objects.
-        threshold: In nats.
+        entropies: Results of :func:`measure_entropies` for one network and N images, (N, g, g); may be NaN.
+        foreground: Marks the cells of objects, (N, g, g), bool.
+        threshold: The threshold in nats.
 
     Returns:
-        Booleans (N, g, g), all False of an image without entropies. The background's entropy is the mean over images of
-        each one's mean over its background.
+        Booleans (N, g, g); all False for an image whose entropies are NaN.
 
     Raises:
         InputError: If no image has background.
+
+    Example:
+        >>> find_concepts(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[True, False]]]))
+        tensor([[[ True, False]]])
     """
     if foreground.all():
         raise InputError("visual concepts: no image has background, which they are defined against.")
@@ -136,43 +147,43 @@ def find_concepts(entropies: Tensor, foreground: Tensor, *, threshold: float = 0
 
 
 def concept_ratio(foreground: Tensor, background: Tensor) -> Tensor:
-    """Computes the share of concepts that lie on objects, lambda of the paper.
+    """Computes the share of concepts that lie on objects: lambda in the paper.
 
     Args:
-        foreground: Concepts on objects of each image, (N,).
-        background: Concepts on the background of each image, (N,).
+        foreground: Number of concepts on the objects of each image, (N,).
+        background: Number of concepts on the background of each image, (N,).
 
     Returns:
-        Scalar: mean of foreground / (foreground + background) over images that have concepts; NaN if none has.
+        Scalar: mean of foreground / (foreground + background) over the images with concepts; NaN if there are none.
     """
     return (foreground.double() / (foreground + background)).nanmean()
 
 
 def learning_effort(counts: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes how far the weights had gone when an image had most concepts, and how much that differs.
+    """Computes how far the weights moved until an image had the most concepts: mean and variance over images.
 
     Args:
-        counts: Concepts on objects of each image at each checkpoint, (N, M).
-        steps: How far the weights went since the checkpoint before, over the length of the first one's: (M,) or (N, M);
-            0 for the first.
+        counts: Number of concepts on the objects of each image at each checkpoint, (N, M).
+        steps: Distance of the weights from those of the checkpoint before, divided by the norm of the first
+            checkpoint's weights: (M,) or (N, M); 0 for the first checkpoint.
 
     Returns:
-        D_mean and D_std of the paper: mean and variance over images, as paper and published code compute the latter,
-        of the way to the first checkpoint with the most concepts.
+        D_mean and D_std of the paper, for the path to the first checkpoint with the most concepts. D_std is a variance,
+        in the paper and in its published code, too.
     """
-    ways = steps.cumsum(dim=-1).expand(counts.shape)
-    ways = ways.gather(1, counts.argmax(dim=1, keepdim=True))
-    return ways.mean(), ways.var(correction=0)
+    paths = steps.cumsum(dim=-1).expand(counts.shape)
+    paths = paths.gather(1, counts.argmax(dim=1, keepdim=True))
+    return paths.mean(), paths.var(correction=0)
 
 
 def stability(concepts: Tensor) -> Tensor:
-    """Computes the share of all concepts ever learned that the last checkpoint has, rho of the paper.
+    """Computes the share of all concepts ever learned that the last checkpoint still has: rho in the paper.
 
     Args:
-        concepts: Booleans (M, N, g, g): concepts on objects of M checkpoints on N images.
+        concepts: Concepts on objects for M checkpoints and N images, (M, N, g, g), bool.
 
     Returns:
-        Scalar, mean over images; an image that never had a concept counts as 0, as in the published code.
+        Scalar, mean over images. An image that never had a concept counts as 0, as in the published code.
     """
     ever = concepts.any(dim=0).flatten(1).sum(dim=1)
     return (concepts[-1].flatten(1).sum(dim=1).double() / ever.clamp(min=1)).mean()

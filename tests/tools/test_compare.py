@@ -19,7 +19,8 @@ from helpers import tiny_cfg, with_data, write_yaml
 from torch import nn
 
 from kd_det.analysis import compare_detectors
-from kd_det.analysis.runs import Run, load_runs
+from kd_det.analysis.run import Run
+from kd_det.analysis.runs import load_runs
 from kd_det.analysis.table import decimals, make_rows, make_table, summarise, without_nan
 from kd_det.classification.image_mapper import ClassificationMapper
 from kd_det.data import DetectionMapper, choose_images, register_datasets

@@ -11,6 +11,7 @@ from helpers import build, tiny_cfg, with_data
 
 from kd_det.analysis import compare_concepts as concepts
 from kd_det.analysis.compare_concepts import METRICS, compare_concepts, find_foreground
+from kd_det.analysis.run_history import find_checkpoints
 from kd_det.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -81,7 +82,7 @@ def test_checkpoints_of_an_earlier_run_are_left_out(classifier):
     """A longer run was in the folder before; a later checkpoint of it is none of this run's."""
     for name, run, iteration in (("model_0000001", "new", 1), ("model_0000009", "old", 9), ("model_final", "new", 2)):
         torch.save({"model": {}, "iteration": iteration, "trainer": {"run": run}}, f"{classifier}/{name}.pth")
-    names = [Path(path).stem for path in concepts.find_checkpoints(classifier)]
+    names = [Path(path).stem for path in find_checkpoints(classifier)]
     assert names == ["model_0000001", "model_final"]
 
 

@@ -9,7 +9,8 @@ from detectron2.structures import BoxMode
 from helpers import tiny_cfg, with_data
 
 from kd_det.analysis.cka import linear_cka
-from kd_det.analysis.compare_halves import compare_halves, labelled_boxes
+from kd_det.analysis.compare_halves import compare_halves
+from kd_det.analysis.probing import labelled_boxes
 from kd_det.classification.image_mapper import ClassificationMapper
 from kd_det.errors import InputError
 from kd_det.export import load_student
