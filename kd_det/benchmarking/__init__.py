@@ -1,4 +1,4 @@
-"""What a distillation step costs, what makes it faster, and where its time goes."""
+"""Measures what a distillation step costs, what makes it faster, and where its time goes."""
 
 from kd_det.benchmarking.cost_table import combinations_table, switches_table
 from kd_det.benchmarking.loader_speed import measure_loader

@@ -1,4 +1,4 @@
-"""The three things that are measured of a row, on random networks and synthetic scenes."""
+"""Builds the three parts of a row that are measured, with random networks and synthetic scenes."""
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from kd_det.teacher import Teacher, teacher_options
 
 
 def detector_config(depth: int) -> CfgNode:
-    """Mask R-CNN with a ResNet and FPN, of the model zoo, for kd_det's heads."""
+    """Returns the model zoo's config of Mask R-CNN with a ResNet and FPN, with kd_det's keys."""
     cfg = get_cfg()
     add_kd_config(cfg)
     cfg.merge_from_file(model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"))
@@ -37,7 +37,7 @@ def detector_config(depth: int) -> CfgNode:
 
 
 def row_config(row: Row, setup: Setup) -> CfgNode:
-    """The student's config, with the row's heads and options."""
+    """Returns the student's config with the heads and options of a row."""
     cfg = detector_config(setup.depths[0])
     cfg.KD.HEADS = list(row.heads)
     cfg.merge_from_list([part for pair in row.options.items() for part in pair])
@@ -45,7 +45,10 @@ def row_config(row: Row, setup: Setup) -> CfgNode:
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """A detector with random weights whose residual branches are silent: else activations double with each block."""
+    """Builds a detector with random weights.
+
+    Its residual branches output 0 at first; otherwise activations would double in each block.
+    """
     model = build_model(cfg)
     for module in model.modules():
         if isinstance(module, BasicBlock | BottleneckBlock):
@@ -55,17 +58,20 @@ def build_detector(cfg: CfgNode) -> nn.Module:
 
 
 def build_networks(cfg: CfgNode, setup: Setup) -> tuple[nn.Module, Teacher | None]:
-    """Student and, where there are heads, teacher, always the same; rows of equal options may share them."""
+    """Builds student and teacher, always with the same weights; without heads there is no teacher.
+
+    Rows with the same options may share them.
+    """
     torch.manual_seed(0)
     student = build_detector(cfg).train()
     if not cfg.KD.HEADS:
         return student, None
     teacher = Teacher(build_detector(detector_config(setup.depths[1])), **teacher_options(cfg))
-    return student, teacher.to(student.device)
+    return student, teacher.to(device_of(student))
 
 
 def make_batch(size: int, count: int) -> list[dict]:
-    """Synthetic scenes with boxes and masks, as the data loader gives them."""
+    """Makes synthetic scenes with boxes and masks, as the data loader gives them."""
     batch = []
     for i in range(count):
         image, objects = make_scene(np.random.default_rng(i), size)
@@ -75,29 +81,37 @@ def make_batch(size: int, count: int) -> list[dict]:
     return batch
 
 
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 class Case:
-    """A row, built: a step of the plain student, the teacher's forward, and a distillation step.
+    """Runs a step of the plain student, the teacher's forward pass, and a distillation step.
 
     Args:
-        row: What is built.
-        setup: Of what size.
+        row: The heads and options.
+        setup: The networks and the batch.
         student: The student.
-        teacher: None only without heads.
+        teacher: The teacher; None if there are no heads.
+
+    Attributes:
+        parts: The three functions to measure: A, B and C.
     """
 
     def __init__(self, row: Row, setup: Setup, student: nn.Module, teacher: Teacher | None):
         self.cfg = cfg = row_config(row, setup)
         self.batch = make_batch(setup.size, setup.batch)
         self.student, self.teacher = student, teacher
+        self.device = device_of(student)
         tap = build_tap(student)
-        heads = build_kd_heads(cfg, tap.spec(), teacher.tap.spec()) if row.heads else {}
+        heads = build_kd_heads(cfg, tap.spec(), teacher.tap.spec()) if teacher else nn.ModuleDict()
         self.distilled = TeacherStudent(student=student, teacher=teacher, heads=heads)
-        self.distilled.to(student.device).train()
+        self.distilled.to(self.device).train()
         if cfg.SOLVER.CHANNELS_LAST:
             self.distilled.to(memory_format=torch.channels_last)
         self.optimizers = {model: build_optimizer(cfg, model) for model in (student, self.distilled)}
         scaled = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16"
-        self.scaler = torch.amp.GradScaler(student.device.type, enabled=scaled)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.names = {name for head in heads.values() for name in teacher_signals(head)}
         torch.manual_seed(0)
         with tap.record({name for head in heads.values() for name in head.signals}) as signals:
@@ -109,7 +123,7 @@ class Case:
         self._step(self.student)
 
     def teacher_forward(self) -> None:
-        if self.names:
+        if self.teacher and self.names:
             self.teacher(self.batch, self.names, self.signals)
 
     def distilled_step(self) -> None:
@@ -118,7 +132,7 @@ class Case:
     def _step(self, model: nn.Module) -> None:
         torch.manual_seed(0)
         amp, optimizer = self.cfg.SOLVER.AMP, self.optimizers[model]
-        with torch.autocast(self.student.device.type, dtype=AMP_DTYPES[amp.DTYPE], enabled=amp.ENABLED):
+        with torch.autocast(self.device.type, dtype=AMP_DTYPES[amp.DTYPE], enabled=amp.ENABLED):
             losses = model(self.batch)
         optimizer.zero_grad()
         self.scaler.scale(sum(losses.values())).backward()

@@ -1,4 +1,4 @@
-"""What was measured, as Markdown."""
+"""Formats measurements as Markdown."""
 
 from tabulate import tabulate
 
@@ -8,7 +8,7 @@ MEMORY = "peak memory of C, MB"
 
 
 def combinations_table(results: dict) -> str:
-    """Table of combinations of heads, for results with arithmetic."""
+    """Formats the results for combinations of heads, which include operations."""
     rows = []
     for name, x in results["rows"].items():
         ratio = f"{x['ratio']:.3f} ({x['ratio_low']:.3f} - {x['ratio_high']:.3f})"
@@ -16,14 +16,14 @@ def combinations_table(results: dict) -> str:
         rows.append([name, *times(x), ratio, operations, *rates(x), memory])
     headers = ["KD.HEADS", *STEPS, "C / (A + B)", "in arithmetic", *RATES, MEMORY]
     note = (
-        "in brackets the quartiles of the ratio. In arithmetic: the same ratio of the multiply-adds of convolutions "
-        "and matrix products, what the heads cost by definition."
+        "quartiles of the ratio in brackets. In arithmetic: the same ratio for the multiply-adds of convolutions and "
+        "matrix products, which is the cost of the heads by definition."
     )
     return markdown(rows, headers) + describe(results, note)
 
 
 def switches_table(results: dict) -> str:
-    """Table of switches, the first row of which has none of them on."""
+    """Formats the results for switches; in the first row all of them are off."""
     off = next(iter(results["rows"].values()))["C"]
     rows = [
         [name, *times(x), f"{x['ratio']:.3f}", *rates(x), f"{off / x['C']:.2f}", f"{x['memory']:.0f}"]
@@ -47,11 +47,11 @@ def rates(x: dict[str, float]) -> list[str]:
 
 
 def describe(results: dict, note: str) -> str:
-    """What stands below a table: how it was measured."""
+    """Describes how a table was measured."""
     precision = "float32" if results["amp"] == "none" else f"mixed precision of {results['amp']}"
     return (
         f"\n\nMask R-CNN R{results['depths'][0]}-FPN from R{results['depths'][1]}-FPN, random weights, "
         f"{results['batch']} images of {results['size']} x {results['size']}, {precision}, on {results['device']}. "
         f"Medians of {results['rounds']} interleaved rounds; {note} SoftTargetHead: roi, rpn and mask. Memory: "
-        f"{results['memory_kind']}, of one process per row; the plain student has {results['plain_memory']:.0f} MB."
+        f"{results['memory_kind']}, in one process per row; the plain student needs {results['plain_memory']:.0f} MB."
     )

@@ -1,4 +1,4 @@
-"""Speed of a config's data loader alone."""
+"""Measures the speed of a config's data loader alone."""
 
 import time
 
@@ -10,14 +10,14 @@ SECONDS = 10.0
 
 
 def measure_loader(config: str, overrides: list[str]) -> str:
-    """Let a config's training data loader run for some seconds, and tell how fast it was."""
+    """Runs a config's training data loader for a few seconds and describes its speed."""
     cfg = read_config(config, "--loader", options=overrides, options_key="--loader")
     check_run(cfg, config)
     register_datasets(cfg)
     check_files(cfg)
     batches = iter(Trainer.build_train_loader(cfg))
     workers = cfg.DATALOADER.NUM_WORKERS
-    # What the workers have ready by now does not count, nor does their start.
+    # The start of the workers does not count, nor do the batches that they have prepared by now.
     for _ in range(1 + 2 * workers):
         next(batches)
     start, images = time.perf_counter(), 0

@@ -1,4 +1,4 @@
-"""Times and peak memory of the rows of a table."""
+"""Measures the times and the peak memory of the rows of a table."""
 
 import multiprocessing
 import resource
@@ -10,28 +10,31 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from detectron2.utils.events import EventStorage
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from kd_det.benchmarking.case import Case, build_networks, row_config
 from kd_det.benchmarking.rows import Row, Setup
+from kd_det.teacher import Teacher
 
 WARM_UP = 2
 
 
 def measure(rows: Sequence[Row], setup: Setup, *, arithmetic: bool = False) -> dict:
-    """Measure all rows, and the machine they ran on.
+    """Measures all rows.
 
     Args:
-        rows: Of different names.
-        setup: What they share.
-        arithmetic: Whether to count operations too, which cannot be done of what is compiled.
+        rows: The rows, whose names differ.
+        setup: The networks and the batch of all rows.
+        arithmetic: Whether to count operations, too, which is impossible for compiled modules.
 
     Returns:
-        ``rows``: name to ``A``, ``B``, ``C`` (ms), their ratios, images per second, and ``memory`` (MB).
+        ``rows``, which maps a row's name to ``A``, ``B``, ``C`` (ms), their ratios, images per second, and ``memory``
+        (MB); the fields of `setup`; ``device``, ``memory_kind`` and ``plain_memory``.
     """
     cuda = torch.cuda.is_available()
-    # First, because a new process would inherit the peak of this one.
+    # Memory comes first, because a new process would inherit the peak of this one.
     plain, *memory = in_new_processes([(row, setup) for row in [Row("plain", (), rows[0].options), *rows]])
     with EventStorage():
         times = measure_times(rows, setup, arithmetic)
@@ -45,23 +48,24 @@ def measure(rows: Sequence[Row], setup: Setup, *, arithmetic: bool = False) -> d
 
 
 def measure_times(rows: Sequence[Row], setup: Setup, arithmetic: bool) -> dict[str, dict[str, float]]:
-    """Name of each row to the medians of A, B, C (ms) and of what follows from them."""
-    networks, cases = {}, {}
+    """Maps the name of each row to its summary of A, B and C; see :func:`summary`."""
+    networks: dict[tuple, tuple[nn.Module, Teacher | None]] = {}
+    cases: dict[str, Case] = {}
     for row in rows:
         key = bool(row.heads), tuple(row.options.items())
         if key not in networks:
             networks[key] = build_networks(row_config(row, setup), setup)
         cases[row.name] = Case(row, setup, *networks[key])
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in cases}
+    measured: dict[str, list[tuple[float, ...]]] = {name: [] for name in cases}
     with tqdm(total=(setup.rounds + WARM_UP) * len(cases), desc="time", unit="case", disable=None) as progress:
         for i in range(setup.rounds + WARM_UP):
             for name, case in cases.items():
-                # Forwards and backwards by turns, so that a drifting load cancels out.
+                # The order of the parts alternates, so that a drifting load cancels out.
                 times = [milliseconds(part) for part in case.parts[:: 1 if i % 2 else -1]]
                 if i >= WARM_UP:
-                    found[name].append(tuple(times[:: 1 if i % 2 else -1]))
+                    measured[name].append(tuple(times[:: 1 if i % 2 else -1]))
                 progress.update()
-    results = {name: summary(rounds, setup.batch) for name, rounds in found.items()}
+    results = {name: summary(rounds, setup.batch) for name, rounds in measured.items()}
     if arithmetic:
         for name, case in cases.items():
             a, b, c = map(gigaflops, case.parts)
@@ -70,7 +74,7 @@ def measure_times(rows: Sequence[Row], setup: Setup, arithmetic: bool) -> dict[s
 
 
 def summary(rounds: Sequence[tuple[float, ...]], images: int) -> dict[str, float]:
-    """Medians over rounds of (A, B, C) in milliseconds, and the quartiles of C / (A + B)."""
+    """Summarises rounds of (A, B, C) in milliseconds: their medians, and the median and quartiles of C / (A + B)."""
     ratios = [c / (a + b) for a, b, c in rounds]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     times = {key: statistics.median(column) for key, column in zip("ABC", np.transpose(rounds).tolist(), strict=True)}
@@ -84,8 +88,7 @@ def summary(rounds: Sequence[tuple[float, ...]], images: int) -> dict[str, float
 
 
 def milliseconds(function: Callable[[], None]) -> float:
-    """Time of one call."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    """Measures the time of one call in milliseconds."""
     synchronize()
     start = time.perf_counter()
     function()
@@ -93,15 +96,21 @@ def milliseconds(function: Callable[[], None]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def gigaflops(function: Callable[[], None]) -> float:
-    """Arithmetic of the convolutions and matrix products of one call, forward and backward."""
+    """Counts the operations of the convolutions and matrix products of one call, forward and backward, in billions."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops() / 1e9
 
 
 def measure_memory(job: tuple[Row, Setup]) -> float:
-    """Peak memory of the steps of one row, in MB; runs in a process of its own."""
+    """Measures the peak memory of the steps of one row in MB; must run in a process of its own."""
     row, setup = job
     with EventStorage():
         case = Case(row, setup, *build_networks(row_config(row, setup), setup))
@@ -115,6 +124,6 @@ def measure_memory(job: tuple[Row, Setup]) -> float:
 
 
 def in_new_processes(jobs: Sequence[tuple[Row, Setup]]) -> list[float]:
-    """Peak memory of each job."""
+    """Measures the peak memory of each job in a new process."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         return list(tqdm(pool.imap(measure_memory, jobs), total=len(jobs), desc="memory", unit="case", disable=None))

@@ -1,4 +1,4 @@
-"""Where the time of a distillation step goes."""
+"""Profiles distillation steps."""
 
 from pathlib import Path
 
@@ -14,17 +14,17 @@ STEPS = 3
 
 
 def profile(row: Row, setup: Setup, trace: Path | None) -> str:
-    """Profile some distillation steps.
+    """Profiles a few distillation steps.
 
-    The forwards of student, teacher and heads are named ``kd_det: ...``; what belongs to a backward has PyTorch's name.
+    The forward passes of student, teacher and heads are named ``kd_det: ...``; backward passes have PyTorch's names.
 
     Args:
-        row: What is profiled.
-        setup: Of what size.
-        trace: File to write all events to, for chrome://tracing or https://ui.perfetto.dev.
+        row: The heads and options to profile.
+        setup: The networks and the batch.
+        trace: File to write all events to, for chrome://tracing or https://ui.perfetto.dev; None writes none.
 
     Returns:
-        The operations that took longest, as a table.
+        A table of the operations that took the most time.
     """
     cuda = torch.cuda.is_available()
     with EventStorage():
@@ -45,8 +45,8 @@ def profile(row: Row, setup: Setup, trace: Path | None) -> str:
 
 
 def name_parts(case: Case) -> None:
-    """Name the forwards of a case in what is profiled."""
-    parts = [("student", case.student, "forward")]
+    """Gives names to the forward passes of a case, which the profile shows."""
+    parts: list[tuple[str, object, str]] = [("student", case.student, "forward")]
     parts += [("teacher", case.teacher, "start"), ("teacher, boxes", case.teacher, "finish")]
     parts += [(name, head, "forward") for name, head in case.distilled.heads.items()]
     for name, owner, method in parts:

@@ -1,4 +1,4 @@
-"""What is measured: the networks and their batch, and what each row of a table has of its own."""
+"""Defines what is measured: the networks and the batch of a table, and the heads and options of each row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ from kd_det.errors import InputError
 
 @dataclass(frozen=True)
 class Setup:
-    """What all rows of a table share.
+    """Holds what all rows of a table share.
 
     Attributes:
-        depths: Of the ResNets of student and teacher.
-        batch: Images per step.
+        depths: Depths of the ResNets of student and teacher.
+        batch: Number of images per step.
         size: Side of the images in pixels.
-        rounds: How often each part of a row is measured.
+        rounds: Number of times that each part of a row is measured.
     """
 
     depths: tuple[int, int]
@@ -27,10 +27,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Row:
-    """One row.
+    """Describes a row of a table.
 
     Attributes:
-        name: What stands in its first column.
+        name: Text of the first column.
         heads: Names of the heads.
         options: Config keys and their values.
     """
@@ -41,36 +41,39 @@ class Row:
 
 
 def mixed_precision(amp: str) -> dict[str, object]:
-    """Options of both networks in a precision; none for "none"."""
+    """Returns the options that run both networks in mixed precision; "none" has no options."""
     if amp == "none":
         return {}
     return {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": amp, "KD.TEACHER.DTYPE": amp}
 
 
 def combinations(names: Sequence[str], options: Mapping[str, object]) -> list[Row]:
-    """A row for each combination of heads: names joined by commas, or "none"."""
+    """Makes a row for each combination of heads, given as names joined by commas, or as "none"."""
     return [Row(name, tuple(name.split(",")) if name != "none" else (), options) for name in names]
 
 
 def switches(row: Row) -> list[Row]:
-    """A row, and beside it rows with one switch each that this machine has; the last row has all of them at once."""
+    """Makes rows with one switch each that this machine supports, after one without any; the last one has them all."""
     cuda = torch.cuda.is_available()
     dtypes = ["bfloat16", "float16"] if cuda else ["bfloat16"]
-    found = {f"SOLVER.AMP {dtype}": {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": dtype} for dtype in dtypes}
-    found |= {f"KD.TEACHER.DTYPE {dtype}": {"KD.TEACHER.DTYPE": dtype} for dtype in dtypes}
+    options: dict[str, dict[str, object]] = {}
+    for dtype in dtypes:
+        options[f"SOLVER.AMP {dtype}"] = {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": dtype}
+    for dtype in dtypes:
+        options[f"KD.TEACHER.DTYPE {dtype}"] = {"KD.TEACHER.DTYPE": dtype}
     keys = ["SOLVER.CHANNELS_LAST", "KD.TEACHER.CHANNELS_LAST", "KD.TEACHER.COMPILE", "KD.COMPILE_HEADS"]
     keys += ["KD.TEACHER.SIDE_STREAM"] if cuda else []
-    found |= {key: {key: True} for key in keys}
-    found["all, bfloat16"] = mixed_precision("bfloat16") | dict.fromkeys(keys, True)
-    rows = [Row(name, row.heads, {**row.options, **options}) for name, options in found.items()]
+    options |= {key: {key: True} for key in keys}
+    options["all, bfloat16"] = mixed_precision("bfloat16") | dict.fromkeys(keys, True)
+    rows = [Row(name, row.heads, {**row.options, **switched}) for name, switched in options.items()]
     return [Row("all off", row.heads, row.options), *rows]
 
 
 def with_teacher(rows: list[Row]) -> Row:
-    """Find the first row that has heads, and so a teacher.
+    """Returns the first row that has heads, and therefore a teacher.
 
     Raises:
-        InputError: If there is none.
+        InputError: If no row has heads.
     """
     for row in rows:
         if row.heads:

@@ -1,4 +1,4 @@
-"""Students of runs: read, loaded, and written for others."""
+"""Loads the students of runs and exports them."""
 
 from kd_det.export.run_folder import find_run, load_student, read_student_config
 from kd_det.export.sample import read_sample

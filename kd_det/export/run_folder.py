@@ -1,4 +1,4 @@
-"""The student of a run: its files, its config, and the model."""
+"""Reads the student of a run from its output folder."""
 
 import logging
 from pathlib import Path
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_run(folder: str) -> tuple[str, str]:
-    """Config file and newest checkpoint of a run's output folder.
+    """Returns the config file and the newest checkpoint of a run's output folder.
 
     Raises:
         InputError: If one of them is missing.
@@ -34,43 +34,43 @@ def find_run(folder: str) -> tuple[str, str]:
 
 
 def read_student_config(config_file: str, key: str = "--config-file") -> CfgNode:
-    """Config of the student alone, with kd_det's keys at their defaults.
+    """Reads the config of the student alone, with kd_det's keys at their defaults.
 
     Args:
         config_file: A file, or the name of a config of the model zoo.
-        key: What names it, for messages.
+        key: The argument that names it, for messages.
 
     Raises:
         InputError: If there is no such file, or it names parts that are not registered.
     """
-    # The student alone does not need heads of plugins.
+    # The student alone needs no heads, so that those of plugins may be unknown.
     cfg = student_config(read_config(config_file, key, other_heads=True))
-    # The checkpoint holds these weights.
+    # The checkpoint holds all weights.
     cfg.MODEL.TIMM.PRETRAINED = False
     check_network_values(cfg, config_file)
     return cfg
 
 
 def load_student(cfg: CfgNode, weights: str, device: str, *, ema: bool = False) -> nn.Module:
-    """The student in evaluation mode, its weights loaded strictly.
+    """Builds the student in evaluation mode and loads its weights strictly.
 
     Args:
         cfg: Config of the student alone.
         weights: The run's checkpoint.
-        device: Where the student is built.
-        ema: Whether to take the averaged weights.
+        device: Device of the student.
+        ema: Whether to load the averaged weights.
 
     Raises:
-        InputError: If the weights do not fit, or there are no averaged ones.
+        InputError: If the weights do not fit the config, or there are no averaged weights.
     """
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = device
     model = build_network(cfg, "the run's config")
-    rest = load_strictly(model, weights, key="weights of the run")
+    other_parts = load_strictly(model, weights, key="weights of the run")
     if ema:
-        if "ema" not in rest:
+        if "ema" not in other_parts:
             raise InputError(f"--ema: {weights} has no averaged weights; SOLVER.EMA_DECAY of its run was 0.")
         averaged = AveragedModel(model)
-        averaged.load_state_dict(rest["ema"])
+        averaged.load_state_dict(other_parts["ema"])
         model = averaged.module
     return model.eval()

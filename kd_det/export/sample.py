@@ -1,4 +1,4 @@
-"""Read the image that a student is traced on."""
+"""Reads the image that a student is traced on."""
 
 import os
 
@@ -13,15 +13,15 @@ from kd_det.errors import InputError
 
 
 def read_sample(cfg: CfgNode, image: str | None, size: list[int] | None) -> Tensor:
-    """Read an image as the model expects it: ``image``, else noise of ``size``, else the first image of DATASETS.TEST.
+    """Makes an image as the model expects it: noise, a file, or the first image of DATASETS.TEST.
 
     Args:
         cfg: Config of the student alone.
-        image: File of the image.
-        size: Height and width of the noise.
+        image: File of the image, unless `size` is given.
+        size: Height and width of noise.
 
     Raises:
-        InputError: If there is no such image, or the size is not above 0.
+        InputError: If there is no such image, or a side is below 1.
     """
     if size:
         if min(size) < 1:

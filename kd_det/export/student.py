@@ -1,4 +1,4 @@
-"""The plain student of a run, written for stock Detectron2 and for TorchScript."""
+"""Exports the plain student of a run for stock Detectron2 and for TorchScript."""
 
 import os
 import tempfile
@@ -23,13 +23,13 @@ from kd_det.formats import backbone_of_classifier
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Describes an export.
 
     Attributes:
         files: Names of the files.
-        needs: Registered parts that are not Detectron2's own; empty if stock Detectron2 builds the student.
-        outputs: Names of what ``student.ts`` returns, in its order; empty without it.
-        tried: Sizes (height, width) at which ``student.ts`` gave the results of the eager model.
+        needs: Registered parts that are not Detectron2's own; empty if stock Detectron2 can build the student.
+        outputs: Names of the tensors that ``student.ts`` returns, in order; empty without it.
+        tried: Sizes (height, width) at which ``student.ts`` gave the same results as the eager model.
     """
 
     files: list[str]
@@ -47,22 +47,22 @@ def export_student(
     sample: Tensor | None = None,
     device: str = "cpu",
 ) -> Exported:
-    """Write ``student.pth``, ``student.yaml`` and, given a sample, ``student.ts``: all of them, or nothing.
+    """Writes ``student.pth``, ``student.yaml`` and, given a sample, ``student.ts``; writes all of them or none.
 
-    Of an image classifier also ``backbone.pth``, for MODEL.WEIGHTS of a detector with the same network. What is traced
-    and checked is the model that the written YAML describes, with the written weights.
+    For an image classifier, also writes ``backbone.pth``, usable as MODEL.WEIGHTS of a detector with the same backbone.
+    The model that is traced and checked is built from the written files.
 
     Args:
         cfg: Config of the student alone.
         weights: The run's checkpoint.
-        output: The folder to make.
+        output: The folder to create.
         ema: Whether to export the averaged weights instead of the student's latest ones.
-        sample: Image (3, H, W), float32, as the model expects it: 0 to 255, channels as INPUT.FORMAT says.
-        device: Where the model is traced; ``student.ts`` is bound to it.
+        sample: Image (3, H, W), float32, as the model expects it: 0 to 255, channels in the order of INPUT.FORMAT.
+        device: Device on which the model is traced; ``student.ts`` runs only there.
 
     Raises:
-        InputError: If the folder exists, the weights do not fit, there are no averaged ones, nothing is detected on the
-            sample, or the traced model gives other results than the eager one.
+        InputError: If the folder exists, the weights do not fit, there are no averaged weights, nothing is detected on
+            the sample, or the traced model gives other results than the eager one.
     """
     target = Path(output)
     if target.exists():
@@ -78,7 +78,8 @@ def export_student(
         if isinstance(model, ImageClassifier):
             _save(backbone_checkpoint(model), folder / "backbone.pth")
         model = _read_back(folder, needs, device)
-        outputs, tried = [], []
+        outputs: list[str] = []
+        tried: list[tuple[int, int]] = []
         if sample is not None:
             outputs, tried = trace(model, sample.to(device), str(folder / "student.ts"))
         files = sorted(os.listdir(folder))
@@ -87,9 +88,17 @@ def export_student(
 
 
 def plain_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, list[str]]:
-    """The config without keys that stock Detectron2 does not know, and the parts of it that are not Detectron2's own.
+    """Removes the keys that stock Detectron2 does not know.
 
-    With such parts, kd_det's keys are kept, but for KD and data sets, because some of the parts read them.
+    If the config has parts that are not Detectron2's own, kd_det's keys are kept, except KD and data sets, because some
+    of these parts read them.
+
+    Args:
+        cfg: Config of the student alone.
+        weights: The new MODEL.WEIGHTS.
+
+    Returns:
+        The config, and the names of the parts that are not Detectron2's own.
     """
     needs = [
         name
@@ -108,15 +117,15 @@ def plain_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, list[str]]:
 
 
 def backbone_checkpoint(model: ImageClassifier) -> dict[str, Any]:
-    """A classifier's backbone as Detectron2's checkpointer loads it into any model that has the same network."""
+    """Makes a checkpoint of a classifier's backbone, which Detectron2 loads into any model with the same backbone."""
     weights = backbone_of_classifier(model.state_dict())
-    # Frozen normalisations, which most detectors have, know no counters; others begin anew.
-    kept = {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
-    return {"model": kept, "matching_heuristics": True, "__author__": "kd_det"}
+    # The frozen normalisations of most detectors have no counters; all others start to count anew.
+    weights = {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+    return {"model": weights, "matching_heuristics": True, "__author__": "kd_det"}
 
 
 def header(needs: list[str]) -> str:
-    """Comment for the top of ``student.yaml``."""
+    """Returns the comment at the top of ``student.yaml``."""
     if not needs:
         return "# For stock Detectron2.\n"
     return (
@@ -137,12 +146,12 @@ def _drop_unknown(node: CfgNode, known: CfgNode) -> None:
 
 
 def _save(data: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:  # Given the path, torch would tell no reason where it cannot be written.
+    with path.open("wb") as file:  # Given only the path, torch does not say why it cannot write a file.
         torch.save(data, file)
 
 
 def _read_back(folder: Path, needs: list[str], device: str) -> nn.Module:
-    """The model that the written files describe, built as their reader will build it."""
+    """Builds the model from the written files, in the same way as a user will."""
     cfg = get_cfg()
     if needs:
         add_kd_config(cfg)

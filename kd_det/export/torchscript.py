@@ -1,4 +1,4 @@
-"""A model as TorchScript, compared with the eager one."""
+"""Traces a model to TorchScript and compares the result with the eager model."""
 
 import warnings
 
@@ -14,67 +14,74 @@ from kd_det.errors import InputError
 
 
 def trace(model: nn.Module, sample: Tensor, path: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Trace a model on an image, save it, and compare the saved file with the eager model.
+    """Traces a model on an image, saves it, and compares the saved file with the eager model.
 
-    The traced function maps one image to a tuple of tensors. A detector takes images of any size; its boxes are in
-    pixels of the image, its masks (R-CNN) are those of the boxes, (R, 1, m, m), as
-    ``detectron2.layers.paste_masks_in_image`` takes them. A classifier takes images of the sample's size and gives its
+    The traced function maps one image to a tuple of tensors. A detector takes images of any size. Its boxes are in
+    pixels of the image; its masks (R-CNN), (R, 1, m, m), fill their boxes, in the form that
+    ``detectron2.layers.paste_masks_in_image`` takes. A classifier takes images of the sample's size and returns its
     scores (K,).
 
+    Args:
+        model: The model, in evaluation mode.
+        sample: Image (3, H, W) as the model expects it.
+        path: The file to write.
+
     Returns:
-        Names of the tensors, and the sizes at which the results were equal.
+        The names of the tensors, and the sizes at which the results were equal.
 
     Raises:
-        InputError: If nothing is detected on the sample, or results differ.
+        InputError: If nothing is detected on the sample, or the results differ.
     """
-    inference = None
-    if isinstance(model, GeneralizedRCNN):
-
-        def inference(rcnn, inputs):
-            return [{"instances": rcnn.inference(inputs, do_postprocess=False)[0]}]
-
+    inference = _infer if isinstance(model, GeneralizedRCNN) else None
     adapter = TracingAdapter(model, [{"image": sample}], inference).eval()
-    results = adapter(sample)
-    found = adapter.outputs_schema(results)[0]
+    results = adapter(sample)  # The first call makes the schema.
+    output = adapter.outputs_schema(results)[0]
     if isinstance(model, ImageClassifier):
-        names, other, tolerance = list(found), sample.flip(2), 1e-5
+        names, second, tolerance = list(output), sample.flip(2), 1e-5
     else:
-        names, other, tolerance = _detected(found["instances"]), _resized(sample), 1e-3
+        names, second, tolerance = _field_names(output["instances"]), _resize(sample), 1e-3
     with warnings.catch_warnings():
-        # About constants that the comparison below shows to be harmless.
+        # The tracer warns about constants, which the comparison below shows to be harmless.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         traced = torch.jit.trace(adapter, (sample,), check_trace=False)
-    with open(path, "wb") as file:  # Given the path, torch would tell no reason where it cannot be written.
+    with open(path, "wb") as file:  # Given only the path, torch does not say why it cannot write a file.
         torch.jit.save(traced, file)
     traced = torch.jit.load(path, map_location=sample.device)
-    for image in (sample, other):
-        _compare(adapter(image), traced(image), image.shape[-2:], tolerance)
-    sizes = [tuple(image.shape[-2:]) for image in (sample, other)]
+    sizes = []
+    for image in (sample, second):
+        height, width = image.shape[-2:]
+        _compare(adapter(image), traced(image), (height, width), tolerance)
+        sizes.append((height, width))
     return names, list(dict.fromkeys(sizes))
 
 
-def _detected(found: Instances) -> list[str]:
-    """Names of the tensors that instances consist of."""
-    if not len(found):
+def _infer(model: GeneralizedRCNN, inputs: list[dict]) -> list[dict[str, Instances]]:
+    """Runs an R-CNN and leaves its masks as they are, one for each box."""
+    return [{"instances": model.inference(inputs, do_postprocess=False)[0]}]
+
+
+def _field_names(instances: Instances) -> list[str]:
+    """Returns the names of the tensors in instances."""
+    if not len(instances):
         raise InputError(
             "student.ts: the student detects nothing on the sample, so a traced model cannot be compared with it; "
             "give an image with objects as --image, or leave TorchScript out with --no-torchscript."
         )
-    return [*sorted(found.get_fields()), "image_size"]
+    return [*sorted(instances.get_fields()), "image_size"]
 
 
-def _resized(image: Tensor) -> Tensor:
-    """An image at another size and shape."""
+def _resize(image: Tensor) -> Tensor:
+    """Resizes an image to another size and aspect ratio."""
     height, width = image.shape[-2:]
     return F.interpolate(image[None], (round(0.77 * height), round(1.13 * width)), mode="bilinear")[0]
 
 
 def _compare(expected: tuple[Tensor, ...], actual: tuple[Tensor, ...], size: tuple[int, int], tolerance: float) -> None:
-    for own, other in zip(expected, actual, strict=True):
-        if own.shape != other.shape or not torch.allclose(own.float(), other.float(), rtol=1e-4, atol=tolerance):
+    for eager, traced in zip(expected, actual, strict=True):
+        if eager.shape != traced.shape or not torch.allclose(eager.float(), traced.float(), rtol=1e-4, atol=tolerance):
             raise InputError(
                 f"student.ts: on an image of {size[0]} x {size[1]} the traced model gives other results than the eager "
-                f"one (tensors of {list(other.shape)} and {list(own.shape)}). In a detector, boxes of equal scores, or "
-                "that overlap by the very threshold of the non-maximum suppression, can cause it: try another --image, "
-                "or leave TorchScript out with --no-torchscript."
+                f"one (tensors of {list(traced.shape)} and {list(eager.shape)}). In a detector, boxes with equal "
+                "scores, or with an overlap right at the threshold of the non-maximum suppression, can cause this: try "
+                "another --image, or leave TorchScript out with --no-torchscript."
             )
