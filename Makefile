@@ -7,7 +7,7 @@ fail = { echo "setup: $(1)" >&2; exit 1; }
 RETRY := pip failed for the reason above. It needs network access and room for 6 GB and the downloads. Run make again \
 to go on; if that does not help, delete .venv first
 
-.PHONY: quickstart test test-slow lint docs
+.PHONY: quickstart test test-slow lint docs dist
 
 quickstart: .venv/.ready
 	.venv/bin/python tools/quickstart.py
@@ -30,6 +30,13 @@ lint: .venv/.ready
 docs: .venv/.ready
 	.venv/bin/python -W ignore -m sphinx -q -W --keep-going -b html docs docs/_build
 	@echo "docs: docs/_build/index.html"
+
+# The wheel is built from the source distribution, so that both have all they need. pip's cache would know an older one.
+dist: .venv/.ready
+	rm -rf dist
+	.venv/bin/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
+	$(PIP) wheel -q --no-cache-dir --no-deps --no-build-isolation -w dist dist/kd_det-*.tar.gz
+	@ls dist/*
 
 # Without build isolation, fvcore and kd_det are built with the setuptools of constraints.txt, not with the newest.
 .venv/.ready: constraints.txt setup.py tools/install_detectron2.py

@@ -35,7 +35,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     author="The kd_det authors",
-    packages=find_packages(include=["kd_det", "kd_det.*"]),
+    # The top-level configs/ is installed inside the package.
+    packages=[*find_packages(include=["kd_det", "kd_det.*"]), "kd_det.configs"],
+    package_dir={"kd_det.configs": "configs"},
+    package_data={"kd_det.configs": ["**/*.yaml"]},
     entry_points={"console_scripts": ["kd-det = kd_det.commands.console:main"]},
     python_requires=">=3.10",
     # Not Detectron2 itself: no index has it under its own name. Wide ranges: a build of it is tied to its own torch.

@@ -1,7 +1,7 @@
 """Export the student of a run: a plain Detectron2 checkpoint and config, and TorchScript.
 
     kd-det export --run output/reviewkd --output exported
-    kd-det export --config-file configs/reviewkd_r101_r18.yaml --weights model.pth --output exported
+    kd-det export --config-file reviewkd_r101_r18.yaml --weights model.pth --output exported
     kd-det export --run output/reviewkd --ema --output averaged
 
 exported/student.yaml and student.pth are for Detectron2 alone, for example its DefaultPredictor, unless a part of the

@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> None:
     os.environ.setdefault("DETECTRON2_DATASETS", "datasets")
     shapes = Path(os.environ["DETECTRON2_DATASETS"], "shapes")
     configs = {
-        name: f"configs/quickstart/{file}.yaml"
+        name: f"quickstart/{file}.yaml"
         for name, file in {"teacher": "teacher", "plain": "student", "distilled": "distilled"}.items()
     }
     students = [x for name in ("plain", "distilled") for x in ("--student", f"{name}={configs[name]}")]

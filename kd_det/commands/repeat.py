@@ -1,7 +1,7 @@
 """Train a teacher, then plain and distilled students over several seeds, and compare them: mean and spread.
 
-    kd-det repeat --teacher configs/BCCD/teacher.yaml --student plain=configs/BCCD/student.yaml \\
-        --student ReviewKD=configs/BCCD/reviewkd.yaml --seeds 1 2 3 --output output/bccd --jobs 2
+    kd-det repeat --teacher BCCD/teacher.yaml --student plain=BCCD/student.yaml \\
+        --student ReviewKD=BCCD/reviewkd.yaml --seeds 1 2 3 --output output/bccd --jobs 2
 
 Each run is a call of `kd-det train` in a folder of its own, OUTPUT/teacher and OUTPUT/NAME_seedK. Run again after
 an interruption, it goes on where it was: finished runs are kept, others resume from their last checkpoint.

@@ -1,8 +1,8 @@
 """Train, resume or evaluate a detector: plain, or distilled from a teacher.
 
-    kd-det train --config-file configs/reviewkd_r101_r18.yaml
-    kd-det train --config-file configs/reviewkd_r101_r18.yaml --resume
-    kd-det train --config-file configs/reviewkd_r101_r18.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
+    kd-det train --config-file reviewkd_r101_r18.yaml
+    kd-det train --config-file reviewkd_r101_r18.yaml --resume
+    kd-det train --config-file reviewkd_r101_r18.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 
 Any Detectron2 config becomes a distillation run with a teacher and heads named beside it:
 
