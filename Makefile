@@ -35,7 +35,8 @@ docs: .venv/.ready
 dist: .venv/.ready
 	rm -rf dist
 	.venv/bin/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
-	$(PIP) wheel -q --no-cache-dir --no-deps --no-build-isolation -w dist dist/kd_det-*.tar.gz
+	.venv/bin/python -m pip wheel --disable-pip-version-check -q --no-cache-dir --no-deps --no-build-isolation \
+	  -w dist dist/kd_det-*.tar.gz
 	@ls dist/*
 
 # Without build isolation, fvcore and kd_det are built with the setuptools of constraints.txt, not with the newest.
