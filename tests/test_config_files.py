@@ -12,7 +12,7 @@ from kd_det import InputError, build_teacher
 from kd_det.config import read_config
 from kd_det.config_files import default_output_dir, find_config, kd_det_configs
 from kd_det.engine import setup
-from kd_det.engine.run_config import make_config
+from kd_det.engine.run_config import make_config, warn_of_idle_heads
 from kd_det.teacher import load_teacher_config
 
 ZOO = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
@@ -132,8 +132,11 @@ def test_the_students_file_names_its_teacher(write):
     assert cfg.KD.HEADS == ["ReviewKDHead"]
 
 
-def test_a_single_file_with_heads_is_as_plain_as_it_says(write):
-    assert make_config(parse("--config-file", write(RECIPE))).MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+def test_a_single_file_with_heads_is_as_plain_as_it_says(write, caplog):
+    cfg = make_config(parse("--config-file", write(RECIPE)))
+    assert cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    warn_of_idle_heads(cfg)
+    assert "KD.HEADS: the run does not use HintHead, because MODEL.META_ARCHITECTURE is GeneralizedRCNN" in caplog.text
 
 
 @pytest.mark.parametrize("architecture", ["TeacherStudent", "MutualStudents"])

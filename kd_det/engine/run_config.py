@@ -121,7 +121,15 @@ def check_run(cfg: CfgNode, source: str) -> None:
 
 
 def warn_of_idle_heads(cfg: CfgNode) -> None:
-    """Warn of heads whose schedule gives them no weight, or never their full weight, before the run ends."""
+    """Warn of heads without a teacher, and of those that never have their weight, or their full one, in the run."""
+    if cfg.KD.HEADS and cfg.MODEL.META_ARCHITECTURE not in DISTILLED:
+        logger.warning(
+            "KD.HEADS: the run does not use %s, because MODEL.META_ARCHITECTURE is %s; name a student's config before "
+            "the recipe, or a teacher with --teacher.",
+            ", ".join(cfg.KD.HEADS),
+            cfg.MODEL.META_ARCHITECTURE,
+        )
+        return
     end = cfg.SOLVER.MAX_ITER
     for name in cfg.KD.HEADS:
         key = config_key(name)
