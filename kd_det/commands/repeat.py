@@ -3,6 +3,8 @@
     kd-det repeat --teacher BCCD/teacher.yaml --student plain=BCCD/student.yaml \\
         --student ReviewKD=BCCD/reviewkd.yaml --seeds 1 2 3 --output output/bccd --jobs 2
 
+A student may have several config files, which are merged in order: --student NAME=STUDENT.yaml RECIPE.yaml.
+
 Each run is a call of `kd-det train` in a folder of its own, OUTPUT/teacher and OUTPUT/NAME_seedK. Run again after
 an interruption, it goes on where it was: finished runs are kept, others resume from their last checkpoint.
 """
@@ -20,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from subprocess import Popen
 
-from kd_det.engine.arguments import add_plugin_argument, make_parser
+from kd_det.engine.arguments import add_plugin_argument, make_parser, training_parser
 from kd_det.engine.cli import import_plugin
 from kd_det.engine.processes import INTERRUPTED, Commands, running_commands
 from kd_det.errors import InputError
@@ -81,12 +83,12 @@ class Training:
     """A run of its own, which is begun, or resumed where it was interrupted.
 
     Attributes:
-        config: Its config file.
+        configs: Its config files.
         output: Its output folder.
         options: Overrides of the config.
     """
 
-    config: str
+    configs: tuple[str, ...]
     output: Path
     options: tuple[str, ...]
 
@@ -96,7 +98,8 @@ class Training:
         return finished_iterations(self.output) > 0
 
     def call(self, plugins: list[str], *, log: bool, threads: int | None) -> Call:
-        arguments = ("--config-file", self.config, *plugins, "--resume", "OUTPUT_DIR", str(self.output), *self.options)
+        files = "--config-file", *self.configs
+        arguments = (*files, *plugins, "--resume", "OUTPUT_DIR", str(self.output), *self.options)
         return Call("train", arguments, self.output / "output.txt" if log else None, threads)
 
     def progress(self) -> str:
@@ -188,23 +191,25 @@ def stop_if_interrupted(commands: Commands) -> None:
         sys.exit(INTERRUPTED)
 
 
-def has_teacher(config: str, options: list[str], key: str) -> bool:
-    """Whether a config is that of a student with a teacher; plain students and those of mutual learning have none.
+def has_teacher(configs: Sequence[str], options: Sequence[str], key: str) -> bool:
+    """Return whether configs describe a student with a teacher; plain students and mutual ones have none.
 
     Args:
-        config: Its file.
+        configs: Their files.
         options: Overrides.
-        key: What names the config, for messages.
+        key: What names the configs, for messages.
 
     Raises:
         InputError: If there is no such config, or a key or value is wrong in it or in the overrides.
     """
-    from kd_det.config import read_config
+    from kd_det.config_files import find_config
     from kd_det.engine import check_run
+    from kd_det.engine.run_config import make_config
     from kd_det.meta_arch import TeacherStudent
 
-    cfg = read_config(config, key, options=options)
-    check_run(cfg, config)
+    files = [find_config(config, key) for config in configs]
+    cfg = make_config(training_parser(None).parse_args(["--config-file", *files, *options]))
+    check_run(cfg, " with ".join(configs))
     return TeacherStudent.__name__ == cfg.MODEL.META_ARCHITECTURE
 
 
@@ -212,17 +217,23 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     parser = make_parser(__doc__, prog)
     parser.add_argument("--teacher", required=True, metavar="CONFIG")
     parser.add_argument("--teacher-weights", metavar="FILE", help="a trained teacher: none is trained then")
-    parser.add_argument("--student", required=True, action="append", metavar="NAME=CONFIG", help="plain or distilled")
+    parser.add_files_argument(
+        "--student", required=True, action="append", metavar="NAME=CONFIG", help="plain or distilled; repeat it"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1, help="students trained at a time; the cores are shared out")
     add_plugin_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides for every run")
     args = parser.parse_args(arguments)
-    for student in args.student:
-        if not all(student.partition("=")):
-            parser.error(f"--student {student}: not of the form NAME=CONFIG")
-    names = [student.partition("=")[0] for student in args.student]
+    students = []
+    for files in args.student:
+        name, _, config = "".join(files[:1]).partition("=")
+        if not (name and config):
+            parser.error(f"--student {' '.join(files)}: not of the form NAME=CONFIG")
+        students.append((name, (config, *files[1:])))
+    args.student = students
+    names = [name for name, _ in students]
     for option, values in (("--student", names), ("--seeds", args.seeds)):
         twice = [value for i, value in enumerate(values) if value in values[:i]]
         if twice:
@@ -242,32 +253,32 @@ def main(args: argparse.Namespace) -> None:
     # All that can be found wrong without building a model is found before the first run.
     if args.teacher_weights:
         find_file(args.teacher_weights, "--teacher-weights")
-    has_teacher(args.teacher, args.opts, "--teacher")
-    students = [student.split("=", 1) for student in args.student]
-    taught = {name: has_teacher(config, args.opts, f"--student {name}") for name, config in students}
+    has_teacher([args.teacher], args.opts, "--teacher")
+    named = ("KD.TEACHER.CONFIG_FILE", args.teacher)
+    taught = {name: has_teacher(configs, [*named, *args.opts], f"--student {name}") for name, configs in args.student}
     teacher, weights = str(args.output / "teacher"), args.teacher_weights
     trainings = []
     if weights:
         teacher = f"{args.teacher}:{weights}"
     else:
-        trainings.append(Training(args.teacher, Path(teacher), ("SEED", "0", *args.opts)))
+        trainings.append(Training((args.teacher,), Path(teacher), ("SEED", "0", *args.opts)))
         weights = f"{teacher}/model_final.pth"
-    options = ("KD.TEACHER.CONFIG_FILE", args.teacher, "KD.TEACHER.WEIGHTS", weights)
+    options = (*named, "KD.TEACHER.WEIGHTS", weights)
     runs = {
         Training(
-            config,
+            configs,
             args.output / f"{name}_seed{seed}",
             ("SEED", str(seed), *(options if taught[name] else ()), *args.opts),
         ): name
         for seed in args.seeds
-        for name, config in students
+        for name, configs in args.student
     }
     with running_commands() as commands:
         train(trainings, commands, plugins, jobs=1)
         train(list(runs), commands, plugins, jobs=args.jobs)
         names = [("teacher", teacher), *((name, training.output) for training, name in runs.items())]
-        named = (x for name, path in names for x in ("--run", f"{name}={path}"))
-        call = Call("compare", (*named, *plugins, "--output", str(args.output / "comparison")))
+        compared = (x for name, path in names for x in ("--run", f"{name}={path}"))
+        call = Call("compare", (*compared, *plugins, "--output", str(args.output / "comparison")))
         status = commands.wait(call.start(commands))
         stop_if_interrupted(commands)
         call.check(status)

@@ -12,6 +12,7 @@ import torch
 from helpers import ROOT
 
 from kd_det.commands import repeat
+from kd_det.engine.arguments import training_parser
 from kd_det.engine.processes import INTERRUPTED
 from kd_det.errors import InputError
 
@@ -21,7 +22,22 @@ from kd_det.errors import InputError
 )
 def test_only_students_with_a_teacher_are_told_of_one(name, expected):
     config = str(ROOT / f"configs/BCCD/{name}.yaml")
-    assert repeat.has_teacher(config, ["SOLVER.MAX_ITER", "1"], "--student") is expected
+    assert repeat.has_teacher([config], ["SOLVER.MAX_ITER", "1"], "--student") is expected
+
+
+def test_a_student_may_have_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("KD: {HEADS: [HintHead]}")
+    students = ["--student", "a=BCCD/student.yaml", str(recipe), "--student", "b=BCCD/student.yaml"]
+    args = repeat.parse_args(["--teacher", "t.yaml", *students, "--output", "x", "SEED", "1"])
+    configs = ("BCCD/student.yaml", str(recipe))
+    assert args.student == [("a", configs), ("b", ("BCCD/student.yaml",))]
+    assert args.opts == ["SEED", "1"]
+    assert repeat.has_teacher(configs, ["KD.TEACHER.CONFIG_FILE", "BCCD/teacher.yaml"], "--student a")
+    call = repeat.Training(configs, tmp_path, ("SEED", "1")).call([], log=False, threads=None)
+    trained = training_parser(None).parse_args(call.arguments)
+    assert (trained.config_file, trained.resume) == (list(configs), True)
+    assert trained.opts == ["OUTPUT_DIR", str(tmp_path), "SEED", "1"]
 
 
 STUDENT = f"a={ROOT}/configs/BCCD/student.yaml"
@@ -33,6 +49,7 @@ VALID = ["--teacher", f"{ROOT}/configs/BCCD/teacher.yaml", "--student", STUDENT,
     [
         (["--student", STUDENT], "--student: a is given twice, and its runs would share a folder"),
         (["--seeds", "1", "2", "1"], "--seeds: 1 is given twice"),
+        (["--student", ""], "--student : not of the form NAME=CONFIG"),
         (["--student", "=x.yaml"], "--student =x.yaml: not of the form NAME=CONFIG"),
         (["--jobs", "0"], "--jobs 0: must be at least 1"),
         (["--teacher-weights", "no.pth"], "--teacher-weights: there is no file no.pth"),
@@ -52,6 +69,7 @@ def test_mistakes_are_found_before_the_first_run(arguments, told, monkeypatch, c
 STAND_IN = """
 import shutil, signal, sys, time
 from pathlib import Path
+from kd_det.engine.arguments import training_parser
 from kd_det.engine.processes import end_with_tool
 
 if sys.argv[1] == "compare":
@@ -137,7 +155,7 @@ def write_metrics(path, *rows, rest=""):
 
 
 def test_progress_of_a_training(tmp_path):
-    training = repeat.Training("x.yaml", tmp_path / "a_seed1", ())
+    training = repeat.Training(("x.yaml",), tmp_path / "a_seed1", ())
     assert training.progress() == "a_seed1 begins"
     write_metrics(tmp_path / "a_seed1/pretrain/metrics.json", {"iteration": 19, "eta_seconds": 61.7})
     assert training.progress() == "a_seed1/pretrain 19 (0:01:01)"
