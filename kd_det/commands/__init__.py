@@ -1,1 +1,1 @@
-"""Holds the commands of ``kd-det``, one module each: its arguments, and what it does with them."""
+"""Holds the commands of ``kd-det``, one module each, and what they share."""

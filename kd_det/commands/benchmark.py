@@ -9,17 +9,17 @@
 Mask R-CNN R18-FPN learns from Mask R-CNN R101-FPN, with random weights, on synthetic scenes. Per combination of heads:
 
     A  a step of the plain student: forward, backward, optimizer
-    B  the teacher's forward alone: the signals that the heads ask for, on the student's sampled boxes
+    B  the teacher's forward pass alone: the signals that the heads need, on the student's sampled boxes
     C  a step of the student with teacher and heads
 
-C / (A + B) is what kd_det and the heads themselves cost, C / A what distillation costs. A, B and C take turns, with one
-seed and a learning rate of 0, so that all of them sample the same boxes each time; a ratio is the median over rounds,
-so load on the machine hits both sides of it.
+C / (A + B) is the cost of kd_det and the heads themselves, C / A the cost of distillation. A, B and C take turns, with
+the same seed and a learning rate of 0, so that all of them sample the same boxes each time. Ratios are medians over
+rounds, so that other load on the machine affects both sides of a ratio.
 
-With --switches: the same of the first combination that has heads, with each switch that may make it faster, against all
-of them off. With --profile: the operations of its distillation step that take longest, and in --output trace.json, for
-chrome://tracing or https://ui.perfetto.dev. With --loader: images per second of a config's training data loader alone,
-as many as its workers give.
+--switches measures the first combination that has heads: with each switch that may make it faster, and with all of them
+off. --profile prints the operations of its distillation step that take the most time; with --output, it also writes
+trace.json for chrome://tracing or https://ui.perfetto.dev. --loader measures a config's training data loader alone, in
+images per second.
 """
 
 import argparse
@@ -50,11 +50,15 @@ COMBINATIONS = [
 def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, prog)
     parser.add_argument(
-        "--heads", nargs="+", default=COMBINATIONS, metavar="HEAD,...", help="combinations; none: KD.HEADS []"
+        "--heads",
+        nargs="+",
+        default=COMBINATIONS,
+        metavar="HEAD,...",
+        help="combinations of heads; none stands for the plain student",
     )
-    parser.add_argument("--rounds", type=int, default=11, help="times that each is measured (%(default)s)")
-    parser.add_argument("--size", type=int, help="side of the images in pixels (800, without a GPU 320)")
-    parser.add_argument("--batch", type=int, help="images per step (8, without a GPU 2)")
+    parser.add_argument("--rounds", type=int, default=11, help="number of measurements of each (%(default)s)")
+    parser.add_argument("--size", type=int, help="side of the images in pixels (800; 320 without a GPU)")
+    parser.add_argument("--batch", type=int, help="images per step (8; 2 without a GPU)")
     parser.add_argument(
         "--depths",
         type=int,
@@ -62,26 +66,26 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
         choices=(18, 34, 50, 101, 152),
         default=(18, 101),
         metavar=("STUDENT", "TEACHER"),
-        help="of the ResNets: 18, 34, 50, 101 or 152 (18 and 101)",
+        help="depths of the ResNets: 18, 34, 50, 101 or 152 (18 and 101)",
     )
     parser.add_argument(
         "--amp",
         choices=["none", "float16", "bfloat16"],
         default="none",
-        help="SOLVER.AMP.DTYPE and KD.TEACHER.DTYPE of all that is measured (%(default)s)",
+        help="SOLVER.AMP.DTYPE and KD.TEACHER.DTYPE of all measurements (%(default)s)",
     )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--switches", action="store_true", help="measure each switch against all off")
+    mode.add_argument("--switches", action="store_true", help="measure each switch against all of them off")
     mode.add_argument("--profile", action="store_true", help="profile the distillation step")
     mode.add_argument(
-        "--loader", nargs="+", metavar=("CONFIG", "KEY VALUE"), help="measure the data loader of this config alone"
+        "--loader", nargs="+", metavar=("CONFIG", "KEY VALUE"), help="measure only the data loader of this config"
     )
     parser.add_argument("--output", metavar="FOLDER", help="also write benchmark.md and benchmark.json there")
     args = parser.parse_args(arguments)
-    for name, least in {"rounds": 1, "batch": 1, "size": 64}.items():
+    for name, minimum in {"rounds": 1, "batch": 1, "size": 64}.items():
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name}: must be {least} or more, got {value}.")
+        if value is not None and value < minimum:
+            raise InputError(f"--{name}: must be {minimum} or more, got {value}.")
     return args
 
 

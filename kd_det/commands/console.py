@@ -9,7 +9,7 @@ from kd_det.engine.arguments import make_parser
 from kd_det.engine.cli import run_tool
 from kd_det.errors import check_choice
 
-# Maps each command to what it does. Its module has the same name, with underscores.
+# Maps each command to its summary. Its module has the same name, with underscores.
 COMMANDS = {
     "train": "train, resume or evaluate a detector: plain, or distilled from a teacher",
     "repeat": "train a teacher and students over several seeds, and compare them",
@@ -17,7 +17,7 @@ COMMANDS = {
     "export": "export the student of a run, for Detectron2 alone and as TorchScript",
     "benchmark": "measure what distillation costs in a training step",
     "concepts": "count the visual concepts of trained models",
-    "similarity": "measure how alike the halves of students' channels are (CKA)",
+    "similarity": "measure the similarity of students' halves to the teacher (CKA)",
     "quickstart": "go from nothing to a distilled student, on synthetic scenes",
     "prepare-shapes": "write the synthetic scenes of the quickstart",
 }

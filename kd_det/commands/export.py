@@ -4,17 +4,17 @@
     kd-det export --config-file reviewkd_r101_r18.yaml --weights model.pth --output exported
     kd-det export --run output/reviewkd --ema --output averaged
 
-exported/student.yaml and student.pth are for Detectron2 alone, for example its DefaultPredictor, unless a part of the
-model is kd_det's own (image classifiers, timm's networks, build_basic_resnet_fpn_backbone) or your plugin's; then this
-command and the YAML say what to import.
+exported/student.yaml and student.pth need only Detectron2, for example its DefaultPredictor, unless a part of the model
+belongs to kd_det (image classifiers, timm's networks, build_basic_resnet_fpn_backbone) or to a plugin; this command and
+the YAML then say what to import.
 
-exported/student.ts needs torch and torchvision alone. It maps one image, (3, H, W) float32 from 0 to 255, to a tuple of
-tensors. It takes one image at a time, of any size (a detector) or of the sample's size (an image classifier), on the
-kind of device that it was traced on. The export fails unless its results on the sample, and on another image made of
-it, equal the eager model's.
+exported/student.ts needs only torch and torchvision. It maps one image, (3, H, W) float32 from 0 to 255, to a tuple of
+tensors. It takes one image at a time, of any size (detectors) or of the sample's size (image classifiers), on the kind
+of device that it was traced on. The export fails unless its results equal those of the eager model, on the sample and
+on another image made from it.
 
-exported/backbone.pth, of an image classifier, is for MODEL.WEIGHTS of a detector with the same network, in Detectron2
-alone, too. Such a detector needs the classifier's INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD.
+exported/backbone.pth, for image classifiers only, serves as MODEL.WEIGHTS of a detector with the same backbone, with or
+without kd_det. Such a detector needs the classifier's INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD.
 """
 
 import argparse
@@ -31,16 +31,16 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     parser.add_argument("--run", metavar="FOLDER", help="output folder of a run: its config.yaml and newest checkpoint")
     parser.add_argument("--config-file", metavar="FILE", help="instead of --run, together with --weights")
     parser.add_argument("--weights", metavar="FILE", help="instead of --run, together with --config-file")
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights (SOLVER.EMA_DECAY of the run)")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to make")
+    parser.add_argument("--ema", action="store_true", help="export the averaged weights (SOLVER.EMA_DECAY of the run)")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to create")
     sample = parser.add_mutually_exclusive_group()
     sample.add_argument("--image", metavar="FILE", help="image to trace on (default: the first of DATASETS.TEST)")
     sample.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="trace on noise of this size instead"
     )
-    parser.add_argument("--no-torchscript", action="store_true", help="leave student.ts out")
+    parser.add_argument("--no-torchscript", action="store_true", help="do not write student.ts")
     parser.add_argument(
-        "--device", default="cpu", choices=["cpu", "cuda"], help="what student.ts will run on (%(default)s)"
+        "--device", default="cpu", choices=["cpu", "cuda"], help="device that student.ts will run on (%(default)s)"
     )
     add_plugin_argument(parser)
     return parser.parse_args(arguments)
@@ -61,9 +61,9 @@ def main(args: argparse.Namespace) -> None:
     cfg = read_student_config(config_file)
     sample = None if args.no_torchscript else read_sample(cfg, args.image, args.size)
     with naming(args.output):
-        done = export_student(cfg, weights, args.output, ema=args.ema, sample=sample, device=args.device)
-    print(f"{args.output}: {', '.join(done.files)}")
-    print(header(done.needs).replace("# ", ""), end="")
-    if done.tried:
-        sizes = " and ".join(f"{height} x {width}" for height, width in done.tried)
-        print(f"student.ts returns ({', '.join(done.outputs)}); equal to the eager model on images of {sizes}.")
+        exported = export_student(cfg, weights, args.output, ema=args.ema, sample=sample, device=args.device)
+    print(f"{args.output}: {', '.join(exported.files)}")
+    print(header(exported.needs).replace("# ", ""), end="")
+    if exported.tried:
+        sizes = " and ".join(f"{height} x {width}" for height, width in exported.tried)
+        print(f"student.ts returns ({', '.join(exported.outputs)}); equal to the eager model on images of {sizes}.")

@@ -3,7 +3,7 @@
     kd-det quickstart                   one seed, about eleven minutes on two cores
     kd-det quickstart --seeds 1 2 3     mean and spread over three students of each kind
 
-Run again after an interruption, it goes on where it was. Every step is a command that is printed before it runs.
+If it is interrupted, run it again: it continues where it stopped. Every step is a command, printed before it runs.
 """
 
 import argparse
@@ -12,15 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_det.commands.repeat import Call
+from kd_det.commands.calls import Call
 from kd_det.engine.arguments import make_parser
 from kd_det.engine.processes import INTERRUPTED, running_commands
 
 
 def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, prog)
-    parser.add_argument("--seeds", nargs="+", default=["1"], help="one student of each kind per seed (1)")
-    parser.add_argument("--jobs", default="2", help="students trained at a time (%(default)s)")
+    parser.add_argument("--seeds", nargs="+", default=["1"], help="train one student of each kind per seed (1)")
+    parser.add_argument("--jobs", default="2", help="students to train at a time (%(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -41,6 +41,6 @@ def main(args: argparse.Namespace) -> None:
             status = commands.wait(call.start(commands))
             if commands.interrupted:
                 sys.exit(INTERRUPTED)
-            if status:  # The command has said why.
+            if status:  # The command has printed why it failed.
                 sys.exit(status)
-    print("The same images, seen by all: output/quickstart/comparison/")
+    print("All models on the same images: output/quickstart/comparison/")

@@ -1,9 +1,9 @@
-"""Measure how alike the two halves of students' channels are, and each to the teacher's features: linear CKA.
+"""Measure the similarity (linear CKA) of the two halves of students' channels to each other and to the teacher.
 
     kd-det similarity --teacher output/teacher --feature res4 --run plain=output/plain --run IE=output/inherit_explore
 
-The teacher and each run are a FOLDER, the output folder of a training, or CONFIG:WEIGHTS. Several runs of one name
-become one row: mean and standard deviation. The halves are those of KD.INHERIT_EXPLORE.
+A SOURCE is the output folder of a training, or CONFIG:WEIGHTS. Runs with the same name share a row: mean and standard
+deviation. The halves are those of KD.INHERIT_EXPLORE.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     kd-det train --config-file reviewkd_r101_r18.yaml --resume
     kd-det train --config-file reviewkd_r101_r18.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 
-Any Detectron2 config becomes a distillation run with a teacher and heads named beside it:
+Any Detectron2 config becomes a distillation run if a teacher and heads are named:
 
     kd-det train --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml \\
         --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml --kd-heads ReviewKDHead
@@ -12,8 +12,8 @@ Any Detectron2 config becomes a distillation run with a teacher and heads named 
 On several GPUs: --num-gpus 8, or torchrun --nproc-per-node 8 -m kd_det train ..., or SLURM's srun with one task per
 GPU.
 
-SIGTERM, Ctrl-C and SIGUSR1 (SLURM: --signal=USR1@120) end a training after its iteration, with a checkpoint and status
-75; --resume goes on. A second Ctrl-C ends it at once.
+SIGTERM, Ctrl-C and SIGUSR1 (SLURM: --signal=USR1@120) stop a training after the current iteration, with a checkpoint
+and exit status 75; --resume continues it. A second Ctrl-C stops it at once.
 """
 
 import argparse

@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers import ROOT
 
-from kd_det.commands import repeat
+from kd_det.commands import repeat, trainings
+from kd_det.commands.calls import Call
 from kd_det.engine.arguments import training_parser
 from kd_det.engine.processes import INTERRUPTED
 from kd_det.errors import InputError
@@ -34,7 +35,7 @@ def test_a_student_may_have_a_recipe(tmp_path):
     assert args.student == [("a", configs), ("b", ("BCCD/student.yaml",))]
     assert args.opts == ["SEED", "1"]
     assert repeat.has_teacher(configs, ["KD.TEACHER.CONFIG_FILE", "BCCD/teacher.yaml"], "--student a")
-    call = repeat.Training(configs, tmp_path, ("SEED", "1")).call([], log=False, threads=None)
+    call = trainings.Training(configs, tmp_path, ("SEED", "1")).call([], log=False, threads=None)
     trained = training_parser(None).parse_args(call.arguments)
     assert (trained.config_file, trained.resume) == (list(configs), True)
     assert trained.opts == ["OUTPUT_DIR", str(tmp_path), "SEED", "1"]
@@ -58,7 +59,7 @@ VALID = ["--teacher", f"{ROOT}/configs/BCCD/teacher.yaml", "--student", STUDENT,
     ],
 )
 def test_mistakes_are_found_before_the_first_run(arguments, told, monkeypatch, capsys):
-    monkeypatch.setattr(repeat.Call, "start", lambda *_: pytest.fail("a run began"))
+    monkeypatch.setattr(Call, "start", lambda *_: pytest.fail("a run began"))
     with pytest.raises((InputError, SystemExit)) as error:
         repeat.main(repeat.parse_args([*VALID, *arguments]))
     assert told in f"{error.value} {capsys.readouterr().err}"
@@ -90,9 +91,9 @@ shutil.copy(Path(__file__).with_name("model_final.pth"), output)
 """
 REPEAT = """
 import sys
-from kd_det.commands import console, repeat
+from kd_det.commands import calls, console
 
-repeat.KD_DET = (sys.executable, sys.argv.pop(1))
+calls.KD_DET = (sys.executable, sys.argv.pop(1))
 console.run_command("repeat")
 """
 
@@ -155,7 +156,7 @@ def write_metrics(path, *rows, rest=""):
 
 
 def test_progress_of_a_training(tmp_path):
-    training = repeat.Training(("x.yaml",), tmp_path / "a_seed1", ())
+    training = trainings.Training(("x.yaml",), tmp_path / "a_seed1", ())
     assert training.progress() == "a_seed1 begins"
     write_metrics(tmp_path / "a_seed1/pretrain/metrics.json", {"iteration": 19, "eta_seconds": 61.7})
     assert training.progress() == "a_seed1/pretrain 19 (0:01:01)"
@@ -166,9 +167,9 @@ def test_progress_of_a_training(tmp_path):
 
 
 def test_a_log_file_is_not_flooded(capsys, monkeypatch):
-    progress = repeat.Progress()
+    progress = trainings.Progress()
     now = time.monotonic()
-    for second in range(2 * repeat.TELL + 9):
-        monkeypatch.setattr(repeat.time, "monotonic", lambda second=second: now + second)
+    for second in range(2 * trainings.LINE_PERIOD + 9):
+        monkeypatch.setattr(trainings.time, "monotonic", lambda second=second: now + second)
         progress.show(f"after {second} s")
     assert len(capsys.readouterr().out.splitlines()) == 2
