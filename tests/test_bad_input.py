@@ -111,8 +111,8 @@ def own_data(coco_folder, tmp_path):
         ),
         ({"TEST.AUG.ENABLED": True, "MODEL.KEYPOINT_ON": True}, [], "TEST.AUG.ENABLED: must be False for "),
         ({"DATALOADER.SAMPLER_TRAIN": "RandomSubsetTrainingSampler"}, [], "DATALOADER.SAMPLER_TRAIN: got "),
-        ({"MODEL.DEVICE": "gpu"}, [], "MODEL.DEVICE: 'gpu' is no device, such as cuda, cuda:1 or cpu."),
-        ({"MODEL.DEVICE": "meta"}, [], "MODEL.DEVICE: 'meta' is no device, such as cuda, cuda:1 or cpu."),
+        ({"MODEL.DEVICE": "gpu"}, [], "MODEL.DEVICE: 'gpu' is not a device such as cuda, cuda:1 or cpu."),
+        ({"MODEL.DEVICE": "meta"}, [], "MODEL.DEVICE: 'meta' is not a device such as cuda, cuda:1 or cpu."),
         (
             {"MODEL.BACKBONE.NAME": "resnet18"},
             [],

@@ -1,4 +1,4 @@
-"""A training that diverges: one line says all that is known and what helps, and --resume goes on from before it."""
+"""A training that diverges: one line reports the losses and the remedies, and --resume continues from before it."""
 
 import re
 
@@ -97,7 +97,7 @@ def test_the_run_goes_on_from_the_last_checkpoint_before(run, tmp_path, monkeypa
         told = diverge(run())
     assert re.search(r"iteration\W4", told)
     assert (folder / "last_checkpoint").read_text() == "model_0000002.pth"
-    assert f"diverged at {folder}/model_0000003.pth: --resume goes on from model_0000002.pth." in caplog.text
+    assert f"diverged at {folder}/model_0000003.pth: --resume continues from model_0000002.pth." in caplog.text
     train(run(), resume=True)
     resumed = torch.load(folder / "model_final.pth", weights_only=True)["model"]
     train(run(), resume=False)

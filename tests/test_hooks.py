@@ -108,7 +108,7 @@ def test_a_damaged_best_checkpoint_does_not_stop_a_run(cfg, evaluations, tmp_pat
         torch.save(others.get(damage, 5), path)
     evaluations[:] = [2.0, 1.0, 1.0]
     train(cfg, resume=True)
-    assert "How good the best checkpoint is cannot be read" in caplog.text
+    assert "The result of the best checkpoint cannot be read" in caplog.text
     assert best(tmp_path) == (2, 2.0)
 
 

@@ -39,7 +39,7 @@ def test_the_iteration_is_finished_and_saved(task, tmp_path, number, trainer):
     assert last(tmp_path / "cut" / ("pretrain" if trainer == STAGE else "")) == "model_0000002.pth"
     printed = (tmp_path / "cut.txt").read_text()
     assert f"{number.name}: the run ends when this iteration is saved.\n" in printed
-    assert "Interrupted after iteration 2, which is saved; --resume goes on." in printed
+    assert "Interrupted after iteration 2, which is saved; continue with --resume." in printed
     assert "Traceback" not in printed
     assert task.run("cut", resume=True) == 0
     assert task.run("whole") == 0

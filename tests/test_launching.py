@@ -40,7 +40,7 @@ def test_a_task_is_a_rank(path):
     expected = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     assert rank_of_task(SRUN) == expected | {"MASTER_ADDR": "gpu03", "MASTER_PORT": "23458"}
     scontrol.write_text("#!/bin/sh\nexit 1\n")
-    with pytest.raises(InputError, match=r"^MASTER_ADDR: not set, and scontrol cannot tell the first machine of gpu"):
+    with pytest.raises(InputError, match=r"^MASTER_ADDR: not set, and scontrol cannot find the first machine of gpu"):
         rank_of_task(SRUN)
 
 
@@ -77,7 +77,7 @@ def test_torchrun_started_by_srun_tells_the_rank(monkeypatch):
 
 
 def test_more_gpus_than_there_are():
-    with pytest.raises(InputError, match=r"^--num-gpus: 99 asked for, but this machine has \d+\.$"):
+    with pytest.raises(InputError, match=r"^--num-gpus: got 99, but this machine has \d+ GPUs\.$"):
         launch_workers(lambda args: None, parse("--num-gpus", "99"))
 
 
@@ -176,7 +176,7 @@ def be_killed(args):
     [
         (refuse, InputError, r"^KD.HEADS: this rank cannot$"),
         (break_down, torch.multiprocessing.ProcessRaisedException, "a defect"),
-        (be_killed, InputError, r"^process \d terminated with signal SIGKILL; what it said before tells why"),
+        (be_killed, InputError, r"^process \d terminated with signal SIGKILL; its earlier output says why"),
     ],
 )
 def test_how_a_spawned_rank_ends(monkeypatch, main, error, message):

@@ -40,7 +40,9 @@ def test_a_second_run_in_the_folder_ends_and_the_first_goes_on(task, tmp_path):
         logged = log.read_text()
         assert end(task.start("run", log="second")) == [1]
         holder = f"process {first.pid} on {os.uname().nodename}"
-        told = f"OUTPUT_DIR: {tmp_path}/run: another run writes there, {holder}; wait for its end, or end it, or choose"
+        told = (
+            f"OUTPUT_DIR: {tmp_path}/run: another run is writing there, {holder}; wait until it ends, end it, or choose"
+        )
         assert task.error("second").startswith(told)
         assert log.read_text() == logged
         os.kill(first.pid, signal.SIGCONT)

@@ -174,7 +174,7 @@ def test_a_damaged_stage_does_not_stop_the_run_after_it(make, tmp_path, caplog, 
             path.write_bytes(path.read_bytes()[:3000])
     train(cfg, resume=True)
     assert (tmp_path / "run" / FINAL).is_file()
-    unchecked = "whether the teacher is still that of the stage is not checked"
+    unchecked = "it is not checked whether the teacher is still that of the stage"
     assert (unchecked in caplog.text) == (left == "none")
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_generation_does_not_stop_those_after_it(make, tmp_path, caplo
     for path in (tmp_path / "run" / "gen_1").glob("*.pth"):
         flip(path)
     train(cfg, resume=True)
-    assert "Generation 1 is damaged, but the one after it is finished: --resume: " in caplog.text
+    assert "Generation 1 is damaged, but the next one is finished: --resume: " in caplog.text
     flip(tmp_path / "run" / "gen_2" / FINAL)
     with pytest.raises(InputError, match=r"^--resume: .*gen_1/model_final.pth: not a checkpoint"):
         train(cfg, resume=True)
@@ -211,10 +211,8 @@ def test_a_finished_part_says_that_it_stays_as_long_as_it_is(make, tmp_path, cap
     train(make(kind), resume=True)
     assert "is finished after" not in caplog.text
     train(make(kind, **{key: 6}), resume=True)
-    told = (
-        f"{key}: got 6, but {tmp_path}/run/{folder} is finished after 4 iterations and stays so; delete the folder to"
-    )
-    assert told in caplog.text
+    warning = f"{key}: got 6, but {tmp_path}/run/{folder} is finished after 4 iterations and stays as it is; delete"
+    assert warning in caplog.text
     assert load(tmp_path / "run" / folder / FINAL)["iteration"] == 3
 
 

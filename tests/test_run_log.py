@@ -53,19 +53,19 @@ def test_a_run_of_200_iterations_shows_fewer_than_80_lines(coco_folder, tmp_path
         "total_loss: ",
         "model_final.pth",
         f"{tmp_path}/run/log.txt",
-        "The results, in",
+        "Results in",
     ):
         assert shown in done.stdout
     log = (tmp_path / "run/log.txt").read_text()
     for detail in ("Environment info:", "Running with full config:", "Model:", "Average Precision", "copypaste: "):
         assert detail not in done.stdout
         assert detail in log
-    table = done.stdout.partition("The results, in")[2]
+    table = done.stdout.partition("Results in")[2]
     assert re.search(r"student +EMA +best bbox/AP\n", table)
     assert re.search(r"segm/AP50( +[\d.]+){3}\n", table)
     assert re.search(r"iteration +20 +20 +20\n", table)
     assert re.search(r"file +model_final.pth +model_final.pth \(ema\) +model_best.pth\n", table)
-    assert "The results, in" in log
+    assert "Results in" in log
 
 
 def test_an_evaluation_writes_beside_the_run(coco_folder, tmp_path, in_process, monkeypatch, capsys):

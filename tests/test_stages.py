@@ -200,7 +200,7 @@ def test_a_resumed_run_does_not_need_the_file_of_another_runs_stage(run, caplog)
         go(second)
     stage.unlink()
     go(second, resume=True)
-    assert f"{stage} is gone; whether the teacher is still that of the stage is not checked." in caplog.text
+    assert f"{stage} is gone, so it is not checked whether the teacher is still that of the stage." in caplog.text
 
 
 def test_a_stage_of_another_student_is_refused_where_it_trained_it(run):
@@ -240,7 +240,9 @@ def test_a_stage_of_a_teacher_that_was_trained_again_since(run, tmp_path):
     go(cfg)
     stage = str(Path(cfg.OUTPUT_DIR, "pretrain", FINAL))
     other = save_teacher(tmp_path / "own", tiny_cfg(options=WIDE), seed=5)
-    with pytest.raises(InputError, match=r"^KD.PRETRAIN: .* another teacher, .*teacher.pth, whose weights are others"):
+    with pytest.raises(
+        InputError, match=r"^KD.PRETRAIN: .* another teacher, .*teacher.pth, whose weights have changed"
+    ):
         go(run("second", **other, **{"KD.PRETRAIN.MAX_ITER": 0, "KD.PRETRAIN.WEIGHTS": stage}))
 
 
@@ -329,7 +331,7 @@ def test_a_first_teacher_of_another_kind_is_said(digits, tmp_path, caplog):
     )
     cfg.KD.GENERATIONS = 1
     train(cfg, resume=False)
-    assert "the first teacher is another network than the student; different are MODEL.CIFAR." in caplog.text
+    assert "the first teacher is a different network from the student; they differ in MODEL.CIFAR." in caplog.text
 
 
 def test_generations_cannot_share_a_stage(digits):

@@ -133,7 +133,7 @@ def test_classes_in_another_order(detector, check):
     _, messages = check(detector(), shift=1)
     assert messages[1] == "The teacher's box AP on these images: 0.00"
     assert "its box AP is 0.00, below 1.00. Likely causes: KD.TEACHER.WEIGHTS" in messages[2]
-    assert messages[2].endswith("its classes stand in another order.")
+    assert messages[2].endswith("its classes are in another order.")
 
 
 @pytest.mark.parametrize(("shift", "accuracy", "warnings"), [(0, "100.00", 0), (1, "0.00", 1)])
@@ -169,7 +169,7 @@ def test_a_run_with_a_teacher_that_knows_nothing(classifier, tmp_path):
     for name, count in (("with", 50), ("without", 0)):
         train_net("--config-file", config, "OUTPUT_DIR", tmp_path / name, "KD.TEACHER.SANITY_CHECK", count)
     logs = [(tmp_path / name / "log.txt").read_text() for name in ("with", "without")]
-    told = ["the teacher knows next to nothing of digits_test: its top-1 accuracy is" in log for log in logs]
+    told = ["the teacher has learned next to nothing about digits_test: its top-1 accuracy is" in log for log in logs]
     assert told == [True, False]
     assert same(final_state(tmp_path / "with"), final_state(tmp_path / "without"))
 
@@ -245,7 +245,7 @@ def compare(coco_folder, tmp_path, caplog):
 @pytest.mark.parametrize("name", ["theirs", "ours"])
 @pytest.mark.parametrize("kind", ["COCO_FORMAT", "VOC_FORMAT"])
 def test_the_same_classes_in_another_order(compare, kind, name):
-    told = r"have the same classes in another order than the student's, 'bar' for 'square', but AHead compares them"
+    told = r"list the same classes in another order than the student's, 'bar' for 'square', but AHead compares them"
     with pytest.raises(InputError, match=rf"^KD\.TEACHER\.CONFIG_FILE: the data sets of \S+teacher.yaml {told}"):
         compare(["bar", "triangle", "square"], kind=kind, name=name)
 

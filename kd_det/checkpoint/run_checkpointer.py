@@ -123,7 +123,7 @@ class KDCheckpointer(SafeCheckpointer):
         if earlier:
             newest = os.path.basename(max(earlier, key=iterations.__getitem__))
             self.tag_last_checkpoint(newest)
-            self.logger.warning("The training had diverged at %s: --resume goes on from %s.", last, newest)
+            self.logger.warning("The training had diverged at %s: --resume continues from %s.", last, newest)
         elif begun:
             os.remove(os.path.join(self.save_dir, TAG))
             self.logger.warning("The training had diverged at %s, its first checkpoint: --resume begins anew.", last)

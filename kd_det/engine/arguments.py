@@ -70,7 +70,7 @@ def training_parser(description: str | None, prog: str | None = None) -> ConfigF
         help="config: a file, or a name of the model zoo or of kd_det; further ones after it, such as "
         "recipes/reviewkd.yaml, are merged in order",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUTPUT_DIR")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in OUTPUT_DIR")
     parser.add_argument(
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST, train nothing"
     )
@@ -109,6 +109,6 @@ def add_plugin_argument(parser: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="Python file whose code is run first, with all your rights: it registers heads, backbones or the like; "
-        "repeat it for several",
+        help="Python file to run first, with all your rights, so that it can register heads, backbones and the like; "
+        "repeat the option for several files",
     )

@@ -49,7 +49,7 @@ class BestCheckpointer(HookBase):
                 self.results = dict(data.get("results", data["best"]))
         except (UnreadableError, AttributeError, LookupError, TypeError, ValueError) as error:
             logger.warning(
-                "How good the best checkpoint is cannot be read (%s: %s); the next evaluation replaces %s.",
+                "The result of the best checkpoint cannot be read (%s: %s), so the next evaluation replaces %s.",
                 type(error).__name__,
                 error,
                 path,
@@ -76,7 +76,7 @@ class BestCheckpointer(HookBase):
             )
         if results[self.metric] > self.best:
             self.best = float(results[self.metric])
-            logger.info("The best so far: %s is %.4f.", self.metric, self.best)
+            logger.info("Best so far: %s is %.4f.", self.metric, self.best)
             self.results = {name: float(value) for name, value in results.items()}
             self.iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
             best = {self.metric: self.best}

@@ -57,6 +57,6 @@ class Interruption(HookBase):
         if not any(comm.all_gather(bool(_received))) or trainer.iter == trainer.max_iter - 1:
             return
         trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
-        logger.warning("Interrupted after iteration %d, which is saved; --resume goes on.", trainer.iter)
+        logger.warning("Interrupted after iteration %d, which is saved; continue with --resume.", trainer.iter)
         comm.synchronize()  # A launcher kills the other processes when one has ended.
         raise SystemExit(INTERRUPTED)

@@ -36,7 +36,7 @@ def launch_workers(main: Callable[[Namespace], None], args: Namespace) -> None:
         run_rank(main, args)
         return
     if args.num_gpus > 1 and args.num_gpus > torch.cuda.device_count():
-        raise InputError(f"--num-gpus: {args.num_gpus} asked for, but this machine has {torch.cuda.device_count()}.")
+        raise InputError(f"--num-gpus: got {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs.")
     if args.num_gpus * args.num_machines <= 1:
         main(args)
         return
@@ -49,7 +49,7 @@ def launch_workers(main: Callable[[Namespace], None], args: Namespace) -> None:
     except ProcessExitedException as error:
         if error.exit_code == INTERRUPTED:
             sys.exit(INTERRUPTED)
-        raise InputError(f"{error}; what it said before tells why, if a signal did not end it.") from error
+        raise InputError(f"{error}; its earlier output says why, unless a signal ended it.") from error
     except ProcessRaisedException as error:
         message = find_message(str(error))
         if message is None:
@@ -160,6 +160,6 @@ def first_machine(machines: str) -> str:
         asked = subprocess.run(["scontrol", "show", "hostnames", machines], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise InputError(
-            f"MASTER_ADDR: not set, and scontrol cannot tell the first machine of {machines}; export its name."
+            f"MASTER_ADDR: not set, and scontrol cannot find the first machine of {machines}; export its name."
         ) from error
     return asked.stdout.split()[0]

@@ -46,7 +46,7 @@ def adapt_state(
             raise ValueError("its optimizer has other groups of parameters")
     different = set(names) ^ set(saved_names)
     if different:
-        raise ValueError(f"its optimizer trained other parameters: different are {shorten(sorted(different))}")
+        raise ValueError(f"its optimizer trained other parameters: the differences are {shorten(sorted(different))}")
     order = {name: i for i, name in enumerate(saved_names)}
     saved_groups = {i: group for group in saved["param_groups"] for i in group["params"]}
     changes: Counter[tuple[str, Any, Any]] = Counter()

@@ -47,8 +47,8 @@ def _claim(folder: str) -> str:
         _claims[key] = Lock(folder)
     except BlockingIOError as error:
         return (
-            f"{folder}: another run writes there, {error.strerror}; wait for its end, or end it, or choose another "
-            "folder."
+            f"{folder}: another run is writing there, {error.strerror}; wait until it ends, end it, or choose "
+            "another folder."
         )
     if _claims[key].doubt:
         logger.warning(

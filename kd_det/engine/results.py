@@ -60,7 +60,7 @@ class ClosingTable(HookBase):
     def after_train(self) -> None:
         results = flatten_results_dict(getattr(self.trainer, "_last_eval_results", {}))
         if self.trainer.iter >= self.trainer.max_iter and results:  # The run was not interrupted.
-            logger.info("The results, in %s:\n%s", self.trainer.cfg.OUTPUT_DIR, closing_table(self.columns(results)))
+            logger.info("Results in %s:\n%s", self.trainer.cfg.OUTPUT_DIR, closing_table(self.columns(results)))
 
     def columns(self, results: Mapping[str, float]) -> dict[str, dict[str, object]]:
         """Maps the title of each model to its metrics, its iteration and its file.

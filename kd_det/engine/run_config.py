@@ -1,4 +1,4 @@
-"""Make the config of a run from the command line, and check it before anything is built."""
+"""Makes the config of a run from the command line, and checks it before anything is built."""
 
 import argparse
 import logging
@@ -27,7 +27,7 @@ from kd_det.engine.cli import import_plugin
 from kd_det.engine.evaluation import check_evaluation
 from kd_det.engine.launching import use_own_gpu
 from kd_det.engine.output_folder import claim
-from kd_det.engine.run_log import kept_back, log_again, start_logging
+from kd_det.engine.run_log import deferring_log, log_again, start_logging
 from kd_det.errors import InputError
 from kd_det.files import write_whole
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Make the config of a run from the command line, check its data sets, and start logging.
+    """Makes the config of a run from the command line, checks its data sets, and starts logging.
 
     Args:
-        args: Of Detectron2's ``default_argument_parser`` with :func:`add_distillation_arguments`.
+        args: Arguments of Detectron2's ``default_argument_parser`` with :func:`add_distillation_arguments`.
 
     Raises:
         InputError: If a file, a key or a data set is wrong, or another run writes into the output folder.
@@ -53,9 +53,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg, files = make_config(args), config_files(args)
     beside = args.eval_only and not args.resume and "OUTPUT_DIR" not in args.opts[::2] and write_beside_weights(cfg)
     check_run(cfg, f"{describe_files(files)} with the overrides")
-    with kept_back() as messages:
+    with deferring_log() as messages:
         if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
-            logger.warning("MODEL.DEVICE: this machine has no GPU, going on with cpu instead of %s.", cfg.MODEL.DEVICE)
+            logger.warning("MODEL.DEVICE: this machine has no GPU; using cpu instead of %s.", cfg.MODEL.DEVICE)
             cfg.MODEL.DEVICE = "cpu"
         use_own_gpu(cfg.MODEL.DEVICE)
         register_datasets(cfg)
@@ -70,27 +70,27 @@ def setup(args: argparse.Namespace) -> CfgNode:
         claim(cfg.OUTPUT_DIR)
     start_logging(cfg.OUTPUT_DIR)
     log_again(messages)
-    with kept(Path(cfg.OUTPUT_DIR, "config.yaml")):
-        # It logs what a single file says.
+    with preserve_file(Path(cfg.OUTPUT_DIR, "config.yaml")):
+        # Detectron2 logs the text of a single file.
         single = find_config(*files) if len(files) == 1 else ""
         default_setup(cfg, argparse.Namespace(**vars(args) | {"config_file": single}))
     if len(files) > 1:
         logger.info("Config files, each of which overrides those before it: %s", ", ".join(files))
     if beside:
         logger.info("The evaluation writes into %s, the folder of the run that it evaluates.", cfg.OUTPUT_DIR)
-    logger.info("The log with all details, environment and config among them: %s", Path(cfg.OUTPUT_DIR, "log.txt"))
+    logger.info("The log with all details, including environment and config: %s", Path(cfg.OUTPUT_DIR, "log.txt"))
     warn_of_idle_heads(cfg)
     return cfg
 
 
 def write_beside_weights(cfg: CfgNode) -> bool:
-    """Let an evaluation write into the folder of the run whose checkpoint it evaluates.
+    """Makes an evaluation write into the folder of the run whose checkpoint it evaluates.
 
     Args:
         cfg: The config, whose OUTPUT_DIR is changed.
 
     Returns:
-        Whether MODEL.WEIGHTS lies in the folder of a run, which can be written to.
+        Whether MODEL.WEIGHTS lies in the folder of a run, and that folder is writable.
     """
     folder = os.path.dirname(cfg.MODEL.WEIGHTS) or "."
     if not os.path.isfile(os.path.join(folder, "config.yaml")) or not os.access(folder, os.W_OK):
@@ -100,10 +100,10 @@ def write_beside_weights(cfg: CfgNode) -> bool:
 
 
 def check_run(cfg: CfgNode, source: str) -> None:
-    """Check keys with which Detectron2 would stop late, without naming them, or do something else.
+    """Checks keys whose wrong values Detectron2 would report late, without naming them, or would misinterpret.
 
     Args:
-        source: What the config was read from, for messages.
+        source: Source of the config, for messages.
 
     Raises:
         InputError: If a value is not allowed.
@@ -117,11 +117,11 @@ def check_run(cfg: CfgNode, source: str) -> None:
     except RuntimeError:
         computes = False
     if not computes:
-        raise InputError(f"MODEL.DEVICE: {cfg.MODEL.DEVICE!r} is no device, such as cuda, cuda:1 or cpu.")
+        raise InputError(f"MODEL.DEVICE: {cfg.MODEL.DEVICE!r} is not a device such as cuda, cuda:1 or cpu.")
 
 
 def warn_of_idle_heads(cfg: CfgNode) -> None:
-    """Warn of heads without a teacher, and of those that never have their weight, or their full one, in the run."""
+    """Warns about heads without a teacher, and about heads that never reach their full weight before the run ends."""
     if cfg.KD.HEADS and cfg.MODEL.META_ARCHITECTURE not in DISTILLED:
         logger.warning(
             "KD.HEADS: the run does not use %s, because MODEL.META_ARCHITECTURE is %s; name a student's config before "
@@ -148,8 +148,8 @@ def warn_of_idle_heads(cfg: CfgNode) -> None:
 
 
 @contextmanager
-def kept(path: Path) -> Iterator[None]:
-    """Around what overwrites a file that shall stay as it is, if it is there."""
+def preserve_file(path: Path) -> Iterator[None]:
+    """Restores an existing file afterwards if the block overwrites it."""
     before = path.read_bytes() if path.is_file() else None
     yield
     if before is not None and comm.is_main_process():
@@ -157,7 +157,7 @@ def kept(path: Path) -> Iterator[None]:
 
 
 def make_config(args: argparse.Namespace) -> CfgNode:
-    """Make the config that the command line describes: its files, the arguments of distillation, the overrides.
+    """Makes the config of the command line from its files, its arguments for distillation and its overrides.
 
     Raises:
         InputError: If a file, a key or a value is wrong, or a student is to be taught without a teacher or heads.
@@ -181,27 +181,27 @@ def make_config(args: argparse.Namespace) -> CfgNode:
 
 
 def config_files(args: argparse.Namespace) -> list[str]:
-    """Return the names of all config files; Detectron2's ``default_argument_parser`` gives a single one as a string."""
+    """Returns the names of all config files; Detectron2's own parser gives a single one as a string."""
     given = [args.config_file] if isinstance(args.config_file, str) else args.config_file
     return [name for name in given if name]
 
 
 def describe_files(files: Sequence[str]) -> str:
-    """Return a name for what the files say together, for messages."""
+    """Describes the config that the files give together, for messages."""
     return " with ".join(files) or "the config"
 
 
 def named_heads(args: argparse.Namespace) -> list[str] | None:
-    """Return the heads that ``--kd-heads`` names; None if it is not given."""
+    """Returns the heads that ``--kd-heads`` names; None if it is not given."""
     return None if args.kd_heads is None else [name.strip() for name in args.kd_heads.split(",") if name.strip()]
 
 
 def add_teacher(cfg: CfgNode, source: str) -> None:
-    """Turn the config of a plain student into that of the student beside its teacher.
+    """Turns the config of a plain student into that of a student with a teacher.
 
     Args:
-        cfg: The config, which names the teacher and the heads already.
-        source: What the config was read from, for messages.
+        cfg: The config, which already names the teacher and the heads.
+        source: Source of the config, for messages.
 
     Raises:
         InputError: If it names no teacher or no head.
@@ -224,11 +224,11 @@ def add_teacher(cfg: CfgNode, source: str) -> None:
 
 
 def adapt_head(cfg: CfgNode, node: CfgNode, default: CfgNode) -> None:
-    """Let a head's defaults, which are those of an R-CNN with FPN, name what the student has.
+    """Adapts a head's defaults, which suit an R-CNN with FPN, to the feature maps of the student.
 
     Args:
         cfg: The run's config.
-        node: The head's, which is changed; what is not the default stays.
+        node: The head's node, which is changed in place; values other than the defaults stay.
         default: The head's defaults.
     """
     tap = find_tap(META_ARCH_REGISTRY.get(cfg.KD.STUDENT_ARCHITECTURE))
@@ -240,24 +240,24 @@ def adapt_head(cfg: CfgNode, node: CfgNode, default: CfgNode) -> None:
     levels = tap.feature_levels(cfg)
     known = {*levels, *tap.box_features, *(cfg.MODEL.FPN.IN_FEATURES or cfg.MODEL.RESNETS.OUT_FEATURES)}
     if not set(default.IN_FEATURES) <= known:
-        # Stages that exist stay; other maps give way to all that the model predicts from.
+        # Existing stages are kept; otherwise all levels that the model predicts from are used.
         stages = [name for name in default.IN_FEATURES if name.startswith("res") and name in known]
         node.IN_FEATURES = stages or levels
 
 
 def epochs_to_iterations(cfg: CfgNode, images: int) -> None:
-    """Turn a schedule in epochs into one in iterations; see ``SOLVER.IN_EPOCHS``.
+    """Converts a schedule in epochs to iterations; see ``SOLVER.IN_EPOCHS``.
 
     Args:
-        cfg: The config, which is changed.
+        cfg: The config, which is changed in place.
         images: Number of training images.
 
     Raises:
-        InputError: If the run would have no iteration.
+        InputError: If the run would have no iterations.
     """
 
     def iterations(epochs: float) -> int:
-        # What shall happen after a part of an iteration happens after each one.
+        # An interval shorter than an iteration is rounded up to one iteration.
         return max(round(epochs * images / solver.IMS_PER_BATCH), 1) if epochs > 0 else int(epochs)
 
     solver = cfg.SOLVER
@@ -273,5 +273,5 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> None:
             node[key] = iterations(node[key])
     solver.STEPS = tuple(map(iterations, solver.STEPS))
     cfg.KD.PRETRAIN.STEPS = list(map(iterations, cfg.KD.PRETRAIN.STEPS))
-    # What is saved beside the checkpoints counts in iterations.
+    # The config that is saved alongside the checkpoints counts in iterations.
     solver.IN_EPOCHS = False

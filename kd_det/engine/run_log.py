@@ -47,7 +47,7 @@ def is_for_terminal(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def kept_back() -> Iterator[list[logging.LogRecord]]:
+def deferring_log() -> Iterator[list[logging.LogRecord]]:
     """Collects messages instead of showing them until the log is started; :func:`log_again` then logs them."""
     handler = MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize)
     loggers = [logging.getLogger(name) for name in ("detectron2", "kd_det")]
@@ -64,7 +64,7 @@ def kept_back() -> Iterator[list[logging.LogRecord]]:
 
 
 def log_again(records: Iterable[logging.LogRecord]) -> None:
-    """Logs the messages that :func:`kept_back` has collected."""
+    """Logs the messages that :func:`deferring_log` has collected."""
     for record in records:
         logging.getLogger(record.name).handle(record)
 

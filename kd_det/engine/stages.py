@@ -53,7 +53,7 @@ def train(cfg: CfgNode, *, resume: bool, begin: Callable[[], None] | None = None
     if asked and TeacherStudent.__name__ != cfg.MODEL.META_ARCHITECTURE:
         raise InputError(
             f"KD.PRETRAIN: got {asked}, but MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; only "
-            f"{TeacherStudent.__name__} has a stage before the main run."
+            f"{TeacherStudent.__name__} has a pre-training stage."
         )
     if cfg.KD.GENERATIONS:
         train_generations(cfg, resume=resume, begin=begin)
@@ -95,7 +95,7 @@ def warn_of_length(cfg: CfgNode, done: int, *, key: str) -> None:
     asked = Trainer.auto_scale_workers(cfg, comm.get_world_size()).SOLVER.MAX_ITER
     if asked != done:
         logger.warning(
-            "%s: got %d, but %s is finished after %d iterations and stays so; delete the folder to train it anew.",
+            "%s: got %d, but %s is finished after %d iterations and stays as it is; delete the folder to train again.",
             key,
             asked,
             cfg.OUTPUT_DIR,
@@ -191,10 +191,10 @@ class TeacherIdentity:
     def load_state_dict(self, state: dict[str, str]) -> None:
         if state["sha256"] != self.teacher.fingerprint():
             source, before = self.teacher.source, state["source"]
-            but = "whose weights are others now" if source == before else f"not with {source}"
+            but = "whose weights have changed" if source == before else f"not with {source}"
             raise InputError(
-                f"KD.PRETRAIN: the stage was trained with another teacher, {before}, {but}; train it again, or take "
-                "the teacher of before."
+                f"KD.PRETRAIN: the stage was trained with another teacher, {before}, {but}; train it again, or use "
+                "the previous teacher."
             )
 
 
@@ -208,8 +208,8 @@ def check_stage(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
     asked = cfg.KD.PRETRAIN.MAX_ITER > 0 or cfg.KD.PRETRAIN.WEIGHTS
     if staged and not asked:
         raise InputError(
-            f"KD.PRETRAIN.MAX_ITER: {', '.join(staged)} must be trained before the main run; give the stage "
-            "iterations, or a finished one as KD.PRETRAIN.WEIGHTS."
+            f"KD.PRETRAIN.MAX_ITER: {', '.join(staged)} must be trained before the main run; set it, or "
+            "name a finished stage in KD.PRETRAIN.WEIGHTS."
         )
     if asked and not staged:
         raise InputError(
@@ -231,7 +231,7 @@ def pretrain(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) -> str:
     stage_cfg = stage_config(cfg, folder)
     done = finished_iterations(folder) if resume else 0
     if done:
-        logger.info("The stage before the main run is finished: %s", folder / FINAL)
+        logger.info("The pre-training stage is finished: %s", folder / FINAL)
         warn_of_length(stage_cfg, done, key="KD.PRETRAIN.MAX_ITER")
     needed = not (resume and read_tag(cfg.OUTPUT_DIR))
     if done or not (needed or read_tag(folder)):
@@ -244,10 +244,10 @@ def pretrain(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) -> str:
     except UnreadableError as error:
         if needed:
             raise
-        logger.warning("The main run has begun, and goes on without what is left of its stage: %s", error)
+        logger.warning("The main run has begun and continues without its pre-training stage: %s", error)
         return str(folder / FINAL)
     begin()
-    logger.info("The stage before the main run, in %s", folder)
+    logger.info("Pre-training in %s", folder)
     log_summary(trainer)
     trainer.train()
     return str(folder / FINAL)
@@ -287,7 +287,7 @@ def load_stage(model: TeacherStudent, path: str, *, check_only: bool = False) ->
         if not check_only:
             raise
         state = f"damaged ({error})" if Path(path).is_file() else "gone"
-        logger.warning("%s is %s; whether the teacher is still that of the stage is not checked.", path, state)
+        logger.warning("%s is %s, so it is not checked whether the teacher is still that of the stage.", path, state)
         return
     _, matched, total = checkpointer.loaded
     if trained and matched < total:
@@ -326,7 +326,7 @@ def train_generations(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) 
     different = [key for key in texts[0] if texts[0][key] != texts[1][key]]
     if different:
         logger.warning(
-            "KD.GENERATIONS: the first teacher is another network than the student; different are MODEL.%s.",
+            "KD.GENERATIONS: the first teacher is a different network from the student; they differ in MODEL.%s.",
             ", MODEL.".join(different),
         )
     for generation in range(1, cfg.KD.GENERATIONS + 1):
@@ -344,7 +344,7 @@ def train_generations(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) 
         except UnreadableError as error:
             if not (resume and finished_iterations(generation_config(cfg, generation + 1).OUTPUT_DIR)):
                 raise
-            logger.warning("Generation %d is damaged, but the one after it is finished: %s", generation, error)
+            logger.warning("Generation %d is damaged, but the next one is finished: %s", generation, error)
 
 
 def begin_generation(begin: Callable[[], None], cfg: CfgNode) -> None:

@@ -48,7 +48,7 @@ def check_class_order(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
     reordered = set(student) == set(teacher)
     message = (
         f"KD.TEACHER.CONFIG_FILE: the data sets of {cfg.KD.TEACHER.CONFIG_FILE} "
-        f"{'have the same classes in another order' if reordered else 'name other classes'} than the student's, "
+        f"{'list the same classes in another order' if reordered else 'name other classes'} than the student's, "
         f"{different[0][1]!r} for {different[0][0]!r}, but {', '.join(comparing)} compares them one by one. If these "
         "are not the teacher's data, set KD.TEACHER.OPTS to [DATASETS.TEST, [], DATASETS.TRAIN, []]."
     )
@@ -133,10 +133,10 @@ def report(metric: str, value: float, least: float, dataset: str) -> None:
     logger.info("The teacher's %s on these images: %.2f", metric, value)
     if value < least:
         logger.warning(
-            "KD.TEACHER.SANITY_CHECK: the teacher knows next to nothing of %s: its %s is %.2f, below %.2f. Likely "
-            "causes: KD.TEACHER.WEIGHTS is of another model or not trained; INPUT.FORMAT, MODEL.PIXEL_MEAN or "
-            "MODEL.PIXEL_STD of its config are not those that it was trained with (RGB for BGR, 0 to 1 for 0 to 255); "
-            "its classes stand in another order.",
+            "KD.TEACHER.SANITY_CHECK: the teacher has learned next to nothing about %s: its %s is %.2f, below %.2f. "
+            "Likely causes: KD.TEACHER.WEIGHTS belongs to another model or is not trained; INPUT.FORMAT, "
+            "MODEL.PIXEL_MEAN or MODEL.PIXEL_STD of its config are not those that it was trained with (RGB for BGR, 0 "
+            "to 1 for 0 to 255); its classes are in another order.",
             dataset,
             metric,
             value,

@@ -132,7 +132,9 @@ class Trainer(DefaultTrainer):
         with loading_checkpoint("--resume", self.cfg.OUTPUT_DIR) if resume else nullcontext():
             super().resume_or_load(resume)
         if len(set(comm.all_gather(self.start_iter))) > 1:
-            raise InputError(f"--resume: the processes find different checkpoints in {self.cfg.OUTPUT_DIR}; share it.")
+            raise InputError(
+                f"--resume: the processes find different checkpoints in {self.cfg.OUTPUT_DIR}; they must share it."
+            )
         if isinstance(self.plain_model, MutualStudents) and self.start_iter == 0:
             load_peer_weights(self.plain_model.students, self.plain_model.configs)
         batches = self._trainer.data_loader.batch_sampler
@@ -229,7 +231,7 @@ class Trainer(DefaultTrainer):
             logger.warning("SEED: %d instead of %d from here on, as the config says.", self.seed, state_dict["seed"])
         if state_dict["processes"] != comm.get_world_size():
             logger.warning(
-                "Resumed by %d process(es) instead of %d: the order of the images and the random numbers are others.",
+                "Resumed by %d process(es) instead of %d: the order of the images and the random numbers differ.",
                 comm.get_world_size(),
                 state_dict["processes"],
             )
