@@ -340,7 +340,7 @@ def _find_beside(loaded: Any, folder: str) -> None:
             part[name] = list(map(find, part[name])) if isinstance(part[name], list) else find(part[name])
 
 
-def merge_list(cfg: CfgNode, options: list, key: str) -> None:
+def merge_list(cfg: CfgNode, options: Sequence, key: str) -> None:
     """Merges [KEY, VALUE, KEY, VALUE, ...] into a config.
 
     Args:
