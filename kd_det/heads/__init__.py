@@ -10,10 +10,13 @@ from kd_det.heads.build import (
     check_signals,
     freeze_pretrained,
 )
+from kd_det.heads.channel_wise import ChannelWiseHead
 from kd_det.heads.factor_transfer import FactorTransferHead
 from kd_det.heads.hint import HintHead
 from kd_det.heads.inherit_explore import InheritExploreHead
+from kd_det.heads.masked_generation import MaskedGenerationHead
 from kd_det.heads.overhaul import OverhaulHead
+from kd_det.heads.pearson import PearsonHead
 from kd_det.heads.review import ReviewKDHead
 from kd_det.heads.soft_target import SoftTargetHead
 from kd_det.heads.softmax_regression import SoftmaxRegressionHead
@@ -22,10 +25,13 @@ __all__ = [
     "ActivationBoundaryHead",
     "AttentionTransferHead",
     "BornAgainHead",
+    "ChannelWiseHead",
     "FactorTransferHead",
     "HintHead",
     "InheritExploreHead",
+    "MaskedGenerationHead",
     "OverhaulHead",
+    "PearsonHead",
     "ReviewKDHead",
     "SoftTargetHead",
     "SoftmaxRegressionHead",
