@@ -1,4 +1,4 @@
-"""Several models as one: the mean of class probabilities, and fused boxes."""
+"""Tests ensembles: the mean of class probabilities, and fused boxes."""
 
 import sys
 
@@ -24,7 +24,7 @@ def detections(boxes, scores, classes, size=SIZE):
 
 @pytest.fixture
 def ensemble():
-    """Gives an ensemble of detectors, each of which finds what it is told, and what this ensemble finds."""
+    """Returns a function that fuses the given detections of several detectors."""
 
     def join(*found, **options):
         models = [build(tiny_cfg("retinanet")) for _ in found]
@@ -48,13 +48,14 @@ def test_classifiers_by_hand():
 
 
 def test_boxes_by_hand(ensemble):
-    """Two models see one object, with 0.9 and 0.3; a box of another class and one far away stand alone."""
+    """Two models detect one object, with scores 0.9 and 0.3; two other boxes match nothing, by class or place."""
     joined = ensemble(
         detections([[10, 10, 30, 40], [60, 10, 90, 40]], [0.9, 0.8], [1, 0]),
         detections([[14, 10, 30, 40], [10, 10, 30, 40]], [0.3, 0.2], [1, 2]),
     )
     assert joined.image_size == SIZE
-    # corners weighted 3 to 1; the mean of both scores. What one of two models found has half of its score.
+    # Corners are weighted 3 to 1, and scores are averaged. An object that only one of two models found has half its
+    # score.
     expected = [[11, 10, 30, 40], [60, 10, 90, 40], [10, 10, 30, 40]]
     order = joined.scores.argsort(descending=True)
     assert order.tolist() == [0, 1, 2]
@@ -66,7 +67,7 @@ def test_boxes_by_hand(ensemble):
 
 def test_threshold_and_number_of_detections(ensemble):
     found = [detections([[10, 10, 30, 40]], [score], [1]) for score in (0.9, 0.3)]
-    found[1].pred_boxes.tensor[0, 0] = 14  # they overlap by 16 / 20
+    found[1].pred_boxes.tensor[0, 0] = 14  # The boxes overlap by 16 / 20.
     assert len(ensemble(*found, iou_threshold=0.79)) == 1
     assert len(ensemble(*found, iou_threshold=0.81)) == 2
     best = ensemble(*found, iou_threshold=0.81, detections_per_image=1)
@@ -82,8 +83,8 @@ def test_images_without_detections(ensemble):
 
 
 @pytest.mark.parametrize("family", ["mask_rcnn", "retinanet"])
-def test_one_model_finds_what_it_finds_alone(family):
-    """In pixels of the output image, which is twice as large as the input here; without masks."""
+def test_an_ensemble_of_one_model_finds_what_the_model_finds(family):
+    """Boxes are in pixels of the output image, which is twice as large as the input here; masks are dropped."""
     inputs = [{**x, "height": 2 * x["height"], "width": 2 * x["width"]} for x in tiny_inputs()]
     options = {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0, "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0}
     model = build(tiny_cfg(family, options)).eval()
@@ -97,14 +98,14 @@ def test_one_model_finds_what_it_finds_alone(family):
         torch.testing.assert_close(joined.pred_boxes.tensor, alone.pred_boxes.tensor, atol=1e-3, rtol=0)
 
 
-def test_families_and_trained_students_may_be_mixed():
+def test_different_detectors_can_be_combined():
     models = [build(tiny_cfg()), build(tiny_cfg("retinanet")), build(distilled_cfg({}, []))]
     found = Ensemble(models)(tiny_inputs())
     assert [x["instances"].image_size for x in found] == [(64, 96), (56, 80)]
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (list, "it needs at least one model, got none"),
         (
@@ -118,12 +119,12 @@ def test_families_and_trained_students_may_be_mixed():
     ],
     ids=["none", "classes", "kinds"],
 )
-def test_models_that_do_not_fit(make, told):
-    with pytest.raises(InputError, match=f"^Ensemble: .*{told}"):
+def test_models_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(InputError, match=f"^Ensemble: .*{message}"):
         Ensemble(make())
 
 
-def test_package_that_is_missing(monkeypatch):
+def test_missing_package_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "ensemble_boxes", None)
     with pytest.raises(InputError, match=r"^Ensemble: detectors need ensemble-boxes .*: pip install ensemble-boxes\."):
         Ensemble([build(tiny_cfg("retinanet"))])

@@ -1,4 +1,4 @@
-"""kd-det concepts: visual concepts of runs, over their checkpoints."""
+"""Tests kd-det concepts, which measures visual concepts of runs over their checkpoints."""
 
 import math
 from pathlib import Path
@@ -22,7 +22,7 @@ SEARCH = {"images": 3, "grid": 4, "steps": 4, "copies": 4}
 
 @pytest.fixture
 def classifier(tmp_path, save_run):
-    """A run of two checkpoints, the last of which is there twice: with its number, and as model_final.pth."""
+    """Writes a run with two checkpoints; the last one exists twice, under its number and as model_final.pth."""
     cfg = classifier_cfg(options=DIGITS)
     folder = save_run(tmp_path / "run", cfg)
     for name, iteration in (("model_0000002", 2), ("model_final", 2)):
@@ -38,22 +38,22 @@ def test_metrics_of_a_classifier(classifier):
     assert 0 < found["N_fg"]["mean"] + found["N_bg"]["mean"] <= 16
     assert 0 <= found["lambda"]["mean"] <= 1
     assert 0 <= found["rho"]["mean"] <= 1
-    # The way to the second and last checkpoint, or no way at all.
+    # The weights moved to the second and last checkpoint, or not at all.
     models = [torch.load(f"{classifier}/model_000000{i}.pth")["model"] for i in (1, 2)]
     names = [name for name in models[0] if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     first, last = (torch.cat([model[name].flatten().double() for name in names]) for model in models)
     share = found["D_mean"]["mean"] / ((last - first).norm() / first.norm()).item()
-    assert round(3 * share, 4) in (0, 1, 2, 3)  # of three images
+    assert round(3 * share, 4) in (0, 1, 2, 3)  # There are three images.
 
 
 def scripted(monkeypatch, *found):
-    """Let the search give these entropies, one after the other."""
+    """Makes the search return these entropies, one after the other."""
     answers = iter(found)
     monkeypatch.setattr(concepts, "measure_entropies", lambda *_, **__: next(answers))
 
 
 def entropies(*cells):
-    """0 but for some cells, where it is -1."""
+    """Returns entropies that are -1 in the given cells, and 0 elsewhere."""
     found = torch.zeros(16, 16)
     for row, column in cells:
         found[row, column] = -1
@@ -61,25 +61,26 @@ def entropies(*cells):
 
 
 def test_known_concepts(classifier, monkeypatch):
-    """Of three images one does not answer; one loses a concept on its object, one gains one there and one beside it."""
+    """One of three images does not respond; one loses a concept on its object, one gains one there and one outside."""
     nothing = torch.full((16, 16), math.nan)
     first = entropies((5, 5), (5, 6), (0, 0)), entropies((8, 8)), nothing
     last = entropies((5, 5), (0, 0)), entropies((8, 8), (9, 9), (15, 15)), nothing
     scripted(monkeypatch, *first, *last)
-    found = {name: x["mean"] for name, x in compare_concepts([("a", classifier)], "res4", images=3)["a"].items()}
-    way = found.pop("D_mean") * 2  # Of the first image none, of the second all of it.
-    assert found.pop("D_std") == pytest.approx((way / 2) ** 2)
-    assert found == pytest.approx({"N_fg": 1.5, "N_bg": 1.0, "lambda": (1 / 2 + 2 / 3) / 2, "rho": (1 / 2 + 1) / 2})
+    metrics = {name: x["mean"] for name, x in compare_concepts([("a", classifier)], "res4", images=3)["a"].items()}
+    # The first image had the most concepts at the first checkpoint, the second image at the last one.
+    distance = metrics.pop("D_mean") * 2
+    assert metrics.pop("D_std") == pytest.approx((distance / 2) ** 2)
+    assert metrics == pytest.approx({"N_fg": 1.5, "N_bg": 1.0, "lambda": (1 / 2 + 2 / 3) / 2, "rho": (1 / 2 + 1) / 2})
 
 
-def test_images_that_all_do_not_answer(classifier, monkeypatch):
+def test_a_feature_that_responds_to_no_image_is_refused(classifier, monkeypatch):
     scripted(monkeypatch, *[torch.full((16, 16), math.nan)] * 6)
     with pytest.raises(InputError, match=r"^--feature: res4 of 'a' does not change with any of the images\.$"):
         compare_concepts([("a", classifier)], "res4", images=3)
 
 
 def test_checkpoints_of_an_earlier_run_are_left_out(classifier):
-    """A longer run was in the folder before; a later checkpoint of it is none of this run's."""
+    """The folder still has a later checkpoint of a longer run."""
     for name, run, iteration in (("model_0000001", "new", 1), ("model_0000009", "old", 9), ("model_final", "new", 2)):
         torch.save({"model": {}, "iteration": iteration, "trainer": {"run": run}}, f"{classifier}/{name}.pth")
     names = [Path(path).stem for path in find_checkpoints(classifier)]
@@ -87,13 +88,13 @@ def test_checkpoints_of_an_earlier_run_are_left_out(classifier):
 
 
 def test_no_image_counts_twice(coco_folder, tmp_path, save_run, monkeypatch):
-    """There are four images, and twenty are asked for."""
+    """Twenty images are requested, but there are only four."""
     folder = save_run(tmp_path / "run", with_data(tiny_cfg(), coco_folder, tmp_path))
     scripted(monkeypatch, *[entropies((0, 0))] * 4)
     compare_concepts([("a", folder)], "p3", images=20)
 
 
-def test_one_checkpoint_tells_nothing_of_learning(classifier, run_tool, capsys):
+def test_a_single_checkpoint_shows_no_learning(classifier, run_tool, capsys):
     source = f"{classifier}/config.yaml:{classifier}/model_final.pth"
     options = [part for key, value in SEARCH.items() for part in (f"--{key}", str(value))]
     run_tool("concepts", "--feature", "pooled", *options, "--run", f"one={source}", "--run", f"all={classifier}")
@@ -115,10 +116,11 @@ def test_metrics_of_a_detector(feature, coco_folder, tmp_path, save_run):
     assert math.isnan(found["rho"]["mean"])
 
 
-def test_foreground_is_where_boxes_hold_the_centres_of_cells():
-    """An image of 80 x 40 pixels, shown at half its size: cells of 10 x 5 pixels."""
+def test_foreground_is_the_cells_whose_centres_lie_in_boxes():
+    """An image of 80 x 40 pixels is resized to half its size; cells have 10 x 5 pixels."""
     sample = {"image": torch.zeros(3, 20, 40), "height": 40, "width": 80}
-    boxes = [[0, 0, 31, 29], [70, 30, 10, 9]]  # to x 15.5 and y 14.5; from x 35 and y 15 to 19.5
+    # The first box reaches to x 15.5 and y 14.5, the second one from x 35 and y 15 to y 19.5.
+    boxes = [[0, 0, 31, 29], [70, 30, 10, 9]]
     record = {"annotations": [{"bbox": box, "bbox_mode": BoxMode.XYWH_ABS} for box in boxes]}
     found = find_foreground(record, sample, 4).int().tolist()
     assert found == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1]]
@@ -130,7 +132,7 @@ def test_foreground_of_a_classifiers_image_is_its_middle():
     assert found.sum() == 12 * 12
 
 
-def test_mistakes(classifier, run_tool):
+def test_mistakes_end_in_one_line(classifier, run_tool):
     with pytest.raises(InputError, match=r"'logits' is no feature of 'a', which has res2, .*, pooled"):
         compare_concepts([("a", classifier)], "logits", **SEARCH)
     (Path(classifier).parent / "gen_1").mkdir()

@@ -1,4 +1,4 @@
-"""CKA: values of published code, and what may not change it."""
+"""Tests CKA against values of published code, and that changes which should not matter leave it as it is."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_published_values(cka, expected):
     assert cka(X.float(), Y.half()).item() == pytest.approx(expected, abs=1e-3)
 
 
-def test_linear_by_hand():
+def test_linear_cka_by_hand():
     """Centred columns (1, -1, 0) and (1, 0, -1): their product is 1, their squares 2, so (1 / 2)^2."""
     x, y = torch.tensor([[3.0], [1.0], [2.0]]), torch.tensor([[1.0], [0.0], [-1.0]])
     assert linear_cka(x, y).item() == pytest.approx(1 / 4)
@@ -34,7 +34,7 @@ def test_linear_by_hand():
 
 
 @each_kind
-def test_it_does_not_see_rotation_shift_and_scale(cka):
+def test_cka_ignores_rotation_shift_and_scale(cka):
     rotation = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
     torch.testing.assert_close(cka(5 * X @ rotation + 2, Y), cka(X, Y))
     torch.testing.assert_close(cka(Y, X), cka(X, Y))
@@ -42,8 +42,8 @@ def test_it_does_not_see_rotation_shift_and_scale(cka):
 
 
 @each_kind
-def test_means_far_from_zero_cost_no_digits(cka):
-    """Features behind a ReLU have them; a difference of large products would have no digit left in float32."""
+def test_large_means_cost_no_precision(cka):
+    """Features after a ReLU have large means; a difference of large products would have no digits left in float32."""
     x, y = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
     expected = cka((x + 64).double() - 64, y.double())
     torch.testing.assert_close(cka(x + 64, y - 64).double(), expected, rtol=0, atol=1e-5)
@@ -51,13 +51,13 @@ def test_means_far_from_zero_cost_no_digits(cka):
 
 @each_kind
 def test_equal_examples_have_no_alignment(cka):
-    """Though the mean of five times 0.1 is not exactly 0.1."""
+    """The mean of five times 0.1 is not exactly 0.1, which must not matter."""
     same, others = torch.full((5, 3), 0.1), torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     assert cka(same, others).isnan()
     assert cka(others, same).isnan()
 
 
-def test_few_examples_of_many_features_look_alike_unless_unbiased():
+def test_few_examples_with_many_features_look_similar_unless_unbiased():
     x, y = torch.randn(2, 20, 8, 4, 4, generator=torch.Generator().manual_seed(0))  # maps are flattened
     assert linear_cka(x, y) > 0.5
     assert abs(unbiased_cka(x, y)) < 0.1
@@ -70,7 +70,7 @@ def test_gradient(cka):
 
 
 @pytest.mark.parametrize(
-    ("cka", "rows", "told"),
+    ("cka", "rows", "message"),
     [
         (linear_cka, (4, 3), "the same 2 or more examples, got 4 and 3"),
         (linear_cka, (1, 1), "2 or more examples, got 1 and 1"),
@@ -78,6 +78,6 @@ def test_gradient(cka):
         (unbiased_cka, (3, 3), "4 or more examples, got 3 and 3"),
     ],
 )
-def test_examples_that_do_not_fit(cka, rows, told):
-    with pytest.raises(InputError, match=f"^CKA: .*{told}"):
+def test_wrong_numbers_of_examples_are_refused(cka, rows, message):
+    with pytest.raises(InputError, match=f"^CKA: .*{message}"):
         cka(X[: rows[0]], Y[: rows[1]])

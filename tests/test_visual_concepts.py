@@ -1,4 +1,4 @@
-"""Visual concepts: values of the published code, by hand, and networks of which one knows what they look at."""
+"""Tests visual concepts against published code, by hand, and on networks that look at known parts of an image."""
 
 import math
 
@@ -49,7 +49,7 @@ def linear(images):
     return images.flatten(1) @ WEIGHTS
 
 
-def test_loss_of_the_published_code():
+def test_loss_equals_the_published_code():
     noisy, clean = linear(IMAGE + SIGMA * NOISE), linear(IMAGE[None])[0]
     scale = information_loss(linear(IMAGE + START * NOISE), clean, SIGMA, scale=1.0, weight=0.0)
     assert scale.item() == pytest.approx(2.1565853374999945e-05, abs=1e-15)
@@ -61,7 +61,7 @@ def test_loss_of_the_published_code():
 FOREGROUND = torch.tensor([[[0, 0, 0], [0, 1, 1], [0, 1, 1]]]).bool()
 
 
-def test_concepts_of_the_published_code():
+def test_concepts_equal_the_published_code():
     concepts = find_concepts(entropy(SIGMA)[None], FOREGROUND)
     assert concepts.int().tolist() == [[[1, 1, 1], [0, 1, 1], [0, 1, 1]]]
     counts = [(concepts & where).flatten(1).sum(dim=1).double() for where in (FOREGROUND, ~FOREGROUND)]
@@ -69,42 +69,42 @@ def test_concepts_of_the_published_code():
     assert concept_ratio(*counts).item() == pytest.approx(4 / 7, abs=1e-9)
 
 
-def test_learning_of_the_published_code():
+def test_learning_equals_the_published_code():
     ways = tensor([0.0, 0.4, 0.3, 0.2], [0.0, 0.1, 0.1, 0.5])
     mean, variance = learning_effort(tensor([1, 3, 5, 5], [0, 2, 1, 1]), ways)
     assert [mean.item(), variance.item()] == pytest.approx([0.4, 0.09], abs=1e-9)
     cells = [[(1, 1), (2, 2)], [(1, 1), (1, 2)], [(1, 1), (2, 1), (2, 2)]]
     concepts = torch.zeros(3, 1, 4, 4, dtype=torch.bool)
-    for epoch, found in enumerate(cells):
-        concepts[epoch, 0][tuple(zip(*found, strict=True))] = True
+    for epoch, positions in enumerate(cells):
+        concepts[epoch, 0][tuple(zip(*positions, strict=True))] = True
     assert stability(concepts).item() == pytest.approx(0.75, abs=1e-9)
 
 
 # ---- By hand ----
-def test_background_is_that_of_all_images():
-    """Background: 2 and 4, together 3; cells below 2.8 are concepts, wherever they are."""
+def test_background_is_averaged_over_all_images():
+    """The background has 2 and 4, on average 3; all cells below 2.8 are concepts."""
     foreground = torch.tensor([[[True, False]], [[False, True]]])
     concepts = find_concepts(torch.tensor([[[2.9, 2.0]], [[4.0, 2.7]]]), foreground)
     assert concepts.tolist() == [[[False, True]], [[False, True]]]
     assert find_concepts(torch.tensor([[[2.9, 2.0]], [[4.0, 2.7]]]), foreground, threshold=0.05).sum() == 3
 
 
-def test_images_without_an_answer_are_left_out():
-    """One has no entropies, one no background, one no concepts, and one never had any."""
+def test_images_without_a_result_are_left_out():
+    """Images may lack entropies, background or concepts, or may never have had a concept."""
     nan = math.nan
     foreground = torch.tensor([[[True, False]], [[True, True]], [[True, False]]])
     concepts = find_concepts(torch.tensor([[[1.0, 3.0]], [[1.0, 5.0]], [[nan, nan]]]), foreground)
     assert concepts.tolist() == [[[True, False]], [[True, False]], [[False, False]]]
     assert concept_ratio(tensor(1, 3, 0), tensor(3, 1, 0)).item() == 0.5
     assert stability(torch.tensor([[[[True]], [[False]]], [[[True]], [[False]]]])).item() == 0.5
-    # counts, too, divide in float64
+    # Counts are divided in float64, too.
     assert concept_ratio(torch.tensor([1]), torch.tensor([2])).item() == 1 / 3
     assert stability(torch.tensor([[[[True, True, True]]], [[[True, False, False]]]])).item() == 1 / 3
     with pytest.raises(InputError, match="no image has background"):
         find_concepts(torch.ones(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool))
 
 
-def test_all_images_share_the_way_of_the_weights():
+def test_all_images_may_share_the_steps_of_the_weights():
     mean, variance = learning_effort(tensor([1, 2, 2], [3, 2, 1], [0, 0, 1]), tensor(0.0, 0.5, 1.0).flatten())
     assert mean.item() == pytest.approx((0.5 + 0.0 + 1.5) / 3)
     assert variance.item() == pytest.approx(7 / 18)
@@ -127,29 +127,29 @@ def test_cells_that_a_feature_ignores_keep_their_entropy():
     assert concepts[0].any(dim=0).tolist() == [True, True, False, False]
 
 
-def test_copies_in_parts_give_the_same():
-    """Of the same noise; drawn at once or in parts, its numbers come in the same order."""
+def test_batches_of_copies_give_the_same_result():
+    """Whether noise is drawn at once or in batches, its numbers come in the same order."""
     image = 128 * torch.ones(1, 4, 4)
     whole, parts = (measure_entropies(left_half, image, grid=2, copies=10, batch=n) for n in (10, 4))
     torch.testing.assert_close(whole, parts)
 
 
-def test_the_total_comes_near_the_target():
+def test_the_mean_entropy_comes_close_to_the_target():
     image = 128 * torch.ones(1, 4, 4)
     for target in (-3.1, -2.8):
-        found = measure_entropies(lambda x: 1e-3 * x.flatten(1)[:, :8], image, grid=2, target=target, copies=32)
-        assert found.mean().item() == pytest.approx(target, abs=0.05)
+        entropies = measure_entropies(lambda x: 1e-3 * x.flatten(1)[:, :8], image, grid=2, target=target, copies=32)
+        assert entropies.mean().item() == pytest.approx(target, abs=0.05)
 
 
-def test_features_that_do_not_answer():
-    """One is constant; one is below zero, where rectifying hides it; one is not finite."""
+def test_features_that_do_not_respond_have_no_entropies():
+    """One feature is constant, one is always negative and therefore rectified to 0, and one is not finite."""
     nan = math.nan
     for feature in (lambda x: torch.ones(len(x), 2), lambda x: -1 - x.flatten(1).abs(), lambda x: nan * x.flatten(1)):
         assert measure_entropies(feature, torch.ones(1, 4, 4), grid=2, copies=2).isnan().all()
 
 
 def test_noise_is_in_grey_levels():
-    """The first features that are asked for are of the image, then of copies with noise of the starting deviation."""
+    """The feature is computed for the image first, then for copies with noise of the initial deviation."""
     seen = []
 
     def feature(images):
@@ -161,8 +161,8 @@ def test_noise_is_in_grey_levels():
     assert seen[1].std().item() == pytest.approx(START * UNIT, rel=0.05)
 
 
-def test_several_features_of_an_image():
-    """Such as those of its boxes, which come image by image."""
+def test_an_image_may_have_several_features():
+    """The features of boxes, for example, come image by image."""
 
     def boxes(images):
         return torch.stack([images[..., :2].flatten(1), images[..., 2:].flatten(1)], dim=1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""kd-det similarity: CKA of a student's halves and its teacher."""
+"""Tests kd-det similarity, which measures the CKA of a student's halves and its teacher."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def classifiers(tmp_path, save_run):
 
 
 def read_features(cfg, folder: str) -> torch.Tensor:
-    """res4 of all test images, mean over cells, by the model itself."""
+    """Computes res4 of all test images with the model itself, averaged over cells."""
     model = load_student(cfg, f"{folder}/model_0000001.pth", "cpu")
     mapper = ClassificationMapper(cfg, is_train=False)
     images = [mapper(record) for record in DatasetCatalog.get("digits_test")]
@@ -35,7 +35,7 @@ def read_features(cfg, folder: str) -> torch.Tensor:
         return model.backbone(model.preprocess_image(images))["res4"].mean(dim=(2, 3)).double()
 
 
-def test_halves_of_a_drawn_division(classifiers):
+def test_halves_follow_the_order_that_the_run_drew(classifiers):
     cfg, (teacher, student) = classifiers
     target, features = read_features(cfg, teacher), read_features(cfg, student)
     order = torch.from_numpy(np.random.default_rng(0).permutation(features.shape[1]))
@@ -54,7 +54,7 @@ def test_halves_of_a_drawn_division(classifiers):
     assert found["inherit, teacher"]["mean"] != pytest.approx(found["explore, teacher"]["mean"], abs=1e-4)
 
 
-def test_tool_prints_a_row_per_name(classifiers, run_tool, capsys):
+def test_each_name_has_a_row(classifiers, run_tool, capsys):
     _, (teacher, student) = classifiers
     runs = "--run", f"one={teacher}", "--run", f"two={student}", "--run", f"two={teacher}"
     run_tool("similarity", "--teacher", teacher, "--feature", "res4", *runs)
@@ -63,21 +63,21 @@ def test_tool_prints_a_row_per_name(classifiers, run_tool, capsys):
     assert ["±" in row for row in rows] == [False, True]  # A single run has no deviation.
 
 
-def test_boxes_of_a_detector(coco_folder, tmp_path, save_run):
+def test_features_of_boxes_can_be_compared(coco_folder, tmp_path, save_run):
     cfg = with_data(tiny_cfg(), coco_folder, tmp_path)
     folders = [save_run(tmp_path / str(seed), cfg, seed=seed) for seed in (0, 1)]
     found = compare_halves(folders[0], [("a", folders[1]), ("a", folders[0])], "roi_features")
     assert all(-1 < x["mean"] <= 1 and x["std"] > 0 for x in found["a"].values())
 
 
-def test_boxes_are_scaled_with_their_images():
+def test_boxes_are_scaled_like_their_images():
     box = {"bbox": [10, 20, 30, 40], "bbox_mode": BoxMode.XYWH_ABS}
     batch = [{"image": torch.zeros(3, 50, 80), "height": 100, "width": 200} for _ in range(2)]
     boxes = labelled_boxes([{"annotations": [box | {"iscrowd": 1}]}, {"annotations": [box]}], batch)
-    assert boxes.tolist() == [pytest.approx([1, 4, 10, 16, 30])]  # x times 80 / 200, y times 50 / 100
+    assert boxes.tolist() == [pytest.approx([1, 4, 10, 16, 30])]  # The scale is 80 / 200 for x, 50 / 100 for y.
 
 
-def test_a_feature_that_is_no_map_is_refused(classifiers):
+def test_a_feature_that_is_not_a_map_is_refused(classifiers):
     _, (teacher, student) = classifiers
     with pytest.raises(InputError, match="'logits' is no feature of 'teacher', which has res2, res3, res4"):
         compare_halves(teacher, [("a", student)], "logits")
