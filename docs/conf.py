@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "kd_det"
 author = "The kd_det authors"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "config_reference"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "config_reference", "notebook"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "kd_det"
