@@ -26,7 +26,6 @@ COMMANDS = {
 def main() -> None:
     """Runs the command that the command line of ``kd-det`` names."""
     args = parse_args()
-    run_tool(lambda: check_choice("kd-det", args.command, COMMANDS))
     run_command(args.command, args.arguments, f"kd-det {args.command}")
 
 
@@ -51,5 +50,10 @@ def run_command(name: str, arguments: Sequence[str] | None = None, prog: str | N
         arguments: Its arguments; by default, those of this process.
         prog: The name of the program in its messages; by default, that of the file that Python was started with.
     """
-    command = import_module(f"kd_det.commands.{name.replace('-', '_')}")
-    run_tool(lambda: command.main(command.parse_args(arguments, prog)))
+
+    def run() -> None:
+        check_choice("kd-det", name, COMMANDS)
+        command = import_module(f"kd_det.commands.{name.replace('-', '_')}")
+        command.main(command.parse_args(arguments, prog))
+
+    run_tool(run)
