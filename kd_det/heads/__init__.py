@@ -17,6 +17,7 @@ from kd_det.heads.inherit_explore import InheritExploreHead
 from kd_det.heads.masked_generation import MaskedGenerationHead
 from kd_det.heads.overhaul import OverhaulHead
 from kd_det.heads.pearson import PearsonHead
+from kd_det.heads.relation import RelationHead
 from kd_det.heads.review import ReviewKDHead
 from kd_det.heads.soft_target import SoftTargetHead
 from kd_det.heads.softmax_regression import SoftmaxRegressionHead
@@ -32,6 +33,7 @@ __all__ = [
     "MaskedGenerationHead",
     "OverhaulHead",
     "PearsonHead",
+    "RelationHead",
     "ReviewKDHead",
     "SoftTargetHead",
     "SoftmaxRegressionHead",

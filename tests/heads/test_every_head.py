@@ -50,6 +50,11 @@ VARIANTS = {
         "fpn": {},
         "classifier": {"IN_FEATURES": ["res4"], "SCALE": "code", "MASK_RATIO": 0.65},
     },
+    "RelationHead": {
+        "rkd": {},
+        "sp": {"KIND": "sp", "IN_FEATURE": "roi_features"},
+        "cosine": {"KIND": "cosine", "BOXES": 2},
+    },
     "FactorTransferHead": {
         "boxes": {},
         "few_boxes": {"BOXES": 2},
