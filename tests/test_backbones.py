@@ -1,4 +1,4 @@
-"""Backbones from timm, and ResNets of basic blocks."""
+"""Tests backbones from timm, and ResNets of basic blocks."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def assert_shapes(backbone, size=(64, 128)):
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_050", "mobilenetv3_small_050", "efficientnet_lite0", "resnet10t"])
-def test_timm_stages_go_by_their_strides(name):
+def test_timm_stages_are_named_by_their_strides(name):
     backbone = make_timm(name=name, out_features=["res2", "res3", "res4", "res5"])
     assert {key: shape.stride for key, shape in backbone.output_shape().items()} == {
         "res2": 4,
@@ -55,7 +55,7 @@ def test_timm_below_an_fpn():
     assert_shapes(backbone)
 
 
-def test_timm_gives_out_only_the_features_asked_for():
+def test_timm_returns_only_the_requested_features():
     assert list(make_timm(out_features=["res3", "res5"]).output_shape()) == ["res3", "res5"]
 
 
@@ -150,11 +150,11 @@ def test_basic_resnet_of_another_depth_is_refused():
         build_backbone(make_cfg("build_basic_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH", 50))
 
 
-def test_timm_networks_of_a_fixed_size_and_with_channels_last():
+def test_timm_networks_may_have_a_fixed_size_and_channels_last():
     """A Swin is made for 224 x 224 pixels, and its maps have their channels last."""
     assert_shapes(make_timm(name="swin_tiny_patch4_window7_224", norm="BN"))
 
 
-def test_timm_networks_that_take_no_other_size():
+def test_timm_networks_that_take_no_other_size_are_refused():
     with pytest.raises(InputError, match=r"^MODEL.TIMM.NAME: 'levit_128s' does not take images of 64 x 96 pixels: "):
         make_timm(name="levit_128s", out_features=["res4"])

@@ -1,4 +1,4 @@
-"""Checkpoints: the plain student key for key, whatever it started from; nothing in a file is executed."""
+"""Tests checkpoints: they hold the plain student key for key, and loading one runs no code."""
 
 import errno
 import os
@@ -58,7 +58,7 @@ def test_stock_detectron2_reads_it(model, plain, tmp_path):
     assert [found.missing_keys, found.unexpected_keys, found.incorrect_shapes] == [[], [], []]
 
 
-def test_a_write_that_fails_leaves_the_file_before_it(model, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_previous_file(model, tmp_path, monkeypatch):
     own = checkpointer(model, tmp_path)
     own.save("model_final")
     before = (tmp_path / "model_final.pth").read_bytes()
@@ -74,7 +74,7 @@ def test_a_write_that_fails_leaves_the_file_before_it(model, tmp_path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model_final.pth"]
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(model, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_previous_checkpoint(model, tmp_path, monkeypatch):
     own = checkpointer(model, tmp_path)
     own.save("model_0000001")
 
@@ -102,7 +102,7 @@ def save_four(model, folder, keep=0):
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2, 9])
-def test_the_newest_checkpoints_stay(model, tmp_path, keep):
+def test_only_the_newest_checkpoints_are_kept(model, tmp_path, keep):
     own = checkpointer(model, tmp_path)
     own.save("model_final")
     own.write("model_best")
@@ -124,7 +124,7 @@ def test_the_best_checkpoint_is_not_resumed_from(model, tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "gone"])
 @pytest.mark.parametrize("damaged", [1, 2])
-def test_a_damaged_checkpoint_is_passed_over(model, tmp_path, caplog, damage, damaged):
+def test_a_damaged_checkpoint_is_skipped(model, tmp_path, caplog, damage, damaged):
     own = save_four(model, tmp_path)
     newest = [tmp_path / f"model_{iteration:07d}.pth" for iteration in (7, 5, 3)]
     for path in newest[:damaged]:
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_passed_over(model, tmp_path, caplog, damage, da
     assert warnings[0].endswith(f"Going on with the checkpoint before, {newest[damaged]}.")
 
 
-def test_when_the_final_checkpoint_is_damaged_the_newest_one_is_taken(model, tmp_path):
+def test_the_newest_checkpoint_replaces_a_damaged_final_one(model, tmp_path):
     own = save_four(model, tmp_path)
     own.save("model_final", iteration=8)
     (tmp_path / "model_final.pth").write_bytes(b"")
@@ -157,16 +157,16 @@ def test_no_checkpoint_is_newer_than_the_last(model, tmp_path):
     assert own.resume_or_load("", resume=True)["iteration"] == 3
 
 
-def test_when_all_are_damaged_the_run_does_not_begin_anew(model, tmp_path):
+def test_a_run_does_not_begin_anew_if_all_checkpoints_are_damaged(model, tmp_path):
     own = save_four(model, tmp_path)
     for path in tmp_path.glob("*.pth"):
         path.write_bytes(b"")
-    told = r"^--resume: .*model_0000007.pth: not a .*: the file is empty; .*model_0000001.pth: .* No checkpoint"
-    with pytest.raises(InputError, match=told):
+    message = r"^--resume: .*model_0000007.pth: not a .*: the file is empty; .*model_0000001.pth: .* No checkpoint"
+    with pytest.raises(InputError, match=message):
         own.resume_or_load("", resume=True)
 
 
-def test_a_checkpoint_of_something_else_is_not_passed_over(model, plain, tmp_path):
+def test_a_checkpoint_without_heads_is_not_skipped(model, plain, tmp_path):
     own = save_four(model, tmp_path)
     torch.save({"model": plain.state_dict()}, tmp_path / "model_0000007.pth")
     with pytest.raises(InputError, match=r"model_0000007.pth: cannot be resumed: it has model, .*but no kd_heads\.$"):
@@ -207,7 +207,7 @@ def test_another_runs_checkpoints_are_never_resumed_from(model, tmp_path, damage
     assert all((x == -1).all() for x in model.student.state_dict().values())
 
 
-def test_when_only_another_runs_checkpoints_are_left_the_run_does_not_begin_anew(model, tmp_path):
+def test_a_run_does_not_begin_anew_if_only_another_runs_checkpoints_are_left(model, tmp_path):
     save_as("a", model, tmp_path, 1, 3)
     own = save_as("b", model, tmp_path, 5)
     (tmp_path / "model_0000005.pth").write_bytes(b"")
@@ -215,7 +215,7 @@ def test_when_only_another_runs_checkpoints_are_left_the_run_does_not_begin_anew
         own.resume_or_load("", resume=True)
 
 
-def test_the_newest_is_that_of_the_latest_iteration(model, tmp_path):
+def test_the_newest_checkpoint_has_the_latest_iteration(model, tmp_path):
     """Not the one whose file is the newest, as after a copy of the folder in another order."""
     own = save_as("a", model, tmp_path, 1, 3, 5, 7)
     for i in range(4):
@@ -227,7 +227,7 @@ def test_the_newest_is_that_of_the_latest_iteration(model, tmp_path):
     assert sorted(path.stem for path in tmp_path.glob("*.pth")) == ["model_0000007", "model_0000009"]
 
 
-def test_the_final_checkpoint_of_a_shorter_run_is_gone_on_from_too(model, tmp_path):
+def test_a_run_can_resume_from_the_final_checkpoint_of_a_shorter_one(model, tmp_path):
     own = save_as("a", model, tmp_path)
     own.save("model_final", iteration=4)
     own.save("model_0000007", iteration=7)
@@ -235,14 +235,14 @@ def test_the_final_checkpoint_of_a_shorter_run_is_gone_on_from_too(model, tmp_pa
     assert own.resume_or_load("", resume=True)["iteration"] == 4
 
 
-def test_a_record_of_the_run_that_an_editor_has_saved(model, tmp_path):
+def test_a_run_id_may_end_with_a_line_break(model, tmp_path):
     own = save_as("a", model, tmp_path, 1, 3)
     (tmp_path / "run_id").write_text("a\n")
     (tmp_path / "model_0000003.pth").write_bytes(b"")
     assert own.resume_or_load("", resume=True)["iteration"] == 1
 
 
-def test_an_empty_tag(model, tmp_path, caplog):
+def test_an_empty_tag_is_handled(model, tmp_path, caplog):
     """As a crash of a machine may leave it."""
     own = save_as("a", model, tmp_path, 1, 3)
     (tmp_path / "last_checkpoint").write_bytes(b"")
@@ -250,7 +250,7 @@ def test_an_empty_tag(model, tmp_path, caplog):
     assert f"{tmp_path}/, which last_checkpoint names, is no file. Going on with" in caplog.text
 
 
-def test_without_a_record_of_the_run_the_files_tell_it(model, tmp_path):
+def test_the_files_identify_a_run_without_run_id(model, tmp_path):
     """As in folders of earlier versions; not where they disagree."""
     own = save_as("a", model, tmp_path, 1, 3, 5)
     (tmp_path / "run_id").unlink()
@@ -264,7 +264,7 @@ def test_without_a_record_of_the_run_the_files_tell_it(model, tmp_path):
         own.resume_or_load("", resume=True)
 
 
-def test_another_runs_checkpoints_stay(model, tmp_path):
+def test_another_runs_checkpoints_are_kept(model, tmp_path):
     save_as("a", model, tmp_path, 2, 4, 9)
     own = save_as("b", model, tmp_path, 1, 3)
     own.keep = 1
@@ -272,7 +272,7 @@ def test_another_runs_checkpoints_stay(model, tmp_path):
     assert sorted(path.stem[-1] for path in tmp_path.glob("*.pth")) == ["2", "4", "5", "9"]
 
 
-def test_what_a_run_left_when_it_went_back_goes_first(model, tmp_path):
+def test_checkpoints_after_the_current_iteration_are_deleted_first(model, tmp_path):
     """It may be damaged, or come from other options; the last checkpoint itself stays in any case."""
     own = save_as("a", model, tmp_path, 1, 3, 5, 7)
     own.keep = 2
@@ -281,7 +281,7 @@ def test_what_a_run_left_when_it_went_back_goes_first(model, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"], ids=["a folder", "no text"])
-def test_a_tag_that_is_no_text_file(model, tmp_path, content):
+def test_a_tag_that_is_not_a_text_file_is_refused(model, tmp_path, content):
     own = save_four(model, tmp_path)
     tag = tmp_path / "last_checkpoint"
     tag.unlink()
@@ -319,7 +319,7 @@ def load_resumed(model, path):
     ids=["weights", "teacher", "resumed", "read"],
 )
 @pytest.mark.parametrize("damage", ["flipped", "zeroed"])
-def test_damage_inside_of_a_tensor_is_seen(plain, tmp_path, load, damage):
+def test_damage_inside_a_tensor_is_found(plain, tmp_path, load, damage):
     """torch itself loads such a file without a word."""
     path = tmp_path / "model_0000001.pth"
     torch.save({"model": plain.state_dict(), "iteration": 1}, path)
@@ -335,7 +335,7 @@ def test_damage_inside_of_a_tensor_is_seen(plain, tmp_path, load, damage):
 
 
 @pytest.mark.parametrize("kind", ["pkl", "legacy"])
-def test_a_file_without_checksums_is_loaded_and_said_to_be_one(plain, tmp_path, caplog, kind):
+def test_a_file_without_checksums_is_loaded_and_logged(plain, tmp_path, caplog, kind):
     path = tmp_path / ("a.pkl" if kind == "pkl" else "a.pth")
     if kind == "pkl":
         arrays = {key: value.numpy() for key, value in plain.state_dict().items()}
@@ -364,7 +364,7 @@ def test_weights_that_are_not_finite_are_not_saved(model, tmp_path, part):
 @pytest.mark.parametrize(
     ("limit", "begun", "last"), [(7, True, "7"), (6, True, "5"), (1, False, "1"), (0, False, "7"), (0, True, None)]
 )
-def test_back_to_a_checkpoint_from_before(model, tmp_path, limit, begun, last):
+def test_retreat_to_an_earlier_checkpoint(model, tmp_path, limit, begun, last):
     own = save_as("a", model, tmp_path, 1, 3, 5, 7)
     own.retreat(limit, begun=begun)
     assert own.has_checkpoint() == (last is not None)
@@ -462,13 +462,13 @@ def test_starts_from_torchvisions_resnet(tmp_path):
 
 
 # ---- A file that does not fit ----
-def test_none_of_the_keys_fit(model, tmp_path):
+def test_a_checkpoint_without_any_matching_key_is_refused(model, tmp_path):
     torch.save({"model": {"a": torch.zeros(1), "b": torch.zeros(1)}}, tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"^.*\.pth: the checkpoint has none of the \d+ keys of .*; it has a, b\.$"):
         checkpointer(model).load(str(tmp_path / "other.pth"), checkpointables=[])
 
 
-def test_no_such_file(model):
+def test_missing_file_is_reported(model):
     with pytest.raises(InputError, match=r"^MODEL.WEIGHTS: there is no file /no/such.pth\.$"):
         checkpointer(model).load("/no/such.pth")
 
@@ -480,7 +480,7 @@ def test_a_plain_checkpoint_cannot_be_resumed_with_heads(model, plain, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["truncated.pth", "truncated.pkl", "empty.pth", "text.pth"])
-def test_a_file_that_is_no_checkpoint(model, plain, tmp_path, name):
+def test_a_file_that_is_not_a_checkpoint_is_refused(model, plain, tmp_path, name):
     path = tmp_path / name
     if name.endswith(".pkl"):
         path.write_bytes(pickle.dumps({"model": {}, "__author__": "x"})[:-9])
@@ -496,14 +496,14 @@ def test_a_file_that_is_no_checkpoint(model, plain, tmp_path, name):
 @pytest.mark.parametrize(
     "content", [[1, 2], {"weights": {"weight": torch.zeros(1)}}, {"state_dict": [1]}, {"model": None}]
 )
-def test_a_file_of_something_else(model, tmp_path, content):
+def test_a_file_of_other_data_is_refused(model, tmp_path, content):
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(InputError, match=r"a.pth: not a checkpoint: neither it nor its 'model' maps names to tensors"):
         checkpointer(model).load(str(tmp_path / "a.pth"), checkpointables=[])
 
 
 # ---- Strict loading: a teacher ----
-def test_strict_loading_fits_or_lists_what_does_not(plain, tmp_path):
+def test_strict_loading_lists_the_keys_that_do_not_match(plain, tmp_path):
     state = plain.state_dict()
     keys = [key for key in state if not key.endswith("num_batches_tracked")]  # torch fills these in
     missing, reshaped = "backbone.fpn_output2.weight", "roi_heads.box_predictor.cls_score.weight"
@@ -544,7 +544,7 @@ def test_strict_loading_needs_no_pixel_statistics_and_no_anchors(plain, tmp_path
     assert same(model.state_dict(), plain.state_dict())
 
 
-def test_another_architecture(tmp_path):
+def test_weights_of_another_architecture_are_refused(tmp_path):
     named = save_teacher(tmp_path, tiny_cfg("retinanet", {"MODEL.FPN.OUT_CHANNELS": 24}))
     with pytest.raises(InputError, match=r"^KD.TEACHER.WEIGHTS: .* does not fit the config's GeneralizedRCNN: \d+ of"):
         load_strictly(build_model(tiny_cfg(options=WIDE)), named["KD.TEACHER.WEIGHTS"], key="KD.TEACHER.WEIGHTS")

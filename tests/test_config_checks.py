@@ -1,4 +1,4 @@
-"""Values of a config that Detectron2 would reject late, without naming the key, or take for something else."""
+"""Tests the checks of values that Detectron2 would reject late, without naming the key, or misinterpret."""
 
 import re
 from pathlib import Path
@@ -23,8 +23,8 @@ def check(key, value, family="mask_rcnn", **options):
     check_run_values(cfg)
 
 
-def assert_refused(told, function, *arguments):
-    with pytest.raises(InputError, match=re.escape(told)) as error:
+def assert_refused(message, function, *arguments):
+    with pytest.raises(InputError, match=re.escape(message)) as error:
         function(*arguments)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1000
@@ -32,7 +32,7 @@ def assert_refused(told, function, *arguments):
 
 # ---- Kinds ----
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("KD: {HINT: {SCHEDULE: {START: null}}}", "KD.HINT.SCHEDULE.START: must be a whole number, got None."),
         ("KD: {GENERATIONS: null}", "KD.GENERATIONS: must be a whole number, got None."),
@@ -53,10 +53,10 @@ def assert_refused(told, function, *arguments):
         ("INPUT: {MASK_FORMAT: [" + "x, " * 9999 + "]}", "Type mismatch"),
     ],
 )
-def test_kinds_follow_from_the_defaults(tmp_path, text, told):
+def test_kinds_follow_from_the_defaults(tmp_path, text, message):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    assert_refused(told, merge_file, default_config(), str(path))
+    assert_refused(message, merge_file, default_config(), str(path))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_kinds_of_overrides(key, value):
     assert_refused(f"command line: {key}: ", merge_list, default_config(), [key, value], "command line")
 
 
-def test_values_may_be_none_or_numbers_of_either_kind_where_detectron2_takes_them(tmp_path):
+def test_values_may_be_none_or_either_kind_of_number_where_detectron2_allows_it(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(
         "SOLVER: {WEIGHT_DECAY_BIAS: 0.1, STEPS: [1, 2.5]}\n"
@@ -80,7 +80,7 @@ def test_values_may_be_none_or_numbers_of_either_kind_where_detectron2_takes_the
 
 # ---- Bounds ----
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("KD.FACTOR_TRANSFER.FACTOR_RATE", float("nan"), "must be finite and above 0, got nan."),
         ("KD.INHERIT_EXPLORE.FACTOR_RATE", float("inf"), "must be finite and above 0, got inf."),
@@ -111,8 +111,8 @@ def test_values_may_be_none_or_numbers_of_either_kind_where_detectron2_takes_the
         ("VERSION", 99, "must be 2, got 99."),
     ],
 )
-def test_bounds(key, value, told):
-    assert_refused(f"{key}: {told}", check, key, value)
+def test_numbers_out_of_bounds_are_refused(key, value, message):
+    assert_refused(f"{key}: {message}", check, key, value)
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,13 @@ def test_bounds(key, value, told):
         ("SOLVER.BASE_LR", 1e30),
     ],
 )
-def test_values_that_detectron2_allows(key, value):
+def test_values_that_detectron2_allows_pass(key, value):
     check(key, value)
 
 
 # ---- Names ----
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("MODEL.ROI_HEADS.NAME", "PointRendROIHeads", "is 'PointRendROIHeads', which nothing registers"),
         ("MODEL.PROPOSAL_GENERATOR.NAME", "X", "is 'X', which nothing registers"),
@@ -157,11 +157,11 @@ def test_values_that_detectron2_allows(key, value):
         ("INPUT.FORMAT", "rgb", ": 'rgb' is neither one of BGR, YUV-BT.601, RGB, L"),
     ],
 )
-def test_names(key, value, told):
-    assert_refused(key + (told if told.startswith(":") else f" {told}"), check, key, value)
+def test_wrong_names_are_refused(key, value, message):
+    assert_refused(key + (message if message.startswith(":") else f" {message}"), check, key, value)
 
 
-def test_parts_that_the_model_does_not_have_may_have_any_name():
+def test_unused_parts_may_have_any_name():
     check("MODEL.ROI_HEADS.NAME", "PointRendROIHeads", "retinanet")
     check("MODEL.ROI_KEYPOINT_HEAD.NAME", "X")
     check("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model")
@@ -177,13 +177,13 @@ def test_parts_that_the_model_does_not_have_may_have_any_name():
         ("MODEL.RPN.IN_FEATURES", ["p2", "p2"]),
     ],
 )
-def test_names_that_stand_twice(key, value):
+def test_repeated_names_are_refused(key, value):
     assert_refused(f"{key}: {value[0]!r} is named twice", check, key, value)
 
 
 # ---- What must fit ----
 @pytest.mark.parametrize(
-    ("key", "value", "options", "told"),
+    ("key", "value", "options", "message"),
     [
         (
             "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
@@ -230,8 +230,8 @@ def test_names_that_stand_twice(key, value):
         ("TEST.AUG.MIN_SIZES", (), {"TEST.AUG.ENABLED": True}, "TEST.AUG.MIN_SIZES: must name a size where "),
     ],
 )
-def test_values_that_do_not_fit_each_other(key, value, options, told):
-    assert_refused(told, lambda: check(key, value, **options))
+def test_values_that_contradict_each_other_are_refused(key, value, options, message):
+    assert_refused(message, lambda: check(key, value, **options))
 
 
 def test_cropping_polygons_needs_shapely(monkeypatch):
@@ -242,11 +242,11 @@ def test_cropping_polygons_needs_shapely(monkeypatch):
 
 # ---- What is legal ----
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_tests_own_configs(family):
+def test_configs_of_the_tests_pass(family):
     check("SEED", 1, family)
 
 
-def test_every_config_of_the_model_zoo(monkeypatch):
+def test_every_config_of_the_model_zoo_passes(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: "shapely")
     files = sorted(Path(model_zoo.__file__).parent.glob("configs/*/*.yaml"))
     assert len(files) > 40
@@ -257,7 +257,7 @@ def test_every_config_of_the_model_zoo(monkeypatch):
         check_run_values(cfg)
 
 
-def test_a_head_of_a_user_has_bounds_of_its_own():
+def test_heads_of_plugins_have_their_own_bounds():
     class ShiftHead:
         config = {"SHIFT": -1.5, "IN_FEATURES": ["p2", "p2"]}  # noqa: RUF012
 
@@ -269,7 +269,7 @@ def test_a_head_of_a_user_has_bounds_of_its_own():
         KD_HEAD_REGISTRY._obj_map.pop("ShiftHead")
 
 
-def test_of_a_teacher_only_the_network_counts():
+def test_only_the_network_of_a_teacher_is_checked():
     cfg = default_config()
     cfg.SOLVER.GAMMA = -1.0
     check_network_values(cfg, "teacher.yaml")

@@ -1,4 +1,4 @@
-"""What constructors reject in a config is told as a user's mistake; defects of this package are not."""
+"""Tests that a value which a constructor rejects is a user's mistake, and that defects keep their traceback."""
 
 import re
 
@@ -12,7 +12,7 @@ from kd_det.construction import build_network, naming_config
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (
             {"MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p9"]},
@@ -28,8 +28,8 @@ from kd_det.construction import build_network, naming_config
         ({"MODEL.DEVICE": "meta:9x"}, "cannot be built: RuntimeError: "),
     ],
 )
-def test_values_that_a_constructor_rejects(options, told):
-    with pytest.raises(InputError, match=re.escape(told)) as error:
+def test_values_that_a_constructor_rejects_end_in_one_line(options, message):
+    with pytest.raises(InputError, match=re.escape(message)) as error:
         build_network(tiny_cfg(options=options), "a.yaml")
     assert str(error.value).startswith(("a.yaml: GeneralizedRCNN cannot be built: ", "MODEL."))
     assert "\n" not in str(error.value)
@@ -45,7 +45,7 @@ def test_defects_keep_their_traceback(module, monkeypatch):
         build_network(tiny_cfg(options={"MODEL.BACKBONE.NAME": "defective"}), "a.yaml")
 
 
-def test_other_errors_stay_what_they_are():
+def test_other_errors_pass_unchanged():
     for error in (OSError("full"), KeyboardInterrupt(), InputError("KD: x")):
         with pytest.raises(type(error)), naming_config(tiny_cfg(), "a.yaml"):
             raise error

@@ -1,4 +1,4 @@
-"""Files written whole, folders with one writer, and what errors of file systems say."""
+"""Tests atomic writing, locks of folders, and the messages of file-system errors."""
 
 import errno
 import fcntl
@@ -44,7 +44,7 @@ def write_and_die(path):
     write_whole(path, lambda file: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def test_what_a_kill_left_is_removed(tmp_path):
+def test_unfinished_files_of_killed_processes_are_removed(tmp_path):
     (tmp_path / "file").write_text("before")
     (tmp_path / "unfinished.partial").touch()  # As earlier versions named it.
     process = FORKS.Process(target=write_and_die, args=(str(tmp_path / "file"),))
@@ -63,7 +63,7 @@ def test_what_a_kill_left_is_removed(tmp_path):
         (errno.EIO, "Input/output error; check the disk or the file server"),
     ],
 )
-def test_a_write_that_fails_says_why_and_what_to_do(tmp_path, monkeypatch, number, reason):
+def test_a_failed_write_says_why_and_what_to_do(tmp_path, monkeypatch, number, reason):
     def fail(handle):
         raise OSError(number, os.strerror(number))
 
@@ -75,7 +75,7 @@ def test_a_write_that_fails_says_why_and_what_to_do(tmp_path, monkeypatch, numbe
     assert [x.read_text() for x in tmp_path.iterdir()] == ["before"]
 
 
-def test_an_error_that_names_no_file_is_given_one(tmp_path):
+def test_an_error_without_a_file_gets_one(tmp_path):
     full = pytest.raises(OSError, match=r"No space left on device: '/dev/full'")
     with full as error, naming("/dev/full"), open("/dev/full", "w") as file:
         file.write("x")
@@ -134,7 +134,7 @@ def test_forked_workers_do_not_hold_the_lock(tmp_path):
         worker.join()
 
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
+def test_a_file_system_may_lack_locks(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 

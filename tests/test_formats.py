@@ -1,4 +1,4 @@
-"""Weights as other projects store them: read where it is clear what is meant, and else told in one line what to do."""
+"""Tests weights as other projects store them: they are loaded, or refused in one line that says what to do."""
 
 import argparse
 import pathlib
@@ -33,7 +33,7 @@ def save(path, content):
 
 
 def run_command(message, monkeypatch, folder):
-    """Do what an error's message tells to do."""
+    """Runs the command in a message."""
     monkeypatch.chdir(folder)
     exec(re.search(r'python -c "(.*)"$', message)[1], {})
     return str(folder / "weights.pth")
@@ -56,7 +56,7 @@ def run_command(message, monkeypatch, folder):
     ids=["container", "nested", "ddp", "compiled", "both", "compiled part", "lightning", "one of two", "anything"],
 )
 @pytest.mark.parametrize("strictly", [True, False])
-def test_weights_in_a_wrapper(plain, tmp_path, wrap, strictly):
+def test_wrappers_are_stripped(plain, tmp_path, wrap, strictly):
     path = save(tmp_path / "a.pth", wrap(plain.state_dict()))
     model = build(tiny_cfg())
     if strictly:
@@ -66,7 +66,7 @@ def test_weights_in_a_wrapper(plain, tmp_path, wrap, strictly):
     assert same(model.state_dict(), plain.state_dict())
 
 
-def test_two_networks_in_a_file(plain, tmp_path, monkeypatch):
+def test_a_file_with_two_networks_is_refused(plain, tmp_path, monkeypatch):
     state = prefixed(plain.state_dict(), "modelTeacher.", "modelStudent.")
     path = save(tmp_path / "a.pth", {"model": state, "iteration": 3})
     with pytest.raises(
@@ -86,7 +86,7 @@ def test_keys_of_the_model_itself_are_left_alone(plain, tmp_path):
         load_strictly(plain, path, key="K")
 
 
-def test_a_part_of_the_model(plain, tmp_path):
+def test_weights_of_a_part_are_loaded_into_it(plain, tmp_path):
     path = save(tmp_path / "a.pth", plain.backbone.bottom_up.state_dict())
     model = build(tiny_cfg())
     KDCheckpointer(model).load(path)
@@ -94,7 +94,7 @@ def test_a_part_of_the_model(plain, tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_a_pkl_that_torch_wrote(plain, tmp_path, legacy):
+def test_a_pkl_file_may_be_written_by_torch(plain, tmp_path, legacy):
     path = str(tmp_path / "a.pkl")
     torch.save({"model": plain.state_dict()}, path, _use_new_zipfile_serialization=not legacy)
     model = build(tiny_cfg())
@@ -110,7 +110,7 @@ def test_safetensors(plain, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [argparse.Namespace(lr=1), pathlib.PurePosixPath("/a")], ids=["namespace", "path"])
-def test_objects_beside_the_weights(plain, tmp_path, monkeypatch, extra):
+def test_a_file_with_objects_is_refused(plain, tmp_path, monkeypatch, extra):
     path = save(tmp_path / "a.pth", {"model": plain.state_dict(), "args": extra})
     with pytest.raises(
         InputError, match=rf"it holds {type(extra).__module__}\.\w+, which could run code\. If you"
@@ -125,7 +125,7 @@ def test_objects_beside_the_weights(plain, tmp_path, monkeypatch, extra):
 # ---- ResNets of torchvision and timm, networks of timm ----
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "encoder."])
 @pytest.mark.parametrize("create", [torchvision.models.resnet18, lambda: timm.create_model("resnet18")])
-def test_resnets_of_others_are_renamed(tmp_path, create, prefix):
+def test_resnets_of_other_libraries_are_renamed(tmp_path, create, prefix):
     source = create().state_dict()
     path = save(tmp_path / "a.pth", {"state_dict": prefixed(source, prefix)})
     model = build(tiny_cfg(options=STOCK_R18))
@@ -141,7 +141,7 @@ def test_resnets_of_others_are_renamed(tmp_path, create, prefix):
 
 
 @pytest.mark.parametrize(("name", "found"), [("resnet18d", r"conv1\.0\.weight"), ("seresnet18", r"layer1\.0\.se\.fc1")])
-def test_resnets_of_another_kind(tmp_path, name, found):
+def test_resnets_that_detectron2_lacks_are_refused(tmp_path, name, found):
     path = save(tmp_path / "a.pth", timm.create_model(name).state_dict())
     with pytest.raises(
         InputError, match=rf"a\.pth: a ResNet of another kind than Detectron2's: it has {found}.*TIMM"
@@ -173,7 +173,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("backbone", NETWORKS)
-def test_timms_weights_that_cannot_be_fetched(monkeypatch, backbone):
+def test_timms_weights_that_cannot_be_fetched_are_reported(monkeypatch, backbone):
     def offline(name, pretrained, **_):
         raise LocalEntryNotFoundError("An error happened.\nCheck your connection.")
 
@@ -186,7 +186,7 @@ def test_timms_weights_that_cannot_be_fetched(monkeypatch, backbone):
     assert "\n" not in str(e.value)
 
 
-def test_resnets_of_several_networks(tmp_path):
+def test_a_file_with_several_resnets_is_refused(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     path = save(tmp_path / "a.pth", {"state_dict": prefixed(state, "encoder_q.", "encoder_k.")})
     with pytest.raises(InputError, match=r"holds 2 networks, whose keys begin with encoder_q\., encoder_k\.;"):
@@ -196,7 +196,7 @@ def test_resnets_of_several_networks(tmp_path):
 # ---- Types ----
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.bool])
 @pytest.mark.parametrize("strictly", [True, False])
-def test_weights_that_are_no_real_numbers(plain, tmp_path, dtype, strictly):
+def test_weights_that_are_not_floating_point_are_refused(plain, tmp_path, dtype, strictly):
     state = plain.state_dict()
     key = "roi_heads.box_head.fc1.weight"
     state[key] = state[key].to(dtype)
@@ -218,7 +218,7 @@ def test_other_precisions_are_converted_and_logged(plain, tmp_path, caplog, dtyp
 # ---- Counters of batch norms ----
 @pytest.mark.parametrize(("theirs", "own"), [("BN", "FrozenBN"), ("FrozenBN", "BN")])
 @pytest.mark.parametrize("versions", [True, False])
-def test_frozen_and_other_batch_norms_fit_each_other(tmp_path, theirs, own, versions):
+def test_frozen_and_trainable_batch_norms_are_interchangeable(tmp_path, theirs, own, versions):
     source = build(tiny_cfg(options={"MODEL.RESNETS.NORM": theirs}), seed=5).state_dict()
     path = save(tmp_path / "a.pth", {"model": source if versions else dict(source)})
     model = build(tiny_cfg(options={"MODEL.RESNETS.NORM": own}))
@@ -228,7 +228,7 @@ def test_frozen_and_other_batch_norms_fit_each_other(tmp_path, theirs, own, vers
     assert {key.rsplit(".", 1)[1] for key in state.keys() ^ source.keys()} == {"num_batches_tracked"}
 
 
-def test_statistics_that_are_missing_are_told(tmp_path):
+def test_missing_statistics_are_reported(tmp_path):
     options = {"MODEL.RESNETS.NORM": "FrozenBN"}
     state = build(tiny_cfg(options=options)).state_dict()
     del state["backbone.bottom_up.stem.conv1.norm.running_mean"]

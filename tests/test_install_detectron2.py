@@ -125,4 +125,4 @@ i.main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "is no virtual environment" in last_line(done)
+    assert "is not a virtual environment" in last_line(done)

@@ -1,4 +1,4 @@
-"""Importing kd_det takes no time; the first use of one of its names registers all that it has."""
+"""Tests that importing kd_det is quick, and that the first use of one of its names registers everything."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def test_the_first_use_registers_everything(first_use):
 
 
 @pytest.mark.parametrize("package", [kd_det, kd_det.engine])
-def test_names_are_listed_and_no_modules(package):
+def test_names_are_listed_without_modules(package):
     """A submodule of the same name would be found in the place of a lazy name."""
     assert set(package.__all__) <= set(dir(package))
     assert not set(package.__all__) & {path.stem for path in Path(package.__file__).parent.iterdir()}

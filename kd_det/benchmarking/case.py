@@ -1,5 +1,8 @@
 """Builds the three parts of a row that are measured, with random networks and synthetic scenes."""
 
+from collections.abc import Sequence
+from typing import cast
+
 import numpy as np
 import torch
 from detectron2 import model_zoo
@@ -114,7 +117,8 @@ class Case:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.names = {name for head in heads.values() for name in teacher_signals(head)}
         torch.manual_seed(0)
-        with tap.record({name for head in heads.values() for name in head.signals}) as signals:
+        compared = {name for head in heads.values() for name in cast(Sequence[str], head.signals)}
+        with tap.record(compared) as signals:
             student(self.batch)
         self.signals = {name: signal.detach() for name, signal in signals.items()}
         self.parts = self.plain_step, self.teacher_forward, self.distilled_step

@@ -101,15 +101,15 @@ def test_timm_network_gives_what_timm_gives():
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("MODEL.CIFAR.NAME", "resnet21", "got 'resnet21'; allowed are resnet8, .*wrn_40_2"),
         ("MODEL.CIFAR.SHORTCUT", "pad", "got 'pad'; allowed are projection, padding"),
         ("MODEL.CLASSIFIER.NUM_CLASSES", 1, "must be at least 2, got 1"),
     ],
 )
-def test_options_that_cannot_be(key, value, told):
-    with pytest.raises(InputError, match=f"^{key}: {told}"):
+def test_options_that_cannot_be(key, value, message):
+    with pytest.raises(InputError, match=f"^{key}: {message}"):
         build({key: value})
 
 

@@ -156,7 +156,7 @@ def test_a_data_set_that_cannot_be_evaluated(cfg, set_up, tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("records", "told"),
+    ("records", "message"),
     [
         ([], "has no images"),
         (
@@ -165,12 +165,12 @@ def test_a_data_set_that_cannot_be_evaluated(cfg, set_up, tmp_path, kind):
         ),
     ],
 )
-def test_a_data_set_of_a_plugin_that_cannot_be_loaded(cfg, records, told):
+def test_a_data_set_of_a_plugin_that_cannot_be_loaded(cfg, records, message):
     DatasetCatalog.register("theirs", lambda: records)
     MetadataCatalog.get("theirs").thing_classes = ["cat", "dog"]
     cfg.DATASETS.TEST = ("theirs",)
     try:
-        with pytest.raises(InputError, match=f"^DATASETS.TEST: 'theirs' {told}"):
+        with pytest.raises(InputError, match=f"^DATASETS.TEST: 'theirs' {message}"):
             check_annotations(cfg)
     finally:
         forget("theirs")
@@ -185,15 +185,15 @@ def test_voc_needs_classes(cfg):
 
 
 @pytest.mark.parametrize(
-    ("expected", "told"),
+    ("expected", "message"),
     [
         (["bbox"], r"each must be \[task, metric, value, tolerance\], got \['bbox'\]"),
         (["bbox", "AP", "high", 1], "each must be"),
         (["bbox", "mAP", 40, 1], "got 'bbox/mAP'; the evaluation gives bbox/AP, "),
     ],
 )
-def test_results_that_nobody_can_expect(set_up, expected, told):
-    with pytest.raises(InputError, match=f"^TEST.EXPECTED_RESULTS: {told}"):
+def test_results_that_nobody_can_expect(set_up, expected, message):
+    with pytest.raises(InputError, match=f"^TEST.EXPECTED_RESULTS: {message}"):
         set_up(options={"TEST.EXPECTED_RESULTS": [expected]})
 
 
@@ -247,8 +247,8 @@ def test_best_metric(set_up, metric, options):
     ],
 )
 def test_a_best_metric_that_nobody_measures(set_up, metric, options):
-    told = rf"^TEST.BEST_METRIC: got '{metric}'; the evaluation gives bbox/AP, bbox/AP50, .*AP-square"
-    with pytest.raises(InputError, match=told):
+    message = rf"^TEST.BEST_METRIC: got '{metric}'; the evaluation gives bbox/AP, bbox/AP50, .*AP-square"
+    with pytest.raises(InputError, match=message):
         set_up(options=options | {"TEST.BEST_METRIC": metric})
 
 
@@ -300,7 +300,7 @@ def test_the_training_data_of_an_evaluation_need_not_be_there(set_up):
 
 
 @pytest.mark.parametrize(
-    ("change", "options", "told"),
+    ("change", "options", "message"),
     [
         (
             lambda data: None,
@@ -329,8 +329,8 @@ def test_the_training_data_of_an_evaluation_need_not_be_there(set_up):
         ),
     ],
 )
-def test_wrong_keypoints(set_up, change, options, told):
-    with pytest.raises(InputError, match=told):
+def test_wrong_keypoints(set_up, change, options, message):
+    with pytest.raises(InputError, match=message):
         set_up(change, KEYPOINTS | options)
 
 

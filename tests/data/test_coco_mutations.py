@@ -51,19 +51,19 @@ def test_mutations(folder, data, tmp_path, capsys, kind, seeds):
         mutant = mutate(data, random.Random(seed))
         cfg = tiny_cfg(options=CONFIGS[kind] | {"OUTPUT_DIR": str(tmp_path)})
         name = define(cfg, write(tmp_path / f"{seed}.json", mutant), folder / "images")
-        told = results = None
+        message = results = None
         try:
             results = use(cfg, name)
         except InputError as error:
-            told = str(error)
+            message = str(error)
         except Exception as error:
             pytest.fail(f"seed {seed}: {error!r}")
         finally:
             forget(name)
-        if told:
+        if message:
             refused += 1
-            assert "\n" not in told, seed
-            assert name in told or "MODEL." in told, seed
+            assert "\n" not in message, seed
+            assert name in message or "MODEL." in message, seed
         else:
             assert math.isnan(results["bbox"]["AP"]) or results["bbox"]["AP"] == pytest.approx(100), seed
     assert len(seeds) / 8 < refused < len(seeds)

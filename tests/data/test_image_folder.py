@@ -84,11 +84,11 @@ def test_nothing_but_hidden_folders(tmp_path):
 def test_class_without_images(root, cfg):
     """It is known before the training, of test sets, too."""
     (root / "cat/z.jpg").rename(root / "cat/.z.jpg")
-    told = rf"^{re.escape(str(root))}: Found no valid file for the classes cat\. Each folder in it is a class, with "
-    with pytest.raises(InputError, match=told):
+    message = rf"^{re.escape(str(root))}: Found no valid file for the classes cat\. Each folder in it is a class, with "
+    with pytest.raises(InputError, match=message):
         ImageFolder("x", str(root))()
     cfg.DATASETS.IMAGE_FOLDER["mine"] = {"ROOT": str(root)}
     cfg.DATASETS.TEST = ("mine",)
     register_datasets(cfg)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         check_files(cfg)

@@ -130,8 +130,10 @@ def test_sixteen_bits_per_colour(tmp_path):
 @pytest.mark.parametrize("function", [lambda path: read_image(path, "RGB"), image_size])
 def test_files_that_are_no_images(tmp_path, function):
     (tmp_path / "a.png").write_text("<html>")
-    for name, told in {"a.png": "cannot identify image file", "b.png": "No such file"}.items():
-        with pytest.raises(InputError, match=f"^{tmp_path}/{name}: not an image that can be read: .*{told}") as error:
+    for name, message in {"a.png": "cannot identify image file", "b.png": "No such file"}.items():
+        with pytest.raises(
+            InputError, match=f"^{tmp_path}/{name}: not an image that can be read: .*{message}"
+        ) as error:
             function(str(tmp_path / name))
         assert images.EIGHT_BITS not in str(error.value)
 

@@ -70,7 +70,7 @@ def test_a_student_is_distilled_with_proposals(teacher, coco_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"ids": [1, 2, 3, 9]}, "there are no proposals for the image with id '4'"),
         ({"ids": [1, 2]}, "not a file of proposals, a pickle of ids, boxes and objectness_logits: ValueError"),
@@ -81,10 +81,10 @@ def test_a_student_is_distilled_with_proposals(teacher, coco_folder, tmp_path):
         ({"boxes": [np.array([None] * 4)] * 4}, "which are no numbers"),
     ],
 )
-def test_files_that_cannot_be(coco_folder, tmp_path, changes, told):
+def test_files_that_cannot_be(coco_folder, tmp_path, changes, message):
     cfg = loading(tiny_cfg(), coco_folder, tmp_path, write(tmp_path / "a.pkl", proposals(**changes)))
     register_datasets(cfg)
-    with pytest.raises(InputError, match=f"^{KEY}: {tmp_path}/a.pkl: .*{told}") as error:
+    with pytest.raises(InputError, match=f"^{KEY}: {tmp_path}/a.pkl: .*{message}") as error:
         build_detection_training_loader(cfg)
     assert "\n" not in str(error.value)
 

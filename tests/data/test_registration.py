@@ -182,16 +182,16 @@ def test_classes_of_image_folders(cfg, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "name", "told"),
+    ("architecture", "name", "message"),
     [
         ("ImageClassifier", "voc_2007_test", "'pascal_voc', .* ImageClassifier; classification is needed"),
         ("RetinaNet", "digits_test", "'classification', .* RetinaNet; a data set for detection is needed"),
     ],
 )
-def test_data_set_for_another_task(cfg, architecture, name, told):
+def test_data_set_for_another_task(cfg, architecture, name, message):
     cfg.MODEL.META_ARCHITECTURE = architecture
     cfg.DATASETS.TEST = (name,)
-    with pytest.raises(InputError, match=f"^DATASETS.TEST: the evaluator_type of '{name}' is {told}"):
+    with pytest.raises(InputError, match=f"^DATASETS.TEST: the evaluator_type of '{name}' is {message}"):
         check_num_classes(cfg)
 
 

@@ -199,8 +199,10 @@ def test_wrong_split(dataset, split, text, message):
 
 def test_split_that_lists_files(dataset, split, tmp_path):
     split.write_text("a.jpg\n")
-    told = f"{tmp_path}/Annotations/a.jpg.xml: file not found, but .*train.txt lists 'a.jpg'; each line is a name with"
-    with pytest.raises(InputError, match=told):
+    message = (
+        f"{tmp_path}/Annotations/a.jpg.xml: file not found, but .*train.txt lists 'a.jpg'; each line is a name with"
+    )
+    with pytest.raises(InputError, match=message):
         dataset()
 
 

@@ -1,4 +1,4 @@
-"""kd-det benchmark: runs, and times the same work on both sides. Times themselves are not tested."""
+"""Tests that kd-det benchmark runs and measures the same work on both sides; times are not tested."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def test_table_and_json(benchmark, tmp_path, capsys):
 
 @pytest.mark.usefixtures("benchmark")
 @pytest.mark.parametrize("options", [{}, {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"}])
-def test_weights_and_boxes_stay(options):
+def test_weights_and_boxes_stay_the_same(options):
     """All steps of a case do the same work: they change no weight, and the teacher sees the boxes of the student."""
     row, setup = Row("a", ("SoftTargetHead",), options), Setup(depths=(18, 34), batch=1, size=64, rounds=1)
     student, teacher = case.build_networks(case.row_config(row, setup), setup)
@@ -75,7 +75,7 @@ def test_switches(benchmark, monkeypatch, tmp_path, capsys):
         assert x["images_per_second"] == pytest.approx(1000 / x["C"])
 
 
-def test_each_row_has_its_switch_and_what_all_have():
+def test_each_row_has_its_switch_and_the_common_options():
     rows = {row.name: row.options for row in switches(Row("a", ("HintHead",), {"SOLVER.AMP.ENABLED": True}))}
     assert rows.pop("all off") == {"SOLVER.AMP.ENABLED": True}
     assert rows["KD.TEACHER.COMPILE"] == {"SOLVER.AMP.ENABLED": True, "KD.TEACHER.COMPILE": True}

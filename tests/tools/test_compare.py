@@ -1,4 +1,4 @@
-"""kd-det compare: table, JSON and picture of several runs on a tiny data set."""
+"""Tests kd-det compare: table, JSON and picture of several runs on a tiny data set."""
 
 import io
 import json
@@ -42,7 +42,7 @@ DIGITS = {
 
 
 def read_rows(table: str) -> dict[str, list[str]]:
-    """First cell of each row of a Markdown table to the others."""
+    """Maps the first cell of each row of a Markdown table to the other cells."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     return {row[0]: row[1:] for row in rows if not row[0].startswith(":-")}
 
@@ -142,7 +142,7 @@ def test_a_data_set_without_objects_has_no_ap(measure):
     assert metrics["F1"] == 0
 
 
-def test_a_model_of_more_classes_than_the_data_set(coco_folder, tmp_path, save_run, run_tool):
+def test_a_model_may_have_more_classes_than_the_data_set(coco_folder, tmp_path, save_run, run_tool):
     cfg = with_data(tiny_cfg(options={"MODEL.ROI_HEADS.NUM_CLASSES": 5}), coco_folder, tmp_path)
     run = save_run(tmp_path / "run", cfg)
     dataset, (loaded,) = load_runs([("a", run)], None, "cpu")
@@ -212,7 +212,7 @@ def save_chain(folder, cfg, save_run, *, seed: int = 0) -> list[str]:
     return generations[:2]
 
 
-def test_what_is_not_finished_is_told(tmp_path, save_run, caplog):
+def test_unfinished_runs_are_reported(tmp_path, save_run, caplog):
     cfg = classifier_cfg(options=DIGITS)
     chain, finished = tmp_path / "chain", tmp_path / "finished"
     save_chain(chain, cfg, save_run)
@@ -280,7 +280,7 @@ def test_folders_of_images_name_the_classes(tmp_path, save_run, run_tool):
     assert (tmp_path / "out/comparison.png").is_file()
 
 
-def test_picture_has_each_classifiers_answer_beside_the_label(monkeypatch):
+def test_picture_has_each_classifiers_prediction_next_to_the_label(monkeypatch):
     drawn = []
     monkeypatch.setattr(pictures, "draw_grid", lambda *arguments: drawn.extend(arguments))
     image = {"image": np.zeros((8, 8, 3), np.uint8), "label": 1}
@@ -292,7 +292,7 @@ def test_picture_has_each_classifiers_answer_beside_the_label(monkeypatch):
     assert rows[0][1:] == [Words("bee"), Words("✓ bee\n70%", HIT.color), Words("✗ 2\n60%", FALSE.color)]
 
 
-def test_a_mix_is_refused(coco_folder, tmp_path, save_run, run_tool):
+def test_detectors_and_classifiers_are_not_compared(coco_folder, tmp_path, save_run, run_tool):
     detector = save_run(tmp_path / "detector", with_data(tiny_cfg(), coco_folder, tmp_path))
     classifier = save_run(tmp_path / "classifier", classifier_cfg(options=DIGITS))
     with pytest.raises(SystemExit, match="'b' is an image classifier, 'a' is a detector") as error:
@@ -336,7 +336,7 @@ def test_only_several_runs_have_a_deviation():
     assert "±" not in make_table(results | {"summary": {"b": {"bbox AP": summary["b"]["CKA"]}}})
 
 
-def test_what_cannot_be_computed_is_not_what_a_model_lacks():
+def test_table_tells_nan_from_what_a_model_lacks():
     summary = summarise("ab", [{"bbox AP": math.nan, "segm AP": 1.0}, {"bbox AP": 2.0}])
     runs = [{"name": name} for name in "ab"]
     table = make_table({"summary": summary, "runs": runs, "dataset": "d", "dataset_images": 1, "device": "x"})
@@ -359,7 +359,7 @@ def test_no_name_breaks_the_table(name):
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]", table)
 
 
-def test_a_terminal_may_lack_letters(monkeypatch):
+def test_a_terminal_may_lack_characters(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
     run_tool(lambda: print("é ±"))
@@ -374,7 +374,7 @@ def test_small_numbers_keep_two_digits(values, digits):
     assert decimals(values) == digits
 
 
-def test_a_seed_without_a_metric_is_no_crash():
+def test_a_seed_may_lack_a_metric():
     summary = summarise("aa", [{"bbox AP": 1.0, "bbox AP-x": 1.0}, {"bbox AP": 0.0}])
     assert without_nan(summary["a"]["bbox AP-x"]) == {"mean": None, "std": None}
 

@@ -1,4 +1,4 @@
-"""kd-det export: what it writes is what stock Detectron2 and TorchScript read, and all of it or nothing."""
+"""Tests that stock Detectron2 and TorchScript can read what kd-det export writes, and that it writes all or nothing."""
 
 import os
 import resource
@@ -86,7 +86,7 @@ def test_traced_equals_eager_at_every_size(family, options, outputs, tmp_path, s
         assert torch.allclose(found["pred_boxes"], own.pred_boxes.tensor, atol=1e-3)
 
 
-def test_traced_finds_nothing_where_nothing_is(tmp_path, save_run):
+def test_traced_model_may_detect_nothing(tmp_path, save_run):
     """A trace made on an image with objects also runs the parts behind them on no objects."""
     sample, black = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 255, torch.zeros(3, 64, 96)
     cfg = tiny_cfg(options={"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0})
@@ -102,7 +102,7 @@ def test_traced_finds_nothing_where_nothing_is(tmp_path, save_run):
     assert boxes.shape == (0, 4)
 
 
-def test_own_backbone_is_named_with_what_it_needs(tmp_path, save_run, run_tool, capsys):
+def test_a_backbone_of_kd_det_is_named_with_its_import(tmp_path, save_run, run_tool, capsys):
     import kd_det
 
     run = save_run(tmp_path / "run", tiny_cfg())
@@ -122,7 +122,7 @@ CONFIGS = [path for path in sorted(ROOT.glob("configs/**/*.yaml")) if not path.n
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_what_stock_detectron2_can_build_has_no_other_keys(path):
+def test_config_for_stock_detectron2_has_no_other_keys(path):
     """The students on Detectron2's own ResNets are for Detectron2 alone; all others name the part that is not."""
     cfg = read_student_config(str(path))
     plain, needs = plain_config(cfg, "student.pth")
@@ -172,7 +172,7 @@ def test_stock_detector_starts_from_a_classifiers_backbone(tmp_path, save_run, r
         assert all(torch.equal(loaded[key], value) for key, value in offered.items())
 
 
-def test_classifiers_sample(photo, tmp_path, save_run, run_tool, capsys):
+def test_classifier_is_traced_on_a_sample(photo, tmp_path, save_run, run_tool, capsys):
     """By default the first test image; a file of any size is made what the classifier takes."""
     options = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8, "DATASETS.TEST": ("digits_test",)}
     run = save_run(tmp_path / "run", classifier_cfg(options=options))
@@ -196,7 +196,7 @@ def test_a_failure_leaves_nothing(options, message, tmp_path, save_run):
     assert os.listdir(tmp_path / "made") == []
 
 
-def test_a_full_disk_is_told(tmp_path, save_run):
+def test_a_full_disk_is_reported(tmp_path, save_run):
     """As one on which only so many bytes have room; student.ts is larger than student.pth."""
     _, weights = find_run(save_run(tmp_path / "run", tiny_cfg()))
     export_student(tiny_cfg(), weights, str(tmp_path / "whole"))
@@ -231,7 +231,7 @@ def test_mistakes_end_in_one_line(arguments, message, tmp_path, save_run, run_to
         run_tool("export", "--output", tmp_path / "out", *arguments)
 
 
-def test_a_run_that_kept_no_average(teacher, tmp_path, save_run, run_tool):
+def test_a_run_without_averaged_weights_is_refused(teacher, tmp_path, save_run, run_tool):
     run = save_run(tmp_path / "run", distilled_cfg(teacher, ["HintHead"]))
     with pytest.raises(SystemExit, match=r"^error: --ema: .*/model_0000001.pth has no averaged weights; SOLVER.EMA"):
         run_tool("export", "--run", run, "--ema", "--output", tmp_path / "out", "--no-torchscript")

@@ -1,4 +1,4 @@
-"""Every command tells at once what it takes, before anything that is slow to import or that warns."""
+"""Tests that every command parses its arguments at once, before slow imports and warnings."""
 
 import subprocess
 import sys
@@ -69,7 +69,7 @@ def test_kd_det_lists_its_commands():
     assert [line[0] for line in lines if line and line[0] in COMMANDS] == list(COMMANDS)
 
 
-def test_a_command_that_is_not_there_is_named_in_one_line():
+def test_an_unknown_command_ends_in_one_line():
     done = run(KD_DET, "trian", "--help")
     assert (done.returncode, done.stdout) == (1, "imported:\n")
     assert done.stderr == f"error: kd-det: 'trian' is not one of {', '.join(COMMANDS)}.\n"

@@ -1,4 +1,4 @@
-"""kd-det repeat: what each run is told, what becomes of it, and what is said of it meanwhile."""
+"""Tests kd-det repeat: the arguments of its runs, their interruption, and its messages about their progress."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from kd_det.errors import InputError
 @pytest.mark.parametrize(
     ("name", "expected"), [("student", False), ("reviewkd", True), ("born_again", True), ("dml", False)]
 )
-def test_only_students_with_a_teacher_are_told_of_one(name, expected):
+def test_only_distilled_students_have_a_teacher(name, expected):
     config = str(ROOT / f"configs/BCCD/{name}.yaml")
     assert repeat.has_teacher([config], ["SOLVER.MAX_ITER", "1"], "--student") is expected
 
@@ -46,7 +46,7 @@ VALID = ["--teacher", f"{ROOT}/configs/BCCD/teacher.yaml", "--student", STUDENT,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--student", STUDENT], "--student: a is given twice, and its runs would share a folder"),
         (["--seeds", "1", "2", "1"], "--seeds: 1 is given twice"),
@@ -58,11 +58,11 @@ VALID = ["--teacher", f"{ROOT}/configs/BCCD/teacher.yaml", "--student", STUDENT,
         (["SOLVER.MAX_ITER"], "command line: Override list has odd length"),
     ],
 )
-def test_mistakes_are_found_before_the_first_run(arguments, told, monkeypatch, capsys):
+def test_mistakes_are_found_before_the_first_run(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(Call, "start", lambda *_: pytest.fail("a run began"))
     with pytest.raises((InputError, SystemExit)) as error:
         repeat.main(repeat.parse_args([*VALID, *arguments]))
-    assert told in f"{error.value} {capsys.readouterr().err}"
+    assert message in f"{error.value} {capsys.readouterr().err}"
 
 
 # ---- Runs, by a program that stands in for the commands ----
@@ -140,7 +140,7 @@ def test_a_signal_reaches_the_trainings_and_the_same_command_goes_on(start_repea
     assert final.read_bytes() == (tmp_path / "model_final.pth").read_bytes()
 
 
-def test_trainings_end_when_it_is_killed(start_repeat, tmp_path):
+def test_trainings_end_when_repeat_is_killed(start_repeat, tmp_path):
     students = [tmp_path / "output" / name for name in ("a_seed1", "b_seed1")]
     process = start_repeat()
     wait_for(*(x / "begun" for x in students))
