@@ -1,6 +1,7 @@
 """Keeps an exponential moving average of a student's weights and evaluates it alongside the student."""
 
 import logging
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
@@ -29,7 +30,7 @@ def build_ema(cfg: CfgNode, student: nn.Module) -> AveragedModel | None:
     if cfg.MODEL.META_ARCHITECTURE == "MutualStudents":
         raise InputError(f"SOLVER.EMA_DECAY: got {decay}, but MutualStudents have no averages; allowed is 0.")
 
-    def average(averaged: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
+    def average(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
         # As in TensorFlow, the decay grows: after n updates the average spans at most n / 9 of them, so even a short
         # run forgets its initial weights.
         ramp = (1 + int(updates)) / (10 + int(updates))

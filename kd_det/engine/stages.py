@@ -63,11 +63,12 @@ def train(cfg: CfgNode, *, resume: bool, begin: Callable[[], None] | None = None
     weights = pretrain(cfg, resume=resume, begin=begin) if staged else cfg.KD.PRETRAIN.WEIGHTS
     seed(cfg)
     trainer = Trainer(cfg)
-    if isinstance(trainer.plain_model, TeacherStudent):
-        check_stage(cfg, trainer.plain_model.heads)
+    model = trainer.plain_model
+    if isinstance(model, TeacherStudent):
+        check_stage(cfg, model.heads)
     trainer.resume_or_load(resume=resume)
-    if weights:
-        load_stage(trainer.plain_model, weights, check_only=trainer.start_iter > 0)
+    if isinstance(model, TeacherStudent) and weights:
+        load_stage(model, weights, check_only=trainer.start_iter > 0)
     begin()
     log_summary(trainer, stage=weights)
     trainer.train()
@@ -118,6 +119,7 @@ class Pretraining(TeacherStudent):
     """
 
     frozen_adapters = False
+    teacher: Teacher  # A head that has a stage has a teacher.
 
     @configurable
     def __init__(self, **parts):
@@ -277,6 +279,7 @@ def load_stage(model: TeacherStudent, path: str, *, check_only: bool = False) ->
     Raises:
         InputError: If the file cannot be read, belongs to another teacher, or lacks keys of a student that it trained.
     """
+    assert model.teacher is not None
     trained = any(getattr(head, "pretrains_student", False) for head in model.heads.values()) and not check_only
     parts = {"kd_teacher": TeacherIdentity(model.teacher), **({} if check_only else model.checkpointables)}
     checkpointer = KDCheckpointer(model.student if trained else copy.deepcopy(model.student), **parts)

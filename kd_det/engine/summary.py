@@ -17,11 +17,11 @@ from kd_det.config import student_config
 from kd_det.engine.flops import count_gflops
 from kd_det.engine.loaders import is_classifier
 from kd_det.engine.trainer import Trainer
-from kd_det.heads.build import teacher_signals
+from kd_det.heads.build import has_stage, student_signals, teacher_signals
 from kd_det.meta_arch import TeacherStudent
 from kd_det.mutual import MutualStudents, evaluation_mode
 from kd_det.schedules import WeightSchedule
-from kd_det.teacher import load_teacher_config
+from kd_det.teacher import Teacher, load_teacher_config
 
 logger = logging.getLogger(__name__)
 # This is the side in pixels. An R-CNN with 50 layers takes one core 2 s at this size and 7 s at 800.
@@ -65,8 +65,8 @@ def log_summary(trainer: Trainer, *, stage: str = "") -> None:
         return
     model = trainer.plain_model
     parts = [network_table(list_networks(trainer), image_side(trainer.cfg))]
-    if isinstance(model, TeacherStudent) and model.heads:
-        parts.append(head_table(model))
+    if isinstance(model, TeacherStudent) and model.heads and model.teacher is not None:
+        parts.append(head_table(model, model.teacher))
     if isinstance(model, MutualStudents):
         turns = ", one after the other" if model.sequential else ""
         method = trainer.cfg.KD.MUTUAL.METHOD
@@ -168,21 +168,19 @@ def image_side(cfg: CfgNode) -> int:
     return min(side, LARGEST_ON_CPU) if cfg.MODEL.DEVICE == "cpu" else side
 
 
-def head_table(model: TeacherStudent) -> str:
+def head_table(model: TeacherStudent, teacher: Teacher) -> str:
     """Formats a table of the heads, with one line for each pair of signals or each signal without a counterpart."""
-    specs = model.tap.spec(), model.teacher.tap.spec()
-    rows = []
+    specs = model.tap.spec(), teacher.tap.spec()
+    rows: list[list[str]] = []
     for name, head in model.heads.items():
-        student, teacher = head.signals, teacher_signals(head)
-        schedule = describe_schedule(model.schedules[name])
-        if not student and not teacher:
-            student, teacher, schedule = (
-                head.pretrain_signals,
-                head.pretrain_teacher_signals,
-                "in the pre-training stage only",
-            )
-        sides = [[shape(x, spec) for x in side] for side, spec in zip((student, teacher), specs, strict=True)]
-        cells = [[name, f"{model.schedules[name].weight:g}", schedule], *[["", "", ""]] * (max(map(len, sides)) - 1)]
+        schedule = model.schedules[name]
+        assert isinstance(schedule, WeightSchedule)
+        signals, when = (student_signals(head), teacher_signals(head)), describe_schedule(schedule)
+        if not any(signals) and has_stage(head):
+            signals = head.pretrain_signals, head.pretrain_teacher_signals
+            when = "in the pre-training stage only"
+        sides = [[shape(x, spec) for x in side] for side, spec in zip(signals, specs, strict=True)]
+        cells = [[name, f"{schedule.weight:g}", when], *[["", "", ""]] * (max(map(len, sides)) - 1)]
         rows += [[*cell, *pair] for cell, pair in zip(cells, zip_longest(*sides, fillvalue=""), strict=True)]
     return tabulate(rows, ["head", "weight", "schedule", "student", "teacher"], disable_numparse=True)
 

@@ -16,6 +16,7 @@ from kd_det.data import choose_images, class_names, known_class_names
 from kd_det.engine.evaluation import build_evaluator
 from kd_det.engine.loaders import build_test_loader
 from kd_det.errors import InputError
+from kd_det.heads.build import student_signals
 from kd_det.meta_arch import TeacherStudent
 from kd_det.taps import count_classes
 from kd_det.teacher import build_teacher, load_teacher_config
@@ -38,7 +39,7 @@ def check_class_order(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
     Raises:
         InputError: If the names are the same in another order. Different names cause only a warning.
     """
-    comparing = [name for name, head in heads.items() if PREDICTIONS.intersection(head.signals)]
+    comparing = [name for name, head in heads.items() if PREDICTIONS.intersection(student_signals(head))]
     if not comparing:
         return
     student, teacher = known_class_names(cfg), known_class_names(load_teacher_config(cfg)[0])
@@ -90,6 +91,7 @@ def check_teacher(cfg: CfgNode) -> None:
         evaluator = build_evaluator(teacher_cfg, SUBSET, tasks=("bbox",))
         results = inference_on_dataset(teacher.model, build_test_loader(teacher_cfg, SUBSET), evaluator)
     if "classification" in results:
+        assert known is not None
         report("top-1 accuracy", results["classification"]["top1"], least_accuracy(known, images), dataset)
     elif results:
         # NaN means that the detector finds nothing.

@@ -3,6 +3,7 @@
 import logging
 import uuid
 import weakref
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class Trainer(DefaultTrainer):
         cfg: The whole config of a plain detector, a ``TeacherStudent`` or ``MutualStudents``.
     """
 
+    iter: int
     find_unused_parameters = False
     # The learning rate comes from this config key.
     rate_key = "SOLVER.BASE_LR"
@@ -67,8 +69,9 @@ class Trainer(DefaultTrainer):
             check_class_order(cfg, model.heads)
         if cfg.SOLVER.CHANNELS_LAST:
             model.to(memory_format=torch.channels_last)
-        distilled = isinstance(model, TeacherStudent | MutualStudents)
-        self.student, parts = (model.student, model.checkpointables) if distilled else (model, {})
+        self.student, parts = model, dict[str, object]()
+        if isinstance(model, TeacherStudent | MutualStudents):
+            self.student, parts = model.student, model.checkpointables
         self.ema = build_ema(cfg, self.student)
         if self.ema is not None:
             parts |= {"ema": self.ema}
@@ -168,9 +171,11 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             hooks[-1:-1] = build_visualization(self.cfg, self.plain_model)  # The last hook writes the pictures.
         hooks = extend_hooks(hooks, self.cfg, self.ema)
-        peers = self.plain_model.configs[1:] if isinstance(self.plain_model, MutualStudents) else []
-        if peers and comm.is_main_process():
-            hooks.insert(0, PeerWriter(self.plain_model.students, self.plain_model.configs))
+        peers: Sequence[CfgNode] = []
+        if isinstance(self.plain_model, MutualStudents):
+            peers = self.plain_model.configs[1:]
+            if comm.is_main_process():
+                hooks.insert(0, PeerWriter(list(self.plain_model.students), self.plain_model.configs))
         if self.cfg.TEST.AUG.ENABLED and self.cfg.DATASETS.TEST:
             writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
             hooks.insert(min(writers, default=len(hooks)), TTAEvaluation(self.cfg, self.student))
@@ -186,7 +191,7 @@ class Trainer(DefaultTrainer):
         share_buffers(plain)
         if not isinstance(plain, MutualStudents):
             return cls._test_one(cfg, model, evaluators)
-        results = {}
+        results: dict = {}
         for i, (student, student_cfg) in enumerate(zip(plain.students, plain.configs, strict=True), 1):
             logger.info("Student %d of %d:", i, len(plain.students))
             metrics = cls._test_one(student_cfg, student, evaluators)

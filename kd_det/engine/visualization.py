@@ -22,6 +22,7 @@ from kd_det.data.loader import own_random_numbers
 from kd_det.engine.matching import match, operating_point
 from kd_det.engine.picture_grid import as_pixels
 from kd_det.engine.pictures import Choice, draw_attention, draw_classifications, draw_detections
+from kd_det.heads.build import student_signals
 from kd_det.losses import attention_map
 from kd_det.meta_arch import TeacherStudent
 from kd_det.mutual import MutualStudents, evaluation_mode
@@ -58,7 +59,7 @@ class Visualization(HookBase):
         self.networks = find_networks(model)
         specs = [tap.spec() for tap, _ in self.networks.values()]
         # The output of a ReLU is shown instead of its input.
-        compared = {name.removesuffix("_preact") for head in model.heads.children() for name in head.signals}
+        compared = {name.removesuffix("_preact") for head in model.heads.children() for name in student_signals(head)}
         maps = compared.intersection(*specs)
         self.strides = {name: shape.stride for name, shape in specs[0].items() if shape.stride and name in maps}
         self.dataset = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[0]
@@ -82,7 +83,7 @@ class Visualization(HookBase):
         mapper = (ClassificationMapper if classifies else DetectionMapper)(self.cfg, is_train=False)
         inputs = [mapper(record) for record in self.records]
         images = [utils.convert_image_to_rgb(x["image"].permute(1, 2, 0), self.cfg.INPUT.FORMAT) for x in inputs]
-        maps = {name: {} for name in self.strides}
+        maps: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in self.strides}
         predictions = {}
         for title, (tap, is_flipped) in self.networks.items():
             with tap.record(maps) as signals:
@@ -109,7 +110,9 @@ class Visualization(HookBase):
 
 def build_visualization(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
     """Builds the hook if VIS_PERIOD is set and the model has a student that is taught; returns no hook otherwise."""
-    return [Visualization(cfg, model)] if cfg.VIS_PERIOD > 0 and find_networks(model) else []
+    if isinstance(model, TeacherStudent | MutualStudents) and cfg.VIS_PERIOD > 0 and find_networks(model):
+        return [Visualization(cfg, model)]
+    return []
 
 
 def find_networks(model: nn.Module) -> dict[str, tuple[BackboneTap, bool]]:

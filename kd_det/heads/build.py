@@ -1,13 +1,37 @@
 """Builds the distillation heads that a config names, and checks the signals that they need."""
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeGuard, cast
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from torch import nn
+from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.registry import KD_HEAD_REGISTRY
+from kd_det.signals import Batch, Signals
+
+
+class StagedHead(Protocol):
+    """Declares what a head has that trains something in a stage before the main run.
+
+    Attributes:
+        pretrained: Names of its submodules that the stage trains.
+        pretrains_student: Whether the stage also trains the student, as far as the head's loss reaches it.
+        pretrain_signals: Signals of the student that the stage needs.
+        pretrain_teacher_signals: Signals of the teacher that the stage needs.
+    """
+
+    pretrained: Sequence[str]
+    pretrains_student: bool
+    pretrain_signals: Sequence[str]
+    pretrain_teacher_signals: Sequence[str]
+
+    def pretrain(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
+        """Computes the losses of the stage."""
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Returns a submodule by its name."""
 
 
 def build_kd_heads(
@@ -55,12 +79,17 @@ def build_kd_heads(
     return heads
 
 
+def student_signals(head: nn.Module) -> Sequence[str]:
+    """Returns the signals that a head needs from the student."""
+    return cast(Sequence[str], head.signals)
+
+
 def teacher_signals(head: nn.Module) -> Sequence[str]:
     """Returns the signals that a head needs from the teacher; by default those that it needs from the student."""
-    return getattr(head, "teacher_signals", head.signals)
+    return getattr(head, "teacher_signals", student_signals(head))
 
 
-def has_stage(head: nn.Module) -> bool:
+def has_stage(head: nn.Module) -> TypeGuard[StagedHead]:
     """Reports whether a head has something to train in a stage before the main run."""
     return bool(getattr(head, "pretrained", ())) or getattr(head, "pretrains_student", False)
 
@@ -69,7 +98,7 @@ def freeze_pretrained(head: nn.Module) -> None:
     """Freezes what a stage before the run trains: no gradients, and evaluation mode whatever ``head.train()`` asks."""
     for name in getattr(head, "pretrained", ()):
         module = head.get_submodule(name).requires_grad_(False).eval()
-        module.train = lambda mode=True, module=module: module
+        vars(module)["train"] = lambda mode=True, module=module: module  # This hides the method of the class.
 
 
 def check_feature_maps(
