@@ -1,4 +1,4 @@
-"""How a tool ends: in one line that names the file and says what to do, or with a defect's traceback."""
+"""Tests how a tool ends: in one line that names the file and a remedy, or with a defect's traceback."""
 
 import errno
 import logging
@@ -32,11 +32,11 @@ READ_ONLY = OSError(errno.EROFS, "Read-only file system", "/mnt/x")
         (RuntimeError("a defect"), None),
     ],
 )
-def test_errors_that_are_no_defects_are_one_line(error, line):
+def test_user_errors_are_described_in_one_line(error, line):
     assert describe_error(error) == line
 
 
-def test_an_error_that_torch_hides(tmp_path):
+def test_file_error_that_torch_hides_is_found(tmp_path):
     error = RuntimeError("unexpected pos 64 vs 0")
     error.__context__ = OSError(errno.ENOSPC, "No space left on device", "x")
     assert describe_error(error) == "x: No space left on device; make room on the disk."
@@ -54,13 +54,13 @@ class Broken:
 
 
 @pytest.mark.parametrize("error", [READ_ONLY, FileNotFoundError(2, "No such file or directory", "a.png")])
-def test_an_error_in_a_worker_is_told_as_one_in_the_run(error):
+def test_worker_error_is_described_like_one_in_the_run(error):
     with pytest.raises(OSError, match="Caught") as raised:
         next(iter(DataLoader(Broken(error), num_workers=1)))
     assert describe_error(raised.value) == describe_error(error)
 
 
-def test_a_traceback_of_another_process():
+def test_message_is_found_in_the_traceback_of_another_process():
     traceback = 'Traceback (most recent call last):\n  File "x.py", line 1\n'
     assert find_message(f"{traceback}kd_det.errors.InputError: KD.X: wrong\n") == "KD.X: wrong"
     read_only = find_message(f"{traceback}OSError: [Errno 30] Read-only file system: '/mnt/x'\n")
@@ -81,7 +81,7 @@ def full_log(tmp_path):
     handler.stream.close()
 
 
-def test_a_log_that_cannot_be_written_ends_the_run_in_one_line(full_log, capfd):
+def test_unwritable_log_ends_the_run_in_one_line(full_log, capfd):
     with pytest.raises(SystemExit, match=r"^error: /dev/full: No space left on device; make room on the disk\.$"):
         run_tool(lambda: full_log.error("lost"))
     assert capfd.readouterr().err == ""
@@ -95,7 +95,7 @@ def log_to_lost_terminal(printed, done):
     run_tool(lambda: (log.error("lost"), log.error("lost"), done.touch()))
 
 
-def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
+def test_closed_terminal_does_not_end_the_run(tmp_path):
     process = FORKS.Process(target=log_to_lost_terminal, args=(tmp_path / "printed", tmp_path / "done"))
     process.start()
     assert end(process) == [0]
@@ -103,7 +103,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
     assert "Traceback" not in (tmp_path / "printed").read_text()
 
 
-def test_a_log_record_that_is_a_defect_is_reported(capfd):
+def test_defective_log_record_is_reported(capfd):
     log = logging.getLogger("defect")
     log.propagate = False
     log.addHandler(logging.StreamHandler())
@@ -112,7 +112,7 @@ def test_a_log_record_that_is_a_defect_is_reported(capfd):
     assert "TypeError" in capfd.readouterr().err
 
 
-def test_tensorboards_thread_leaves_a_full_disk_to_the_run(tmp_path, monkeypatch, capfd):
+def test_full_disk_in_tensorboards_thread_is_left_to_the_run(tmp_path, monkeypatch, capfd):
     writer = SummaryWriter(str(tmp_path), max_queue=1)
 
     def fail(*_):
@@ -131,7 +131,7 @@ def test_tensorboards_thread_leaves_a_full_disk_to_the_run(tmp_path, monkeypatch
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_other_threads_are_reported(capfd):
+def test_errors_of_other_threads_are_reported(capfd):
     def fail():
         raise FileNotFoundError(2, "No such file or directory", "x")
 

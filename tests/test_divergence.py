@@ -1,4 +1,4 @@
-"""A training that diverges: one line reports the losses and the remedies, and --resume continues from before it."""
+"""Tests diverged trainings: one line reports the losses and the remedies, and --resume continues from before it."""
 
 import re
 
@@ -44,7 +44,7 @@ def diverge(cfg):
 
 @pytest.mark.parametrize("rate", [1e30, 1e4])
 @pytest.mark.parametrize("family", ["mask_rcnn", "cascade", "retinanet"])
-def test_a_rate_that_is_far_too_high(run, tmp_path, family, rate):
+def test_far_too_high_rate_ends_in_one_line(run, tmp_path, family, rate):
     """Whoever of Detectron2 meets it. With a sane one the run then begins anew, as its first weights were bad."""
     told = diverge(run(tiny_cfg(family), **{"SOLVER.BASE_LR": rate}))
     assert re.search(r"iteration\W\d", told)
@@ -57,7 +57,7 @@ def test_a_rate_that_is_far_too_high(run, tmp_path, family, rate):
 @pytest.mark.parametrize(
     "message", ["Box tensor contains infinite or NaN!", "Input boxes to Box2BoxTransform are not valid!"]
 )
-def test_an_assertion_that_only_a_diverged_training_breaches(run, monkeypatch, message):
+def test_assertion_of_a_diverged_training_counts_as_divergence(run, monkeypatch, message):
     step = Trainer.run_step
 
     def run_step(trainer):
@@ -72,7 +72,7 @@ def test_an_assertion_that_only_a_diverged_training_breaches(run, monkeypatch, m
     assert re.search(rf"^iteration 3: {re.escape(message)}; {values}", told)
 
 
-def test_another_assertion_is_a_defect(run, monkeypatch):
+def test_other_assertions_are_defects(run, monkeypatch):
     def breach():
         raise AssertionError("a defect")
 
@@ -82,7 +82,7 @@ def test_another_assertion_is_a_defect(run, monkeypatch):
         trainer.train()
 
 
-def test_the_run_goes_on_from_the_last_checkpoint_before(run, tmp_path, monkeypatch, caplog):
+def test_resume_continues_before_the_divergence(run, tmp_path, monkeypatch, caplog):
     """Of iteration 2: that of iteration 3 has weights that are finite, but far too large."""
     step, folder = Trainer.run_step, tmp_path / "run"
 
@@ -104,7 +104,7 @@ def test_the_run_goes_on_from_the_last_checkpoint_before(run, tmp_path, monkeypa
     assert same(resumed, torch.load(folder / "model_final.pth", weights_only=True)["model"])
 
 
-def test_weights_that_are_not_finite_end_the_run_at_their_checkpoint(run, tmp_path, monkeypatch):
+def test_checkpoint_of_non_finite_weights_ends_the_run(run, tmp_path, monkeypatch):
     """Also the final one, behind which no loss could show them."""
     step = Trainer.run_step
 
@@ -120,7 +120,7 @@ def test_weights_that_are_not_finite_end_the_run_at_their_checkpoint(run, tmp_pa
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000004.pth"
 
 
-def test_a_distilled_run(run, teacher, tmp_path):
+def test_diverged_distilled_run(run, teacher, tmp_path):
     cfg = distilled_cfg(teacher, ["HintHead"], {"MODEL.FPN.NORM": "BN"})
     told = diverge(run(cfg, **{"SOLVER.BASE_LR": 1e30}))
     assert re.search(r"iteration \d", told)

@@ -1,4 +1,4 @@
-"""The average of a student's weights: its numbers, and what is saved, resumed, evaluated and exported of it."""
+"""Tests the average of a student's weights: its values, and how it is saved, resumed, evaluated and exported."""
 
 import json
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class Counting(nn.Module):
         self.statistic.fill_(10 * value)
 
 
-def test_the_decay_grows_up_to_the_one_asked_for():
+def test_decay_grows_to_the_configured_value():
     """Behind the first update, which copies, decays are 2/11, 3/12, and then 0.3, since 4/13 is more."""
     cfg, model = tiny_cfg(options={"SOLVER.EMA_DECAY": 0.3}), Counting()
     ema = build_ema(cfg, model)
@@ -79,13 +79,13 @@ def test_the_decay_grows_up_to_the_one_asked_for():
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
-def test_decays_that_cannot_be(decay):
+def test_invalid_decays_are_refused(decay):
     told = rf"^SOLVER.EMA_DECAY: must be 0 or more and below 1, got {decay}\.$"
     with pytest.raises(InputError, match=told):
         build_ema(tiny_cfg(options={"SOLVER.EMA_DECAY": decay}), nn.Linear(1, 1))
 
 
-def test_students_that_teach_each_other_have_none():
+def test_mutual_students_have_no_average():
     cfg = tiny_cfg(options={"SOLVER.EMA_DECAY": 0.9, "MODEL.META_ARCHITECTURE": "MutualStudents"})
     with pytest.raises(InputError, match=r"^SOLVER.EMA_DECAY: got 0.9, but MutualStudents have no averages"):
         build_ema(cfg, nn.Linear(1, 1))
@@ -93,7 +93,7 @@ def test_students_that_teach_each_other_have_none():
 
 # ---- In a run ----
 @pytest.mark.parametrize("options", [{}, {"SOLVER.ACCUMULATE": 2}])
-def test_the_saved_average_is_that_of_the_saved_students(make, options):
+def test_saved_average_matches_the_saved_students(make, options):
     """One update for each step of the optimizer, however many parts a batch has."""
     cfg = make(**options)
     train(cfg, resume=False)
@@ -120,7 +120,7 @@ def test_training_is_the_same_without_an_average(make, tmp_path):
     assert same(kept["model"], without["model"])
 
 
-def test_a_resumed_run_gives_the_average_of_an_uninterrupted_one(make, tmp_path):
+def test_resumed_run_has_the_average_of_an_uninterrupted_one(make, tmp_path):
     """The stage before the run has no average."""
     options = {"KD.HINT.STAGES": 2, "KD.PRETRAIN.MAX_ITER": 2, "SOLVER.CHECKPOINT_PERIOD": 2}
     cfg = make(**options)
@@ -132,7 +132,7 @@ def test_a_resumed_run_gives_the_average_of_an_uninterrupted_one(make, tmp_path)
     assert "ema" not in load(tmp_path / "run" / "pretrain")
 
 
-def test_a_run_without_an_average_cannot_be_resumed_with_one(make):
+def test_run_without_an_average_cannot_resume_with_one(make):
     train(make(**{"SOLVER.EMA_DECAY": 0.0}), resume=False)
     with pytest.raises(InputError, match=r"cannot be resumed: it has model, .*but no ema\.$"):
         train(make(**{"SOLVER.MAX_ITER": 6}), resume=True)
@@ -154,7 +154,7 @@ class SaveAverage:
         Trainer.after_train = after_train
 
 
-def test_two_ranks_have_one_average(make, tmp_path):
+def test_two_ranks_share_one_average(make, tmp_path):
     task = Task(write_yaml(tmp_path / "config.yaml", make()), tmp_path)
     files = [tmp_path / f"rank_{i}.pth" for i in range(2)]
     ranks = [(rank, SaveAverage(file)) for rank, file in zip(two_ranks(), files, strict=True)]
@@ -184,7 +184,7 @@ def test_student_and_average_are_evaluated(make, tmp_path):
     assert best["best"] == {"ema/classification/top1": max(told["ema/classification/top1"])}
 
 
-def test_precise_batch_norm_is_of_the_averaged_weights(make):
+def test_precise_batch_norm_uses_the_averaged_weights(make):
     """They are next to the student's own here; so must be their statistics, which an average of running ones is not."""
     cfg = make(**{"SOLVER.EMA_DECAY": 1e-6, "TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 2})
     train(cfg, resume=False)
@@ -196,7 +196,7 @@ def test_precise_batch_norm_is_of_the_averaged_weights(make):
 
 
 # ---- Export ----
-def test_an_exported_average_teaches(make, tmp_path):
+def test_exported_average_can_teach(make, tmp_path):
     cfg = make()
     train(cfg, resume=False)
     weights = str(tmp_path / "run" / "model_final.pth")

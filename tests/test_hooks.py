@@ -1,4 +1,4 @@
-"""The best checkpoint, and precise batch norm in runs that are resumed."""
+"""Tests the best checkpoint, and precise batch norm in resumed runs."""
 
 import math
 
@@ -50,7 +50,7 @@ def best(folder):
     ("values", "expected"),
     [([1, 3, 2, 3], (1, 3)), ([math.nan, 3, 2, 4], (3, 4)), ([0, -1, 0, 0], (0, 0)), ([4, math.nan, 3, 2], (0, 4))],
 )
-def test_the_first_of_the_best_stays(cfg, evaluations, tmp_path, values, expected):
+def test_first_of_equally_good_checkpoints_stays(cfg, evaluations, tmp_path, values, expected):
     evaluations.extend(map(float, values))
     train(cfg, resume=False)
     assert best(tmp_path) == expected
@@ -61,7 +61,7 @@ def test_the_first_of_the_best_stays(cfg, evaluations, tmp_path, values, expecte
     )
 
 
-def test_a_metric_that_is_never_a_number(cfg, evaluations, tmp_path, caplog):
+def test_metric_that_is_always_nan_writes_no_checkpoint(cfg, evaluations, tmp_path, caplog):
     evaluations.extend([math.nan] * 4)
     train(cfg, resume=False)
     assert not (tmp_path / "model_best.pth").exists()
@@ -69,7 +69,7 @@ def test_a_metric_that_is_never_a_number(cfg, evaluations, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("later", "expected"), [([2.0, 2.5], (0, 3.0)), ([2.0, 4.0], (3, 4.0))])
-def test_a_resumed_run_knows_the_best_so_far(cfg, evaluations, tmp_path, later, expected):
+def test_resumed_run_remembers_the_best_result(cfg, evaluations, tmp_path, later, expected):
     """It is stopped in the evaluation after its second checkpoint, and goes on behind it."""
     evaluations.extend([3.0, None])
     with pytest.raises(KeyboardInterrupt):
@@ -79,7 +79,7 @@ def test_a_resumed_run_knows_the_best_so_far(cfg, evaluations, tmp_path, later, 
     assert best(tmp_path) == expected
 
 
-def test_the_best_of_another_run_is_none(cfg, evaluations, tmp_path):
+def test_best_checkpoint_of_another_run_is_ignored(cfg, evaluations, tmp_path):
     evaluations.extend([9.0, 9.0, 9.0, 9.0])
     train(cfg, resume=False)
     evaluations.append(None)
@@ -91,7 +91,7 @@ def test_the_best_of_another_run_is_none(cfg, evaluations, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "text", "empty", "a number", "other keys", "no metrics"])
-def test_a_damaged_best_checkpoint_does_not_stop_a_run(cfg, evaluations, tmp_path, caplog, damage):
+def test_damaged_best_checkpoint_does_not_stop_the_run(cfg, evaluations, tmp_path, caplog, damage):
     evaluations.extend([3.0, None])
     with pytest.raises(KeyboardInterrupt):
         train(cfg, resume=False)
@@ -112,14 +112,14 @@ def test_a_damaged_best_checkpoint_does_not_stop_a_run(cfg, evaluations, tmp_pat
     assert best(tmp_path) == (2, 2.0)
 
 
-def test_a_metric_that_nobody_measures(cfg):
+def test_unknown_metric_is_refused(cfg):
     cfg.TEST.BEST_METRIC = "bbox/AP"
     told = r"^TEST.BEST_METRIC: got 'bbox/AP'; the evaluation gives classification/top1, classification/top5,"
     with pytest.raises(InputError, match=told):
         train(cfg, resume=False)
 
 
-def test_a_metric_without_evaluation(cfg):
+def test_metric_without_evaluation_is_refused(cfg):
     cfg.DATASETS.TEST = ()
     with pytest.raises(
         InputError, match=r"^TEST.BEST_METRIC: got 'classification/top1', but DATASETS.TEST names no data set\.$"
@@ -127,7 +127,7 @@ def test_a_metric_without_evaluation(cfg):
         train(cfg, resume=False)
 
 
-def test_precise_batch_norm_of_a_resumed_run(cfg, tmp_path):
+def test_precise_batch_norm_is_the_same_after_resuming(cfg, tmp_path):
     cfg.DATASETS.TEST, cfg.TEST.BEST_METRIC = (), ""
     cfg.TEST.PRECISE_BN.ENABLED, cfg.TEST.PRECISE_BN.NUM_ITER = True, 2
     cfg.OUTPUT_DIR = str(tmp_path / "whole")

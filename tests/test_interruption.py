@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: the iteration is finished and saved, the status is 75, and the run can be resumed."""
+"""Tests termination signals: the iteration is finished and saved, the status is 75, and the run can be resumed."""
 
 import signal
 
@@ -34,7 +34,7 @@ def last(folder):
 @pytest.mark.parametrize(
     ("number", "trainer"), [(signal.SIGTERM, STAGE), (signal.SIGTERM, RUN), (signal.SIGINT, RUN), (signal.SIGUSR1, RUN)]
 )
-def test_the_iteration_is_finished_and_saved(task, tmp_path, number, trainer):
+def test_signal_finishes_and_saves_the_iteration(task, tmp_path, number, trainer):
     assert task.run("cut", prepare=ask(number, trainer=trainer)) == INTERRUPTED == 75
     assert last(tmp_path / "cut" / ("pretrain" if trainer == STAGE else "")) == "model_0000002.pth"
     printed = (tmp_path / "cut.txt").read_text()
@@ -46,7 +46,7 @@ def test_the_iteration_is_finished_and_saved(task, tmp_path, number, trainer):
     assert same(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
 
 
-def test_a_generation(tmp_path):
+def test_signal_in_a_generation(tmp_path):
     size = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8}
     options = save_teacher(tmp_path / "teacher", classifier_cfg(options=size))
     options |= {"KD.HEADS": ["BornAgainHead"], "KD.BORN_AGAIN.SOURCE": "cls", "KD.GENERATIONS": 2, "SEED": 4}
@@ -62,18 +62,18 @@ def test_a_generation(tmp_path):
         assert same(final_state(tmp_path / "cut" / name), final_state(tmp_path / "whole" / name))
 
 
-def test_in_its_last_iteration_a_run_comes_to_its_end(task, tmp_path):
+def test_signal_in_the_last_iteration_lets_the_run_finish(task, tmp_path):
     assert task.run("cut", prepare=ask(signal.SIGTERM, iteration=5)) == 0
     assert last(tmp_path / "cut") == "model_final.pth"
 
 
-def test_after_the_stage_the_main_run_is_begun_and_saved(task, tmp_path):
+def test_signal_after_the_stage_saves_the_main_run(task, tmp_path):
     assert task.run("cut", prepare=ask(signal.SIGTERM, trainer=STAGE, iteration=5)) == INTERRUPTED
     assert last(tmp_path / "cut") == "model_0000000.pth"
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_workers_of_the_data_loader_go_on(task, tmp_path, number):
+def test_loader_workers_ignore_the_signal(task, tmp_path, number):
     """A terminal or a cluster signals them, too; the iteration needs their images."""
     prepare = ask(number, group=True, phase="before", iteration=4)
     assert task.run("cut", "DATALOADER.NUM_WORKERS", 2, prepare=prepare) == INTERRUPTED
@@ -92,7 +92,7 @@ def interrupt_evaluation():
     TeacherStudent.forward = forward
 
 
-def test_an_evaluation_is_finished_first(task, tmp_path, coco_folder):
+def test_signal_lets_an_evaluation_finish(task, tmp_path, coco_folder):
     name = str(coco_folder).strip("/").replace("/", "_").replace(".", "_")
     options = ["DATASETS.TEST", f"('{name}',)", "TEST.EVAL_PERIOD", 3, "DATALOADER.NUM_WORKERS", 1]
     assert task.run("cut", *options, prepare=(interrupt_evaluation,)) == INTERRUPTED
@@ -100,12 +100,12 @@ def test_an_evaluation_is_finished_first(task, tmp_path, coco_folder):
     assert '"bbox/AP"' in (tmp_path / "cut" / "metrics.json").read_text()
 
 
-def test_a_second_ctrl_c_ends_at_once(task, tmp_path):
+def test_second_ctrl_c_ends_at_once(task, tmp_path):
     assert task.run("cut", prepare=ask(signal.SIGINT, signal.SIGINT)) == -signal.SIGINT
     assert not (tmp_path / "cut" / "last_checkpoint").exists()
 
 
-def test_a_launcher_may_repeat_the_other_signals(task, tmp_path):
+def test_launcher_may_repeat_other_signals(task, tmp_path):
     again = ask(signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM)
     assert task.run("cut", prepare=again) == INTERRUPTED
     assert last(tmp_path / "cut") == "model_0000002.pth"
@@ -113,7 +113,7 @@ def test_a_launcher_may_repeat_the_other_signals(task, tmp_path):
 
 # ---- Several processes ----
 @pytest.mark.parametrize("told", [0, 1])
-def test_when_one_rank_is_told_all_end_after_the_same_iteration(task, tmp_path, told):
+def test_signal_to_one_rank_ends_all_after_the_same_iteration(task, tmp_path, told):
     ranks = [(rank,) for rank in two_ranks()]
     ranks[told] += ask(signal.SIGUSR1)
     assert end(*[task.start("cut", prepare=x, log=f"rank_{i}") for i, x in enumerate(ranks)]) == [INTERRUPTED] * 2
@@ -153,7 +153,7 @@ def saved_before_the_end(folder):
     return 2 <= int(last(folder).removeprefix("model_").removesuffix(".pth")) < 499
 
 
-def test_under_torchrun(task, tmp_path, plugin):
+def test_signal_under_torchrun(task, tmp_path, plugin):
     """The launcher's status is 1, or that of an abort: its thread of heartbeats may run into its own end."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     arguments = ["--config-file", task.config, "--plugin", plugin, "OUTPUT_DIR", tmp_path / "output"]
@@ -167,7 +167,7 @@ def test_under_torchrun(task, tmp_path, plugin):
 KILL_PARENT = TELL_PARENT.replace("signal.SIGTERM", "signal.SIGKILL")
 
 
-def test_ranks_end_when_their_launcher_is_killed(task, tmp_path, plugin):
+def test_ranks_end_if_their_launcher_is_killed(task, tmp_path, plugin):
     """They save, as when they are asked to end."""
     plugin.write_text(KILL_PARENT, encoding="utf-8")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -192,7 +192,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize(
     ("told", "status"), [(TELL_PARENT, INTERRUPTED), (KILL_PARENT, -signal.SIGKILL)], ids=["SIGTERM", "SIGKILL"]
 )
-def test_under_num_gpus(task, tmp_path, plugin, told, status):
+def test_signal_under_num_gpus(task, tmp_path, plugin, told, status):
     """The process that launches the ranks passes on what it is told, and ends with their status."""
     plugin.write_text(told, encoding="utf-8")
     arguments = ["--config-file", task.config, "--plugin", plugin, "--num-gpus", 2, "OUTPUT_DIR", tmp_path / "output"]

@@ -1,4 +1,4 @@
-"""Processes of a run: under SLURM's srun they find each other; whatever else SLURM starts is a run of one process."""
+"""Tests the processes of a run, on several GPUs and under srun; other SLURM jobs are runs of one process."""
 
 import functools
 import os
@@ -33,7 +33,7 @@ def path(tmp_path, monkeypatch):
     return tmp_path / "bin"
 
 
-def test_a_task_is_a_rank(path):
+def test_each_srun_task_is_a_rank(path):
     scontrol = path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[03-04]" ] && echo gpu03 && echo gpu04\n')
     scontrol.chmod(0o755)
@@ -45,20 +45,20 @@ def test_a_task_is_a_rank(path):
 
 
 @pytest.mark.usefixtures("path")
-def test_the_meeting_place_may_be_said():
+def test_meeting_place_can_be_given():
     place = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     assert place.items() <= rank_of_task(SRUN | place).items()
     with pytest.raises(InputError, match=r"^MASTER_ADDR: not set, .* of gpu\[03-04\]; export its name\.$"):
         rank_of_task(SRUN | {"MASTER_PORT": "29500"})
 
 
-def test_unequal_machines():
+def test_unequal_machines_are_refused():
     with pytest.raises(InputError, match=r"^srun: the machines have 4\(x2\),3 tasks; give each the same number"):
         rank_of_task(SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3"})
 
 
 @pytest.mark.parametrize("variables", [BATCH, BATCH | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "0"}])
-def test_a_single_task_is_a_plain_run(monkeypatch, variables):
+def test_single_task_is_a_plain_run(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     found = []
@@ -66,7 +66,7 @@ def test_a_single_task_is_a_plain_run(monkeypatch, variables):
     assert found == [(["x"], 1)]
 
 
-def test_torchrun_started_by_srun_tells_the_rank(monkeypatch):
+def test_torchrun_inside_srun_sets_the_rank(monkeypatch):
     torchrun = {"TORCHELASTIC_RUN_ID": "1", "RANK": "3"}
     for name, value in (SRUN | torchrun).items():
         monkeypatch.setenv(name, value)
@@ -76,7 +76,7 @@ def test_torchrun_started_by_srun_tells_the_rank(monkeypatch):
     assert found == ["3"]
 
 
-def test_more_gpus_than_there_are():
+def test_more_gpus_than_available_are_refused():
     with pytest.raises(InputError, match=r"^--num-gpus: got 99, but this machine has \d+ GPUs\.$"):
         launch_workers(lambda args: None, parse("--num-gpus", "99"))
 
@@ -88,8 +88,8 @@ def pretend_gpus(monkeypatch, *, gpus, processes, rank=0):
     monkeypatch.setattr(comm, "get_local_rank", lambda: rank)
 
 
-def test_more_processes_than_gpus(monkeypatch):
-    """So it is, too, where SLURM shows each task its own GPU alone."""
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    """SLURM may show each task only its own GPU."""
     pretend_gpus(monkeypatch, gpus=1, processes=4)
     with pytest.raises(
         InputError, match=r"^4 processes of this machine see 1 GPU\(s\); each needs one, .*gpus-per-node"
@@ -97,7 +97,7 @@ def test_more_processes_than_gpus(monkeypatch):
         launching.use_own_gpu("cuda")
 
 
-def test_gpus_matter_only_where_the_model_runs_on_them(monkeypatch):
+def test_gpus_are_not_needed_for_a_model_on_the_cpu(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     pretend_gpus(monkeypatch, gpus=1, processes=4)
@@ -126,7 +126,7 @@ class PretendOneGpu:
 
 
 @pytest.mark.parametrize(("available", "backends"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
-def test_tensors_are_exchanged_where_they_are(monkeypatch, available, backends):
+def test_backend_follows_the_device_of_the_tensors(monkeypatch, available, backends):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     asked = []
@@ -141,7 +141,7 @@ def test_tensors_are_exchanged_where_they_are(monkeypatch, available, backends):
 @pytest.mark.parametrize(
     ("error", "together"), [(None, True), (SystemExit(75), True), (InputError("KD.X: wrong"), False)]
 )
-def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch, error, together):
+def test_failing_rank_does_not_wait_for_the_others(monkeypatch, error, together):
     """They may wait for it in turn, in an exchange of tensors; its error must be told."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -179,7 +179,7 @@ def be_killed(args):
         (be_killed, InputError, r"^process \d terminated with signal SIGKILL; its earlier output says why"),
     ],
 )
-def test_how_a_spawned_rank_ends(monkeypatch, main, error, message):
+def test_errors_of_spawned_ranks(monkeypatch, main, error, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     forks = functools.partial(start_processes, start_method="forkserver")
     monkeypatch.setattr(launching, "start_processes", forks)

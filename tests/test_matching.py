@@ -1,4 +1,4 @@
-"""Hits, false detections and missed objects, and the threshold of the best F1: by hand, and against a plain search."""
+"""Tests hits, false detections, misses and the best F1, by hand and against a plain search."""
 
 import numpy as np
 import pytest
@@ -35,38 +35,38 @@ def outcome(annotations, found, threshold=0.0):
     return result.hits.tolist(), result.false.tolist(), result.missed.tolist()
 
 
-def test_an_object_is_found_once_and_by_the_highest_score():
+def test_highest_score_matches_an_object_once():
     assert outcome(objects(SQUARE), detections((SQUARE, 0.5), (SQUARE, 0.9))) == ([False, True], [True, False], [False])
 
 
-def test_each_detection_takes_the_object_that_it_overlaps_most():
+def test_detection_matches_the_object_with_the_largest_overlap():
     """The first one overlaps the second object less, so the second detection finds that object."""
     near, between = (2, 0, 12, 10), (0.5, 0, 10.5, 10)
     found = detections((between, 0.9), (near, 0.8))
     assert outcome(objects(near, SQUARE), found) == ([True, True], [False, False], [False, False])
 
 
-def test_another_class_and_too_little_overlap_are_false():
+def test_wrong_class_or_small_overlap_is_a_false_detection():
     half = (0, 0, 10, 4.9)
     assert outcome(objects(SQUARE), detections((SQUARE, 0.9, 1), (half, 0.8))) == ([False] * 2, [True] * 2, [True])
     assert outcome(objects(SQUARE), detections(((0, 0, 10, 5), 0.8))) == ([True], [False], [False])
 
 
-def test_what_scores_below_the_threshold_is_not_there():
+def test_detections_below_the_threshold_do_not_count():
     found = detections((SQUARE, 0.9), (FAR, 0.4), ((20, 20, 30, 30), 0.3))
     annotations = objects(SQUARE, FAR)
     assert outcome(annotations, found, 0.4) == ([True, True, False], [False] * 3, [False, False])
     assert outcome(annotations, found, 0.41) == ([True, False, False], [False] * 3, [False, True])
 
 
-def test_crowds_are_neither_missed_nor_found():
+def test_crowds_are_neither_missed_nor_hit():
     found = detections(((40, 40, 45, 45), 0.9), ((42, 42, 48, 48), 0.8), (SQUARE, 0.7))
     annotations = objects((30, 30, 80, 80), SQUARE, crowds=[0])
     assert outcome(annotations, found) == ([False, False, True], [False] * 3, [False, False])
     assert operating_point(match([(annotations, found)])) == OperatingPoint(0.7, 1.0)
 
 
-def test_classes_that_are_not_labelled_are_neither_right_nor_wrong():
+def test_unlabelled_classes_are_ignored():
     images = [(objects(SQUARE), detections((FAR, 0.9, 1), (SQUARE, 0.8), (FAR, 0.7, 2)))]
     (matches,) = match(images, classes=1)
     assert matches.at(0).hits.tolist() == [False, True, False]
@@ -74,7 +74,7 @@ def test_classes_that_are_not_labelled_are_neither_right_nor_wrong():
     assert operating_point([matches]) == OperatingPoint(0.8, 1.0)
 
 
-def test_results_stay_with_their_images():
+def test_matches_are_split_by_image():
     images = [
         (objects(SQUARE), detections((FAR, 0.6))),
         ([], detections()),
@@ -86,7 +86,7 @@ def test_results_stay_with_their_images():
     assert (last.hits.tolist(), last.missed.tolist()) == ([True, True], [False, False])
 
 
-def test_the_best_f1_by_hand():
+def test_best_f1_computed_by_hand():
     """Of three objects: after 0.9 F1 is 2 * 1 / (1 + 3), after 0.8 2 / (2 + 3), after 0.7 4 / (3 + 3), then 4 / 7."""
     annotations = objects(SQUARE, FAR, (20, 0, 30, 10))
     found = detections((SQUARE, 0.9), ((80, 0, 90, 10), 0.8), (FAR, 0.7), ((80, 80, 90, 90), 0.6))
@@ -102,7 +102,7 @@ def test_equal_scores_count_together():
     assert operating_point(match([(objects(SQUARE), found)])) == OperatingPoint(0.5, pytest.approx(2 / 3))
 
 
-def test_of_equal_f1_the_highest_threshold():
+def test_highest_threshold_of_equal_f1_is_chosen():
     """Both 2 / (1 + 2) and 4 / (4 + 2) are 2 / 3."""
     found = detections((SQUARE, 0.9), ((80, 0, 90, 10), 0.8), ((80, 80, 90, 90), 0.7), (FAR, 0.6))
     assert operating_point(match([(objects(SQUARE, FAR), found)])).threshold == 0.9
@@ -150,7 +150,7 @@ def test_perfect_detections_are_hits_only():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_best_f1_is_that_of_a_search_over_all_thresholds(seed):
+def test_best_f1_equals_that_of_a_search_over_all_thresholds(seed):
     """For each threshold the detections above it are matched anew, as if there were no others."""
     rng = np.random.default_rng(seed)
     images = [scene(rng) for _ in range(8)]

@@ -1,4 +1,4 @@
-"""The output folder of a run: one run writes there, and a folder that cannot be written to is named."""
+"""Tests that only one run writes into an output folder, and that an unwritable folder is named."""
 
 import ctypes
 import os
@@ -30,7 +30,7 @@ def task(teacher, coco_folder, tmp_path):
 
 
 # ---- One writer ----
-def test_a_second_run_in_the_folder_ends_and_the_first_goes_on(task, tmp_path):
+def test_second_run_in_the_folder_ends_and_the_first_continues(task, tmp_path):
     log = tmp_path / "run" / "log.txt"
     first = task.start("run", prepare=(Event(RUN, 1, signals=(signal.SIGSTOP,)),))
     try:
@@ -52,7 +52,7 @@ def test_a_second_run_in_the_folder_ends_and_the_first_goes_on(task, tmp_path):
     assert task.run("run", resume=True) == 0
 
 
-def test_what_killed_runs_left_is_removed(tmp_path):
+def test_unfinished_files_of_killed_runs_are_removed(tmp_path):
     """But for a generation, where another run may write now: the chain claims it when its turn comes."""
     folders = [tmp_path, *(tmp_path / name for name in ("pretrain", "peer_2"))]
     generation, other = tmp_path / "gen_1", tmp_path / "another_run"
@@ -68,7 +68,7 @@ def test_what_killed_runs_left_is_removed(tmp_path):
     assert list(tmp_path.rglob("*.partial")) == [other / "unfinished-1.partial"]
 
 
-def test_a_folder_without_locks_is_written_to_and_the_log_says_so(tmp_path, monkeypatch, caplog):
+def test_folder_without_locks_causes_a_warning(tmp_path, monkeypatch, caplog):
     def fail(*_):
         raise OSError(38, "Function not implemented")
 
@@ -90,7 +90,7 @@ def test_a_folder_without_locks_is_written_to_and_the_log_says_so(tmp_path, monk
         ("x" * 300, f"OUTPUT_DIR: {'x' * 300}: cannot be written to: File name too long; choose a shorter path."),
     ],
 )
-def test_folders_that_cannot_be_made(folder, reason, tmp_path):
+def test_folders_that_cannot_be_created_are_refused(folder, reason, tmp_path):
     (tmp_path / "file").touch()
     cfg = classifier_cfg(options={"OUTPUT_DIR": folder.format(tmp=tmp_path), "MODEL.CLASSIFIER.NUM_CLASSES": 10})
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("digits_train",), ()
@@ -135,7 +135,7 @@ def mounts():
 
 @pytest.mark.usefixtures("mounts")
 @pytest.mark.parametrize(("name", "resume"), [("disk/new", False), ("disk/run", True)])
-def test_a_read_only_file_system(task, tmp_path, name, resume):
+def test_read_only_file_system_is_reported(task, tmp_path, name, resume):
     (tmp_path / "disk" / "run").mkdir(parents=True)
     read_only = Mounted(tmp_path / "disk", ("--bind {0} {0}", "-o remount,bind,ro {}"))
     assert end(task.start(name, prepare=(read_only,), resume=resume, log="log")) == [1]
@@ -145,7 +145,7 @@ def test_a_read_only_file_system(task, tmp_path, name, resume):
 
 @pytest.mark.usefixtures("mounts")
 @pytest.mark.parametrize("size", ["16k", "1m"])
-def test_a_full_file_system(task, tmp_path, size):
+def test_full_file_system_is_reported(task, tmp_path, size):
     """The log file cannot be written; or a picture for TensorBoard, or a checkpoint."""
     (tmp_path / "disk").mkdir()
     disk = Mounted(tmp_path / "disk", (f"-t tmpfs -o size={size} none {{}}",))

@@ -1,4 +1,4 @@
-"""What is drawn: hits, false detections and missed objects in their colours, masks, labels and titles."""
+"""Tests pictures: hits, false detections and misses in their colours, masks, labels and titles."""
 
 import cv2
 import numpy as np
@@ -67,7 +67,7 @@ def styles(cell: np.ndarray) -> set[str]:
         ([], 0.5, {"missed"}, "0 hit, 0 false, 2 missed"),
     ],
 )
-def test_colours_say_what_became_of_detections_and_objects(image, found, threshold, kinds, caption):
+def test_colours_show_hits_false_detections_and_misses(image, found, threshold, kinds, caption):
     figure = draw_detections([image], NAMES, {"run": [detections(*found)]}, {"run": choice(threshold)})
     truth, run = cells(figure)
     assert styles(truth) == {"object"}
@@ -75,7 +75,7 @@ def test_colours_say_what_became_of_detections_and_objects(image, found, thresho
     assert [axis.get_xlabel() for axis in figure.axes] == ["grey.png, objects: 2", caption]
 
 
-def test_kinds_differ_without_colour():
+def test_kinds_of_boxes_differ_without_colour():
     kinds = [HIT, FALSE, MISSED]
     assert len({style.line for style in kinds}) == len({style.symbol for style in kinds}) == 3
 
@@ -110,7 +110,7 @@ def texts(figure, column: int) -> list[str]:
     return [text.get_text() for text in figure.axes[column].texts]
 
 
-def test_labels(image):
+def test_labels_of_boxes(image):
     """The name of the only class says nothing, and that of a class that is not labelled is not known."""
     found = {"run": [detections((LEFT, 0, 0.9), (RIGHT, 0, 0.8), ((1, 1, 9, 9), 2, 0.7))]}
     figure = draw_detections([image], NAMES, found, {"run": choice()})
@@ -124,7 +124,7 @@ def test_labels(image):
     assert texts(figure, 1) == ["✓ 90%", "✗ 80%"]
 
 
-def test_masks_have_colours_of_their_own(image):
+def test_each_mask_has_its_own_colour(image):
     """Also two of one class."""
     found = detections((LEFT, 0, 0.9), (RIGHT, 0, 0.8), masks=True)
     for annotation in image["annotations"]:
@@ -155,7 +155,7 @@ def test_masks_on_large_images(width, shape):
 
 
 @pytest.mark.parametrize("shape", [(24, 32), (600, 800), (30, 600), (600, 30)])
-def test_boxes_and_labels_stay_in_their_image_and_labels_apart(shape):
+def test_boxes_and_labels_stay_inside_and_labels_do_not_overlap(shape):
     height, width = shape
     rng = np.random.default_rng(0)
     corners = rng.uniform(-0.1, 1.1, (60, 2, 2)) * (width, height)
@@ -186,5 +186,5 @@ def test_boxes_and_labels_stay_in_their_image_and_labels_apart(shape):
         ("日本 é", "日本 é"),
     ],
 )
-def test_text_on_one_line(text, line):
+def test_text_is_printable_and_on_one_line(text, line):
     assert printable(text) == line

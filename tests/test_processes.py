@@ -1,4 +1,4 @@
-"""Commands of a tool: signals reach them, and none outlives the tool, however it ends."""
+"""Tests the commands of a tool: signals reach them, and none outlives the tool, however it ends."""
 
 import os
 import signal
@@ -53,14 +53,14 @@ def tool(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_passed_on_once(tool, tmp_path, number):
+def test_signal_is_forwarded_once(tool, tmp_path, number):
     """As it comes from a terminal, to all processes of the tool's group."""
     os.killpg(tool.pid, number)
     assert tool.communicate(timeout=30)[1].splitlines()[-1] == f"{INTERRUPTED} True"
     assert (tmp_path / "received").read_text() == number.name
 
 
-def test_a_command_ends_when_its_tool_is_killed(tool, tmp_path):
+def test_command_ends_if_its_tool_is_killed(tool, tmp_path):
     tool.kill()
     wait_for(tmp_path / "received")
     assert (tmp_path / "received").read_text() == "SIGTERM"
@@ -79,7 +79,7 @@ def test_no_command_outlives_an_error_of_the_tool():
     assert started[0].returncode == -signal.SIGTERM
 
 
-def test_a_command_that_ends_by_itself():
+def test_command_that_ends_on_its_own():
     with running_commands() as commands:
         assert commands.wait(commands.start([sys.executable, "-c", "raise SystemExit(3)"])) == 3
         assert not commands.interrupted

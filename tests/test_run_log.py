@@ -1,4 +1,4 @@
-"""What a run shows in the terminal, what its log file has, and where an evaluation writes."""
+"""Tests what a run shows in the terminal and in its log file, and where an evaluation writes."""
 
 import logging
 import re
@@ -30,13 +30,13 @@ def message(name: str, text: str, level: int = logging.INFO) -> logging.LogRecor
         ("kd_det.engine.summary", "Summary of the run:", True),
     ],
 )
-def test_the_terminal_leaves_details_out(name, text, shown):
+def test_terminal_omits_details(name, text, shown):
     assert is_for_terminal(message(name, text)) == shown
     assert is_for_terminal(message(name, text, logging.WARNING))
     assert not is_for_terminal(message(name, text, logging.DEBUG)) or name.startswith(("detectron2", "fvcore"))
 
 
-def test_a_run_of_200_iterations_shows_fewer_than_80_lines(coco_folder, tmp_path):
+def test_run_of_200_iterations_shows_fewer_than_80_lines(coco_folder, tmp_path):
     """The longest kind: boxes and masks, a teacher, averaged weights, the best checkpoint."""
     teacher = save_teacher(tmp_path, tiny_cfg())
     options = {"SOLVER.MAX_ITER": 21, "SOLVER.EMA_DECAY": 0.9, "TEST.BEST_METRIC": "bbox/AP"}
@@ -68,7 +68,7 @@ def test_a_run_of_200_iterations_shows_fewer_than_80_lines(coco_folder, tmp_path
     assert "Results in" in log
 
 
-def test_an_evaluation_writes_beside_the_run(coco_folder, tmp_path, in_process, monkeypatch, capsys):
+def test_evaluation_writes_into_the_folder_of_its_run(coco_folder, tmp_path, in_process, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     cfg = with_data(tiny_cfg(options={"SOLVER.MAX_ITER": 1}), coco_folder, "output")
@@ -136,13 +136,13 @@ def test_closing_table_of_mutual_classifiers(close):
     assert rows[-1] == ["file", "model_final.pth", "peer_2/model_final.pth"]
 
 
-def test_no_closing_table_without_results_or_end(close):
+def test_no_closing_table_without_results_or_before_the_end(close):
     assert close({}) == []
     assert close({"bbox": {"AP": 1.0}}, iteration=20) == []
 
 
 @pytest.mark.parametrize("results", [{}, {"bbox/AP": 7.0, "segm/AP": 8.0}])
-def test_a_resumed_run_knows_what_its_best_evaluation_found(results, tmp_path):
+def test_resumed_run_remembers_its_best_results(results, tmp_path):
     """A checkpoint of an older version has only the metric."""
     data = {"trainer": {"run": "r"}, "iteration": 9, "best": {"bbox/AP": 7.0}} | (
         {"results": results} if results else {}

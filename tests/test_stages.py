@@ -1,4 +1,4 @@
-"""The stage before the main run, and generations: finished ones stay, interrupted ones go on, each has its teacher."""
+"""Tests pre-training and generations: finished ones stay, interrupted ones continue, each has its teacher."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def weights(folder, name=FINAL):
 
 
 # ---- The stage of the heads ----
-def test_the_run_begins_with_what_the_stage_trained(run):
+def test_run_starts_with_the_weights_of_the_stage(run):
     final = go(run())
     stage = weights(Path(run().OUTPUT_DIR, "pretrain"))
     fresh = Pretraining(run()).state_dict()
@@ -59,7 +59,7 @@ def test_the_run_begins_with_what_the_stage_trained(run):
     assert any(not torch.equal(stage[key], final[key]) for key in translator), "trained in the main run"
 
 
-def test_for_an_adapter_of_the_teacher_the_student_does_not_run(run):
+def test_student_does_not_run_for_an_adapter_of_the_teacher(run):
     model = Pretraining(run()).train()
     runs = []
     model.student.backbone.register_forward_hook(lambda *_: runs.append("student"))
@@ -94,7 +94,7 @@ def test_only_what_the_stage_needs_runs(run, head, feature, idle):
 
 
 @pytest.mark.parametrize("head", ["ActivationBoundaryHead", "HintHead"])
-def test_a_stage_may_train_the_students_backbone(run, head):
+def test_stage_may_train_the_students_backbone(run, head):
     """And nothing behind it: not the RPN, not the ROI heads; their weights are those that the run began with."""
     options = {"KD.HINT.STAGES": 2, "KD.HINT.IN_FEATURES": ["res4"]}
     options |= {"KD.ACTIVATION_BOUNDARY.IN_FEATURES": ["res3", "res4"]}
@@ -109,7 +109,7 @@ def test_a_stage_may_train_the_students_backbone(run, head):
 
 
 @pytest.mark.parametrize("place", ["stage", "run"])
-def test_interrupted_and_resumed_gives_the_weights_of_an_uninterrupted_run(run, place):
+def test_resumed_stage_gives_the_weights_of_an_uninterrupted_run(run, place):
     options = {"SOLVER.MAX_ITER": 4}
     whole = go(run("whole", **options))
     cut = run("cut", **options)
@@ -119,7 +119,7 @@ def test_interrupted_and_resumed_gives_the_weights_of_an_uninterrupted_run(run, 
     assert same(go(cut, resume=True), whole)
 
 
-def test_a_finished_stage_is_not_repeated(run):
+def test_finished_stage_is_not_repeated(run):
     cfg = run()
     go(cfg)
     path = Path(cfg.OUTPUT_DIR, "pretrain", FINAL)
@@ -129,7 +129,7 @@ def test_a_finished_stage_is_not_repeated(run):
     assert path.stat().st_mtime_ns == time
 
 
-def test_a_run_that_begins_anew_is_not_resumed_from_what_lies_there(run):
+def test_new_run_does_not_resume_from_earlier_files(run):
     """Neither the stage nor the main run of the one before, although both were finished."""
     go(run())
     options = {"SEED": 8}
@@ -139,7 +139,7 @@ def test_a_run_that_begins_anew_is_not_resumed_from_what_lies_there(run):
     assert same(go(run(**options), resume=True), whole)
 
 
-def test_a_start_that_fails_leaves_what_lies_there(run, tmp_path):
+def test_failing_start_leaves_earlier_files(run, tmp_path):
     """The run can still be resumed, and its config is that of its checkpoints."""
     cfg = run()
     go(cfg)
@@ -153,7 +153,7 @@ def test_a_start_that_fails_leaves_what_lies_there(run, tmp_path):
     assert Path(cfg.OUTPUT_DIR, "config.yaml").read_text() == config
 
 
-def test_a_stage_of_other_heads_is_refused(run):
+def test_stage_of_other_heads_is_refused(run):
     first = run("first")
     go(first)
     stage = str(Path(first.OUTPUT_DIR, "pretrain", FINAL))
@@ -164,7 +164,7 @@ def test_a_stage_of_other_heads_is_refused(run):
         go(second)
 
 
-def test_a_stage_can_be_taken_from_another_run(run):
+def test_stage_of_another_run_can_be_used(run):
     first = run("first")
     go(first)
     stage = Path(first.OUTPUT_DIR, "pretrain", FINAL)
@@ -173,7 +173,7 @@ def test_a_stage_can_be_taken_from_another_run(run):
     assert not Path(second.OUTPUT_DIR, "pretrain").exists()
 
 
-def test_a_stage_with_another_teacher_is_refused(run, tmp_path):
+def test_stage_with_another_teacher_is_refused(run, tmp_path):
     first = run("first")
     go(first)
     other = save_teacher(tmp_path / "other", tiny_cfg(options=WIDE), seed=5)
@@ -184,7 +184,7 @@ def test_a_stage_with_another_teacher_is_refused(run, tmp_path):
         go(second)
 
 
-def test_a_run_is_not_resumed_with_another_teacher_than_its_stage(run, tmp_path):
+def test_run_cannot_resume_with_another_teacher_than_its_stage(run, tmp_path):
     with interrupted_at(3):
         go(run(**{"SOLVER.MAX_ITER": 4}))
     other = save_teacher(tmp_path / "other", tiny_cfg(options=WIDE), seed=5)
@@ -192,7 +192,7 @@ def test_a_run_is_not_resumed_with_another_teacher_than_its_stage(run, tmp_path)
         go(run(**other, **{"SOLVER.MAX_ITER": 4}), resume=True)
 
 
-def test_a_resumed_run_does_not_need_the_file_of_another_runs_stage(run, caplog):
+def test_resumed_run_does_not_need_the_file_of_its_stage(run, caplog):
     go(run("first"))
     stage = Path(run("first").OUTPUT_DIR, "pretrain", FINAL)
     second = run("second", **{"KD.PRETRAIN.MAX_ITER": 0, "KD.PRETRAIN.WEIGHTS": str(stage), "SOLVER.MAX_ITER": 4})
@@ -203,7 +203,7 @@ def test_a_resumed_run_does_not_need_the_file_of_another_runs_stage(run, caplog)
     assert f"{stage} is gone, so it is not checked whether the teacher is still that of the stage." in caplog.text
 
 
-def test_a_stage_of_another_student_is_refused_where_it_trained_it(run):
+def test_stage_that_trained_another_student_is_refused(run):
     options = {"KD.ACTIVATION_BOUNDARY.IN_FEATURES": ["res3", "res4"]}
     first = run("first", heads=["ActivationBoundaryHead"], **options)
     go(first)
@@ -222,20 +222,20 @@ def test_a_stage_of_another_student_is_refused_where_it_trained_it(run):
         (["SoftTargetHead"], 4, r": got 4, but no head of KD.HEADS, SoftTargetHead, has anything to train before"),
     ],
 )
-def test_a_stage_that_is_missing_or_that_nobody_needs(run, heads, iterations, told):
+def test_missing_or_unneeded_stage_is_refused(run, heads, iterations, told):
     with pytest.raises(InputError, match=f"^KD.PRETRAIN.?{told}"):
         go(run(heads=heads, **{"KD.PRETRAIN.MAX_ITER": iterations}))
 
 
 @pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "MutualStudents"])
 @pytest.mark.parametrize(("key", "value"), [("MAX_ITER", 4), ("WEIGHTS", "stage.pth")])
-def test_a_stage_of_a_run_without_teacher(run, architecture, key, value):
+def test_stage_without_a_teacher_is_refused(run, architecture, key, value):
     cfg = run(**{"KD.PRETRAIN.MAX_ITER": 0, "MODEL.META_ARCHITECTURE": architecture, f"KD.PRETRAIN.{key}": value})
     with pytest.raises(InputError, match=f"^KD.PRETRAIN: got {value}, but MODEL.META_ARCHITECTURE is {architecture};"):
         go(cfg)
 
 
-def test_a_stage_of_a_teacher_that_was_trained_again_since(run, tmp_path):
+def test_stage_is_refused_if_its_teacher_was_retrained(run, tmp_path):
     cfg = run("first", **save_teacher(tmp_path / "own", tiny_cfg(options=WIDE)))
     go(cfg)
     stage = str(Path(cfg.OUTPUT_DIR, "pretrain", FINAL))
@@ -265,7 +265,7 @@ def digits(tmp_path):
     return make
 
 
-def test_each_generation_is_taught_by_the_one_before(digits, tmp_path, monkeypatch):
+def test_each_generation_is_taught_by_the_previous_one(digits, tmp_path, monkeypatch):
     teachers = []
     load = kd_det.teacher.load_strictly
     monkeypatch.setattr(
@@ -281,7 +281,7 @@ def test_each_generation_is_taught_by_the_one_before(digits, tmp_path, monkeypat
     assert [yaml.safe_load((x / "config.yaml").read_text())["SEED"] for x in folders] == [5, 6, 7]
 
 
-def test_interrupted_generations_go_on(digits, tmp_path, monkeypatch):
+def test_interrupted_generations_continue(digits, tmp_path, monkeypatch):
     train(digits("whole"), resume=False)
     step, generations = Trainer.run_step, []
 
@@ -305,7 +305,7 @@ def test_interrupted_generations_go_on(digits, tmp_path, monkeypatch):
         assert same(cut, whole)
 
 
-def test_generations_that_begin_anew_are_not_resumed_from_what_lies_there(digits, tmp_path):
+def test_new_generations_do_not_resume_from_earlier_files(digits, tmp_path):
     def with_seed(name):
         cfg = digits(name)
         cfg.SEED, cfg.KD.GENERATIONS = 9, 2
@@ -323,7 +323,7 @@ def test_generations_that_begin_anew_are_not_resumed_from_what_lies_there(digits
         assert same(cut, whole)
 
 
-def test_a_first_teacher_of_another_kind_is_said(digits, tmp_path, caplog):
+def test_different_network_of_the_first_teacher_causes_a_warning(digits, tmp_path, caplog):
     other = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "MODEL.CIFAR.NAME": "resnet14"}
     cfg = digits()
     cfg.merge_from_list(
@@ -341,7 +341,7 @@ def test_generations_cannot_share_a_stage(digits):
         train(cfg, resume=False)
 
 
-def test_generations_without_a_teacher(digits):
+def test_generations_without_a_teacher_are_refused(digits):
     cfg = digits()
     cfg.KD.HEADS = []
     with pytest.raises(InputError, match=r"^KD.GENERATIONS: got 3, but there is no teacher: .*KD.HEADS \[\]; Teacher"):

@@ -1,4 +1,4 @@
-"""What the log tells of a run before it begins."""
+"""Tests the summary that is logged before a run starts."""
 
 import re
 
@@ -58,7 +58,7 @@ def distilled(tmp_path, coco_folder):
     return with_data(cfg, coco_folder, tmp_path)
 
 
-def test_networks(distilled, told, tmp_path):
+def test_table_of_networks(distilled, told, tmp_path):
     trainer = trainer_of(distilled)
     log_summary(trainer)
     rows, _ = told()
@@ -78,7 +78,7 @@ def test_networks(distilled, told, tmp_path):
 
 
 @pytest.mark.usefixtures("uncounted")
-def test_heads(distilled, told):
+def test_table_of_heads(distilled, told):
     log_summary(trainer_of(distilled))
     rows, _ = told()
     pair = ["p2: 16 channels, stride 4", "p2: 24 channels, stride 4"]
@@ -87,7 +87,7 @@ def test_heads(distilled, told):
     assert rows["SoftTargetHead"] == ["1", "constant", "roi_logits: 4 channels", "roi_logits: 4 channels"]
 
 
-def test_nothing_is_left_behind(distilled):
+def test_summary_has_no_side_effects(distilled):
     trainer = trainer_of(distilled)
     model, numbers = trainer.plain_model.train(), torch.get_rng_state()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -98,7 +98,7 @@ def test_nothing_is_left_behind(distilled):
     assert torch.equal(numbers, torch.get_rng_state())
 
 
-def test_a_network_that_cannot_be_traced_is_trained_all_the_same(distilled, told, monkeypatch):
+def test_network_that_cannot_be_traced_is_still_trained(distilled, told, monkeypatch):
     def fail(*_):
         raise RuntimeError("made up")
 
@@ -116,7 +116,7 @@ def test_other_processes_are_silent(distilled, caplog, monkeypatch):
 
 
 @pytest.mark.usefixtures("uncounted")
-def test_a_resumed_run_names_its_checkpoint(distilled, told):
+def test_resumed_run_names_its_checkpoint(distilled, told):
     trainer = trainer_of(distilled)
     trainer.checkpointer.save("model_0000000", iteration=0)
     log_summary(trainer_of(distilled, resume=True))
@@ -126,7 +126,7 @@ def test_a_resumed_run_names_its_checkpoint(distilled, told):
 
 
 @pytest.mark.usefixtures("uncounted")
-def test_a_stage_and_the_run_behind_it(coco_folder, teacher, tmp_path, told):
+def test_stage_and_main_run(coco_folder, teacher, tmp_path, told):
     """Each begins with its own summary; in the stage only the head is trained."""
     options = {"KD.PRETRAIN.MAX_ITER": 1, "SOLVER.MAX_ITER": 1, "KD.FACTOR_TRANSFER.IN_FEATURES": ["p3"]}
     cfg = with_data(distilled_cfg(teacher, ["FactorTransferHead"], options), coco_folder, tmp_path)
@@ -143,14 +143,14 @@ def test_a_stage_and_the_run_behind_it(coco_folder, teacher, tmp_path, told):
 
 
 @pytest.mark.usefixtures("uncounted")
-def test_a_head_that_ends_with_its_stage(teacher, coco_folder, tmp_path, told):
+def test_head_that_acts_only_in_its_stage(teacher, coco_folder, tmp_path, told):
     options = {"KD.HINT.STAGES": 2, "KD.PRETRAIN.MAX_ITER": 1}
     log_summary(trainer_of(with_data(distilled_cfg(teacher, ["HintHead"], options), coco_folder, tmp_path)))
     assert told()[0]["HintHead"][1:3] == ["in the pre-training stage only", "p2: 16 channels, stride 4"]
 
 
 @pytest.mark.usefixtures("uncounted")
-def test_students_that_teach_each_other(tmp_path, told):
+def test_mutual_students(tmp_path, told):
     options = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8, "MODEL.CIFAR.NAME": "resnet20"}
     torch.save({"model": build(classifier_cfg(options=options)).state_dict()}, tmp_path / "peer.pth")
     options["MODEL.WEIGHTS"] = str(tmp_path / "peer.pth")
@@ -169,7 +169,7 @@ def test_students_that_teach_each_other(tmp_path, told):
 
 
 @pytest.mark.usefixtures("uncounted")
-def test_a_plain_run(coco_folder, tmp_path, told):
+def test_plain_run(coco_folder, tmp_path, told):
     log_summary(trainer_of(with_data(tiny_cfg(), coco_folder, tmp_path)))
     rows, _ = told()
     assert rows["weights"] == ["random"]
@@ -185,7 +185,7 @@ def test_a_plain_run(coco_folder, tmp_path, told):
         ({"INPUT.MIN_SIZE_TEST": 0, "INPUT.MIN_SIZE_TRAIN": (64, 96)}, 96),
     ],
 )
-def test_the_size_of_the_image_whose_operations_are_counted(options, expected):
+def test_size_of_the_image_for_counting_operations(options, expected):
     assert image_side(tiny_cfg(options=options)) == expected
     assert image_side(classifier_cfg(options=options | {"INPUT.CLASSIFICATION.SIZE": 48})) == 48
 
@@ -198,5 +198,5 @@ def test_the_size_of_the_image_whose_operations_are_counted(options, expected):
         (WeightSchedule(stop=7), "constant until 7"),
     ],
 )
-def test_schedules_in_words(schedule, expected):
+def test_descriptions_of_schedules(schedule, expected):
     assert describe_schedule(schedule) == expected

@@ -1,4 +1,4 @@
-"""The check of the teacher before training: on which images, how they are read, and what is told."""
+"""Tests the check of the teacher before training: its images, how they are read, and its messages."""
 
 import json
 import shutil
@@ -116,7 +116,7 @@ def classifier(tmp_path):
 
 # ---- What is found ----
 @pytest.mark.parametrize("kind", ["coco", "voc"])
-def test_a_detector_that_knows_the_images(detector, check, kind):
+def test_perfect_detector_passes(detector, check, kind):
     """All is found in two of four images, and nothing counts that is in the others."""
     cfg = detector(kind)
     seen, messages = check(cfg)
@@ -129,7 +129,7 @@ def test_a_detector_that_knows_the_images(detector, check, kind):
     assert SUBSET not in MetadataCatalog
 
 
-def test_classes_in_another_order(detector, check):
+def test_reordered_classes_cause_a_warning(detector, check):
     _, messages = check(detector(), shift=1)
     assert messages[1] == "The teacher's box AP on these images: 0.00"
     assert "its box AP is 0.00, below 1.00. Likely causes: KD.TEACHER.WEIGHTS" in messages[2]
@@ -137,18 +137,18 @@ def test_classes_in_another_order(detector, check):
 
 
 @pytest.mark.parametrize(("shift", "accuracy", "warnings"), [(0, "100.00", 0), (1, "0.00", 1)])
-def test_a_classifier(classifier, check, shift, accuracy, warnings):
+def test_accuracy_of_a_classifier(classifier, check, shift, accuracy, warnings):
     seen, messages = check(classifier(40), shift)
     assert len({x["file_name"] for x in seen}) == 40
     assert messages[1] == f"The teacher's top-1 accuracy on these images: {accuracy}"
     assert len(messages) == 2 + warnings
 
 
-def test_more_images_than_there_are(detector, check):
+def test_more_images_than_available(detector, check):
     assert len(check(detector(count=99))[0]) == 4
 
 
-def test_images_are_read_as_the_teachers_config_says(detector, check, tmp_path):
+def test_images_are_read_by_the_teachers_config(detector, check, tmp_path):
     cfg = detector()
     own = tiny_cfg(options={"INPUT.FORMAT": "RGB", "INPUT.MIN_SIZE_TEST": 64})
     cfg.merge_from_list(named(save_teacher(tmp_path / "rgb", own)))
@@ -157,13 +157,13 @@ def test_images_are_read_as_the_teachers_config_says(detector, check, tmp_path):
         assert torch.equal(x["image"], torch.from_numpy(cv2.imread(x["file_name"])).flip(2).permute(2, 0, 1))
 
 
-def test_accuracy_above_chance():
+def test_least_accuracy_is_above_chance():
     """Of ten classes and 100 images a guess has 10 percent and a deviation of sqrt(0.1 * 0.9 / 100) = 3 percent."""
     assert least_accuracy(10, 100) == pytest.approx(16)
 
 
 # ---- In a run ----
-def test_a_run_with_a_teacher_that_knows_nothing(classifier, tmp_path):
+def test_untrained_teacher_causes_a_warning_and_changes_nothing(classifier, tmp_path):
     """It is told, and the student learns what it learns without the check."""
     config = write_yaml(tmp_path / "config.yaml", classifier(50))
     for name, count in (("with", 50), ("without", 0)):
@@ -182,26 +182,26 @@ def test_two_ranks_and_one_image(classifier, tmp_path):
     assert ["The teacher's top-1 accuracy" in log for log in logs] == [True, False]
 
 
-def test_without_a_teacher_there_is_nothing_to_check(detector):
+def test_nothing_is_checked_without_a_teacher(detector):
     cfg = detector()
     cfg.KD.HEADS, cfg.KD.TEACHER.CONFIG_FILE = [], ""
     check_teacher(cfg)
 
 
 # ---- Mistakes ----
-def test_a_negative_number(detector):
+def test_negative_number_is_refused(detector):
     with pytest.raises(InputError, match=r"^KD.TEACHER.SANITY_CHECK: must be 0 \(no check\) or .*, got -1\.$"):
         check_teacher(detector(count=-1))
 
 
-def test_no_test_set(detector):
+def test_missing_test_set_is_refused(detector):
     cfg = detector()
     cfg.DATASETS.TEST = ()
     with pytest.raises(InputError, match=r"^KD.TEACHER.SANITY_CHECK: got 2, but DATASETS.TEST names no data set\.$"):
         check_teacher(cfg)
 
 
-def test_a_teacher_of_other_classes(detector, tmp_path):
+def test_teacher_with_another_number_of_classes_is_refused(detector, tmp_path):
     cfg = detector()
     cfg.merge_from_list(named(save_teacher(tmp_path / "six", tiny_cfg(options=SIX))))
     register_datasets(cfg)
@@ -244,13 +244,13 @@ def compare(coco_folder, tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["theirs", "ours"])
 @pytest.mark.parametrize("kind", ["COCO_FORMAT", "VOC_FORMAT"])
-def test_the_same_classes_in_another_order(compare, kind, name):
+def test_same_class_names_in_another_order_are_refused(compare, kind, name):
     told = r"list the same classes in another order than the student's, 'bar' for 'square', but AHead compares them"
     with pytest.raises(InputError, match=rf"^KD\.TEACHER\.CONFIG_FILE: the data sets of \S+teacher.yaml {told}"):
         compare(["bar", "triangle", "square"], kind=kind, name=name)
 
 
-def test_classes_of_other_names(compare):
+def test_other_class_names_cause_a_warning(compare):
     (warning,) = compare(["square", "Triangle", "bar"])
     assert "name other classes than the student's, 'Triangle' for 'triangle', but AHead compares" in warning
 
@@ -260,15 +260,15 @@ def test_classes_of_other_names(compare):
     [{"signals": ("p2", "roi_features", "rpn_logits")}, {"damage": True}],
     ids=["features alone", "files that cannot be read"],
 )
-def test_nothing_is_said_about_classes(compare, options):
+def test_names_are_not_compared_without_predictions_or_files(compare, options):
     assert compare(["bar", "triangle", "square"], **options) == []
 
 
-def test_classes_that_are_the_same(compare):
+def test_equal_class_names_pass(compare):
     assert compare(["square", "triangle", "bar"]) == []
 
 
-def test_a_run_with_a_teacher_of_another_order(teacher, coco_folder, tmp_path):
+def test_run_with_reordered_classes_is_refused(teacher, coco_folder, tmp_path):
     folder = shutil.copytree(coco_folder, tmp_path / "data")
     cfg = tiny_cfg(options=WIDE)
     cfg.DATASETS.TRAIN = ("theirs",)

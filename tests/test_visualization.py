@@ -1,4 +1,4 @@
-"""Pictures during a run: what is on them, in which colours, and that the run does not feel them."""
+"""Tests pictures during a run: their content and colours, and that they do not change the run."""
 
 import random
 from types import SimpleNamespace
@@ -65,7 +65,7 @@ def mutual(coco_folder, folder, options=None):
 
 # ---- The run ----
 @pytest.mark.parametrize("kind", ["detectors", "classifiers", "mutual"])
-def test_a_run_gives_the_same_weights_with_and_without_pictures(kind, teacher, coco_folder, tmp_path, monkeypatch):
+def test_pictures_do_not_change_the_weights_of_a_run(kind, teacher, coco_folder, tmp_path, monkeypatch):
     """Bit for bit, with batch norm, box sampling and augmentation; Detectron2's own pictures are there once."""
     options = {"SOLVER.MAX_ITER": 4, "SOLVER.BASE_LR": 0.01, "SEED": 5, "DATASETS.TEST": ()}
     if kind == "detectors":
@@ -96,7 +96,7 @@ def test_a_run_gives_the_same_weights_with_and_without_pictures(kind, teacher, c
     assert "attention/" not in (tmp_path / "every_3/metrics.json").read_text()
 
 
-def test_nothing_is_left_behind(teacher, coco_folder, tmp_path):
+def test_pictures_have_no_side_effects(teacher, coco_folder, tmp_path):
     """No hook, no gradient; each module is in the mode that it was in; random numbers and statistics are untouched."""
     hook = hook_of(detectors(teacher, coco_folder, tmp_path))
     hook.model.student.backbone.bottom_up.stem.eval()  # As one who freezes it.
@@ -118,7 +118,7 @@ def test_nothing_is_left_behind(teacher, coco_folder, tmp_path):
         assert same(before[key], after[key]), key
 
 
-def test_a_period(teacher, coco_folder, tmp_path):
+def test_pictures_appear_every_period(teacher, coco_folder, tmp_path):
     hook = hook_of(detectors(teacher, coco_folder, tmp_path, options={"VIS_PERIOD": 2}))
     hook.trainer.iter = 1
     assert not pictures(hook)
@@ -130,7 +130,7 @@ def test_no_hook_without_a_period_or_a_teacher(teacher, options):
     assert not build_visualization(cfg, build(cfg))
 
 
-def test_plain_models_and_stages_have_none(teacher, tmp_path):
+def test_plain_models_and_stages_have_no_pictures(teacher, tmp_path):
     assert not build_visualization(tiny_cfg(options={"VIS_PERIOD": 1}), nn.Linear(1, 1))
     assert stage_config(distilled_cfg(teacher, ["HintHead"], {"VIS_PERIOD": 1}), tmp_path).VIS_PERIOD == 0
 
@@ -150,7 +150,7 @@ def drawn(monkeypatch):
     return found
 
 
-def test_detectors(teacher, coco_folder, tmp_path, drawn):
+def test_pictures_of_detectors(teacher, coco_folder, tmp_path, drawn):
     found = pictures(hook_of(detectors(teacher, coco_folder, tmp_path, ["AttentionTransferHead", "SoftTargetHead"])))
     assert list(found) == ["attention/p2", "attention/p4", "predictions"]
     assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image in found.values())
@@ -165,7 +165,7 @@ def test_detectors(teacher, coco_folder, tmp_path, drawn):
     assert [len(predictions[key]) for key in ("student", "teacher")] == [2, 2]
 
 
-def test_classifiers(tmp_path, drawn):
+def test_pictures_of_classifiers(tmp_path, drawn):
     found = pictures(hook_of(classifiers(tmp_path)))
     assert list(found) == ["attention/res2", "attention/res3", "attention/res4", "predictions"]
     records, names, predictions = drawn["draw_classifications"]
@@ -174,7 +174,7 @@ def test_classifiers(tmp_path, drawn):
     assert [scores.shape for scores in predictions["teacher"]] == [(10,)] * 2
 
 
-def test_students_that_teach_each_other(coco_folder, tmp_path, drawn):
+def test_pictures_of_mutual_students(coco_folder, tmp_path, drawn):
     hook = hook_of(mutual(coco_folder, tmp_path, {"INPUT.FORMAT": "RGB"}))
     seen = watch(hook)
     assert list(pictures(hook)) == ["attention/p3", "predictions"]
@@ -192,12 +192,12 @@ def test_students_that_teach_each_other(coco_folder, tmp_path, drawn):
     ],
 )
 @pytest.mark.usefixtures("drawn")
-def test_maps_are_those_that_heads_compare(teacher, coco_folder, tmp_path, head, options, names):
+def test_maps_of_the_features_that_heads_compare(teacher, coco_folder, tmp_path, head, options, names):
     hook = hook_of(detectors(teacher, coco_folder, tmp_path, [head], options))
     assert list(pictures(hook)) == [*names, "predictions"]
 
 
-def test_a_teacher_of_other_classes_predicts_nothing_here(coco_folder, tmp_path, drawn):
+def test_teacher_of_other_classes_is_left_out(coco_folder, tmp_path, drawn):
     """Its class 2 is not the data set's class 2."""
     teacher = save_teacher(tmp_path / "other", tiny_cfg(options={"MODEL.ROI_HEADS.NUM_CLASSES": 5}))
     pictures(hook_of(detectors(teacher, coco_folder, tmp_path)))
@@ -205,7 +205,7 @@ def test_a_teacher_of_other_classes_predicts_nothing_here(coco_folder, tmp_path,
     assert list(drawn["draw_attention"][1]) == ["student", "teacher"]
 
 
-def test_where_nothing_is_tested_training_images_are_shown(tmp_path, drawn):
+def test_training_images_are_shown_without_a_test_set(tmp_path, drawn):
     cfg = classifiers(tmp_path)
     cfg.DATASETS.TEST = ()
     pictures(hook_of(cfg))
@@ -213,7 +213,7 @@ def test_where_nothing_is_tested_training_images_are_shown(tmp_path, drawn):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu(teacher, coco_folder, tmp_path):
+def test_pictures_on_a_gpu(teacher, coco_folder, tmp_path):
     found = pictures(hook_of(detectors(teacher, coco_folder, tmp_path, options={"MODEL.DEVICE": "cuda"})))
     assert list(found) == ["attention/p2", "attention/p4", "predictions"]
 
@@ -241,7 +241,7 @@ def share(picture, color):
 
 @pytest.mark.parametrize(("own", "teachers"), [("RGB", "BGR"), ("BGR", "RGB"), ("BGR", "BGR")])
 @pytest.mark.parametrize("kind", ["detectors", "classifiers"])
-def test_colours_are_the_images(kind, own, teachers, coco_folder, tmp_path):
+def test_colours_of_the_images_are_right(kind, own, teachers, coco_folder, tmp_path):
     if kind == "detectors":
         teacher = save_teacher(tmp_path / "teacher", tiny_cfg(options={"INPUT.FORMAT": teachers}))
         hook = hook_of(detectors(teacher, coco_folder, tmp_path / "run", options={"INPUT.FORMAT": own}))
@@ -263,7 +263,7 @@ def test_colours_are_the_images(kind, own, teachers, coco_folder, tmp_path):
 
 
 # ---- Maps ----
-def test_an_attention_map_by_hand():
+def test_attention_map_computed_by_hand():
     """Means of squares over the channels are 1, 4 and 0, 2 in an image that fills three of four columns."""
     feature = torch.tensor([[[[1.0, 2.0], [0.0, 2.0]], [[1.0, -2.0], [0.0, 0.0]]]])
     (found,) = attention_maps(feature, 2, [(4, 3)])
@@ -273,7 +273,7 @@ def test_an_attention_map_by_hand():
     np.testing.assert_allclose(found, rows / 3.25, rtol=1e-5)
 
 
-def test_maps_of_a_batch_leave_the_padding_out():
+def test_attention_maps_omit_the_padding():
     feature = torch.zeros(2, 1, 4, 4)
     feature[0, 0, :2, :2] = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
     feature[0, 0, 3, 3] = 100.0
@@ -284,6 +284,6 @@ def test_maps_of_a_batch_leave_the_padding_out():
     assert (large == 0).all()
 
 
-def test_a_network_that_drops_the_rest_of_an_image():
+def test_attention_map_of_a_network_that_drops_incomplete_cells():
     """Of 10 pixels at stride 4, two cells cover 8."""
     assert attention_maps(torch.rand(1, 3, 2, 2), 4, [(10, 10)])[0].shape == (10, 10)

@@ -1,4 +1,4 @@
-"""Batches that pass through the model in parts: the gradients, and the losses told, are those of the whole batch."""
+"""Tests gradient accumulation: gradients and logged losses equal those of the whole batch."""
 
 import json
 
@@ -36,20 +36,20 @@ def assert_close(a, b):
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_a_step_in_parts_is_that_of_the_whole_batch(config, tmp_path, parts):
+def test_accumulated_step_equals_that_of_the_whole_batch(config, tmp_path, parts):
     train_net("--config-file", config, "OUTPUT_DIR", tmp_path / "whole")
     train_net("--config-file", config, "OUTPUT_DIR", tmp_path / "parts", "SOLVER.ACCUMULATE", parts)
     assert_close(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_two_processes(config, tmp_path):
+def test_accumulation_in_two_processes(config, tmp_path):
     task = Task(config, tmp_path)
     assert end(*[task.start("parts", "SOLVER.ACCUMULATE", 2, prepare=(rank,)) for rank in two_ranks()]) == [0, 0]
     assert task.run("whole") == 0
     assert_close(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_a_detector_is_resumed_bit_for_bit(teacher, coco_folder, tmp_path):
+def test_accumulating_detector_resumes_bit_for_bit(teacher, coco_folder, tmp_path):
     options = {"SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2, "SOLVER.ACCUMULATE": 2}
     cfg = with_data(distilled_cfg(teacher, ["ReviewKDHead"], options), coco_folder, tmp_path)
     cfg.DATASETS.TEST = ()
@@ -60,13 +60,13 @@ def test_a_detector_is_resumed_bit_for_bit(teacher, coco_folder, tmp_path):
     assert same(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
 
 
-def test_unknown_precision(config, tmp_path):
+def test_unknown_precision_is_refused(config, tmp_path):
     with pytest.raises(SystemExit, match=r"^error: SOLVER.AMP.DTYPE: got 'half'; allowed are float16, bfloat16\.$"):
         train_net("--config-file", config, "OUTPUT_DIR", tmp_path, "SOLVER.AMP.DTYPE", "half")
 
 
 @pytest.mark.parametrize("parts", [0, -1, 3, 8])
-def test_parts_that_do_not_divide_the_batch(config, tmp_path, parts):
+def test_parts_must_divide_the_batch(config, tmp_path, parts):
     told = rf"^error: SOLVER.ACCUMULATE: got {parts}; it must divide the 4 image\(s\) of a process and step\.$"
     with pytest.raises(SystemExit, match=told):
         train_net("--config-file", config, "OUTPUT_DIR", tmp_path, "SOLVER.ACCUMULATE", parts)

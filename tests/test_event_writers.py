@@ -1,4 +1,4 @@
-"""metrics.json, for programs and across resumes, and Weights & Biases, of which a fake records what it is told."""
+"""Tests metrics.json, also across resumes, and Weights & Biases with a fake that records its calls."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def iterations(folder) -> list[int]:
 
 
 # ---- metrics.json ----
-def test_all_that_a_run_measures(teacher, coco_folder, tmp_path):
+def test_metrics_of_a_whole_run(teacher, coco_folder, tmp_path):
     heads = ["ReviewKDHead", "SoftTargetHead"]
     options = {"SOLVER.MAX_ITER": 5, "KD.SOFT_TARGET.SOURCES": ["roi", "rpn"]}
     cfg = with_data(distilled_cfg(teacher, heads, options), coco_folder, tmp_path)
@@ -62,7 +62,7 @@ def test_all_that_a_run_measures(teacher, coco_folder, tmp_path):
     assert evaluation["bbox/APl"] is None  # The data set has no large object.
 
 
-def test_every_evaluation_is_there_as_soon_as_it_is_made(tmp_path, monkeypatch):
+def test_each_evaluation_is_written_at_once(tmp_path, monkeypatch):
     """Also where there are several between two lines of losses."""
     cfg = digits(tmp_path, **{"SOLVER.MAX_ITER": 24, "TEST.EVAL_PERIOD": 5})
     found = []
@@ -80,7 +80,7 @@ def test_every_evaluation_is_there_as_soon_as_it_is_made(tmp_path, monkeypatch):
     assert iterations(tmp_path) == list(lines)
 
 
-def test_a_resumed_run_neither_repeats_nor_loses_a_line(tmp_path):
+def test_resumed_run_neither_repeats_nor_loses_a_line(tmp_path):
     """It goes on behind iteration 8, when lines 11 and, half-written, another one are there already."""
     train(digits(tmp_path / "whole"), resume=False)
     cut, folder = digits(tmp_path / "cut", **{"SOLVER.CHECKPOINT_PERIOD": 9}), tmp_path / "cut"
@@ -97,7 +97,7 @@ def test_a_resumed_run_neither_repeats_nor_loses_a_line(tmp_path):
     assert whole == resumed
 
 
-def test_a_run_that_goes_on_beyond_its_end_keeps_the_evaluation_there(tmp_path):
+def test_run_extended_beyond_its_end_keeps_its_evaluation(tmp_path):
     train(digits(tmp_path, **{"SOLVER.MAX_ITER": 5}), resume=False)
     before = read(tmp_path)
     train(digits(tmp_path), resume=True)
@@ -105,7 +105,7 @@ def test_a_run_that_goes_on_beyond_its_end_keeps_the_evaluation_there(tmp_path):
     assert iterations(tmp_path) == [3, 4, 5, 7, 11, 12]
 
 
-def test_a_run_that_begins_anew_leaves_the_lines_of_the_one_before(tmp_path):
+def test_new_run_in_the_same_folder_keeps_earlier_lines(tmp_path):
     cfg = digits(tmp_path, **{"SOLVER.MAX_ITER": 1})
     cfg.DATASETS.TEST = ()
     for _ in range(2):
@@ -113,7 +113,7 @@ def test_a_run_that_begins_anew_leaves_the_lines_of_the_one_before(tmp_path):
     assert iterations(tmp_path) == [0, 0]
 
 
-def test_a_file_that_cannot_be_written_is_told_also_in_the_first_iteration(tmp_path):
+def test_unwritable_file_is_reported_in_the_first_iteration(tmp_path):
     (tmp_path / "metrics.json").mkdir()
     with pytest.raises(IsADirectoryError, match=r"metrics\.json"):
         train(digits(tmp_path, **{"SOLVER.MAX_ITER": 1}), resume=False)
@@ -123,7 +123,7 @@ def test_a_file_that_cannot_be_written_is_told_also_in_the_first_iteration(tmp_p
     ("start", "kept"), [(0, []), (19, []), (20, [19]), (40, [19, 39]), (60, [19, 39, 59]), (99, [19, 39, 59])]
 )
 @pytest.mark.parametrize("cut_off", ["", '{"iteration": 1', '{"iteration": 1}'])
-def test_lines_that_are_dropped(tmp_path, start, kept, cut_off):
+def test_dropped_lines(tmp_path, start, kept, cut_off):
     path = tmp_path / "metrics.json"
     path.write_text("".join(f'{{"iteration": {i}, "lr": NaN}}\n' for i in (19, 39, 59)) + cut_off, encoding="utf-8")
     before = path.stat().st_ino
@@ -148,7 +148,7 @@ def test_odd_lines_are_dropped_and_quoted(tmp_path, caplog, odd, start, kept):
     assert f"{path}: drops line 4, which belongs to no iteration: {odd.encode('latin-1')!r}"[:-1] in caplog.text
 
 
-def test_without_a_file_there_is_nothing_to_drop(tmp_path):
+def test_missing_file_has_nothing_to_drop(tmp_path):
     drop_lines(str(tmp_path / "metrics.json"), 5)
     assert not os.listdir(tmp_path)
 
@@ -205,7 +205,7 @@ def test_scalars_pictures_and_config_are_sent(teacher, coco_folder, tmp_path, wa
     assert sum(path.stat().st_size for path in tmp_path.glob("events.out.*")) > 100_000  # TensorBoard has them, too.
 
 
-def test_a_resumed_run_goes_on_there_and_a_new_one_does_not(tmp_path, wandb):
+def test_resumed_run_continues_its_wandb_run_and_a_new_one_does_not(tmp_path, wandb):
     cfg = digits(tmp_path, **{"WANDB.PROJECT": "digits", "TEST.EVAL_PERIOD": 0})
     with interrupted_at(8):
         train(cfg, resume=False)
@@ -217,7 +217,7 @@ def test_a_resumed_run_goes_on_there_and_a_new_one_does_not(tmp_path, wandb):
     assert wandb.runs[0].arguments["name"] == str(tmp_path)
 
 
-def test_stages_and_generations_have_names_of_their_own(tmp_path):
+def test_stages_and_generations_have_their_own_names(tmp_path):
     cfg = digits(tmp_path, **{"WANDB.NAME": "ban"})
     assert stage_config(cfg, tmp_path / "pretrain").WANDB.NAME == "ban/pretrain"
     assert generation_config(cfg, 2).WANDB.NAME == "ban/gen_2"
@@ -225,7 +225,7 @@ def test_stages_and_generations_have_names_of_their_own(tmp_path):
     assert generation_config(cfg, 2).WANDB.NAME == ""
 
 
-def test_without_the_package_a_run_does_not_begin(tmp_path, monkeypatch):
+def test_run_does_not_start_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     told = r"^WANDB.PROJECT: got 'digits', which needs wandb \(.*\): pip install wandb\.$"
     with pytest.raises(InputError, match=told):
@@ -233,14 +233,14 @@ def test_without_the_package_a_run_does_not_begin(tmp_path, monkeypatch):
     assert not any(tmp_path.glob("*.pth"))
 
 
-def test_it_is_off_by_default(tmp_path, wandb):
+def test_wandb_is_off_by_default(tmp_path, wandb):
     cfg = digits(tmp_path, **{"SOLVER.MAX_ITER": 1})
     cfg.DATASETS.TEST = ()
     train(cfg, resume=False)
     assert not wandb.runs
 
 
-def test_pictures_of_the_storage_as_bytes():
+def test_pictures_are_converted_to_bytes():
     floats = torch.tensor([0.0, 0.5, 1.0], requires_grad=True)[:, None, None].expand(3, 2, 4)
     assert as_uint8(floats)[1, 3].tolist() == [0, 127, 255]
     array = np.arange(24, dtype=np.uint8).reshape(3, 2, 4)
