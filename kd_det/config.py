@@ -111,7 +111,7 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.MUTUAL = CfgNode()
     # Config files of the other students, or names of configs of the model zoo or of kd_det; the first student is that
     # of this config. Only their MODEL and INPUT matter; this config sets the augmentation of images. A file may be
-    # listed several times.
+    # listed several times. []: where a recipe comes after the student's file, another student of that file.
     cfg.KD.MUTUAL.PEERS = []
     # Overrides of all these configs: [KEY, VALUE, KEY, VALUE, ...].
     cfg.KD.MUTUAL.OPTS = []

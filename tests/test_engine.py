@@ -263,7 +263,7 @@ def test_an_rcnn_keeps_the_levels_of_the_heads():
 
 
 R_CNN, C4 = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"
-CLASSIFIER = "configs/Classification/cifar100_resnet20.yaml"
+CLASSIFIER = "Classification/digits_teacher.yaml"
 PYRAMID = ["p3", "p4", "p5", "p6", "p7"]
 
 

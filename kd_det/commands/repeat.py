@@ -1,7 +1,7 @@
 """Train a teacher, then plain and distilled students with several seeds, and compare them: mean and deviation.
 
     kd-det repeat --teacher BCCD/teacher.yaml --student plain=BCCD/student.yaml \\
-        --student ReviewKD=BCCD/reviewkd.yaml --seeds 1 2 3 --output output/bccd --jobs 2
+        --student ReviewKD=BCCD/student.yaml recipes/reviewkd.yaml --seeds 1 2 3 --output output/bccd --jobs 2
 
 A student may have several config files, which are merged in order: --student NAME=STUDENT.yaml RECIPE.yaml.
 

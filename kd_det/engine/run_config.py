@@ -30,6 +30,7 @@ from kd_det.engine.output_folder import claim
 from kd_det.engine.run_log import deferring_log, log_again, start_logging
 from kd_det.errors import InputError
 from kd_det.files import write_whole
+from kd_det.mutual import MutualStudents
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
 from kd_det.taps import find_tap
 
@@ -173,6 +174,8 @@ def make_config(args: argparse.Namespace) -> CfgNode:
     if heads is not None:
         cfg.KD.HEADS = heads
     merge_list(cfg, args.opts, "command line")
+    if len(files) > 1 and MutualStudents.__name__ == cfg.MODEL.META_ARCHITECTURE and not cfg.KD.MUTUAL.PEERS:
+        cfg.KD.MUTUAL.PEERS = files[:1]  # A recipe does not know the student, two of which teach each other.
     by_arguments = args.teacher or args.teacher_weights or heads
     by_recipe = len(files) > 1 and cfg.KD.HEADS
     if cfg.MODEL.META_ARCHITECTURE not in DISTILLED and (by_arguments or by_recipe):

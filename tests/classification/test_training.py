@@ -14,6 +14,7 @@ from kd_det.engine.run_config import epochs_to_iterations
 from .models import classifier_cfg
 
 CONFIGS = ROOT / "configs/Classification"
+DISTILLED = ["--config-file", "Classification/digits_student.yaml", "recipes/soft_target.yaml"]
 SHORT = ["SOLVER.IN_EPOCHS", "False", "SOLVER.MAX_ITER", "3", "SOLVER.CHECKPOINT_PERIOD", "1", "SEED", "3"]
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -34,7 +35,7 @@ def teacher(tmp_path):
 
 def test_a_classifier_is_distilled_resumed_and_evaluated(teacher, tmp_path):
     student, output = CONFIGS / "digits_student.yaml", tmp_path / "output"
-    command = ["--config-file", CONFIGS / "digits_distilled.yaml", *SHORT, *teacher, "OUTPUT_DIR", output]
+    command = [*DISTILLED, *SHORT, *teacher, "OUTPUT_DIR", output]
     train_net(*command)
     values = metrics(output)
     assert values["loss_kd_soft_target_cls"] > 0
@@ -67,7 +68,7 @@ def test_a_run_in_epochs(tmp_path):
 
 
 def test_an_interrupted_classifier_gives_the_weights_of_an_uninterrupted_one(teacher, tmp_path):
-    command = ["--config-file", CONFIGS / "digits_distilled.yaml", *SHORT, *teacher]
+    command = [*DISTILLED, *SHORT, *teacher]
     train_net(*command, "OUTPUT_DIR", tmp_path / "whole")
     with interrupted_at(2):
         train_net(*command, "OUTPUT_DIR", tmp_path / "cut")

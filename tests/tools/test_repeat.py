@@ -19,11 +19,18 @@ from kd_det.errors import InputError
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("student", False), ("reviewkd", True), ("born_again", True), ("dml", False)]
+    ("configs", "expected"),
+    [
+        (["BCCD/student.yaml"], False),
+        (["BCCD/student.yaml", "recipes/reviewkd.yaml"], True),
+        (["BCCD/student.yaml", "recipes/born_again.yaml"], True),
+        (["BCCD/student.yaml", "recipes/dml.yaml"], False),
+        (["quickstart/distilled.yaml"], True),
+    ],
 )
-def test_only_distilled_students_have_a_teacher(name, expected):
-    config = str(ROOT / f"configs/BCCD/{name}.yaml")
-    assert repeat.has_teacher([config], ["SOLVER.MAX_ITER", "1"], "--student") is expected
+def test_only_distilled_students_have_a_teacher(configs, expected):
+    named = ["KD.TEACHER.CONFIG_FILE", "BCCD/teacher.yaml"]
+    assert repeat.has_teacher(configs, [*named, "SOLVER.MAX_ITER", "1"], "--student") is expected
 
 
 def test_a_student_may_have_a_recipe(tmp_path):
