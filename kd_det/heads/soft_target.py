@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.heads.build import check_class_counts
+from kd_det.heads.divided_targets import DividedTargets, check_divergence
 from kd_det.heads.targets import ClassTargets, check_class_targets
-from kd_det.losses import binary_soft_target_loss
+from kd_det.losses import binary_soft_target_loss, standardize_logits
 from kd_det.losses.numerics import cast_up
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
@@ -42,8 +43,10 @@ class SoftTargetHead(nn.Module):
       nearly all of an image's anchors are background on which both agree, and a plain mean would drown the rest;
     * box regression, if enabled: smooth L1 between the deltas of the labelled class, mean over foreground boxes.
 
-    ``cls`` and ``roi`` have two more options, see :class:`kd_det.heads.targets.ClassTargets`: knowledge adjustment and
-    dynamic temperatures. On boxes they apply to those labelled foreground.
+    ``cls`` and ``roi`` have more options: knowledge adjustment and dynamic temperatures, which on boxes apply to those
+    labelled foreground, see :class:`kd_det.heads.targets.ClassTargets`; other divergences than KL, see
+    :class:`kd_det.heads.divided_targets.DividedTargets`; and standardised logits (Sun et al., CVPR 2024,
+    https://arxiv.org/abs/2403.01427), which teach the order and the relations of the logits, but not their size.
 
     Args:
         sources: Any of "roi", "rpn", "mask", "dense", "cls".
@@ -51,13 +54,20 @@ class SoftTargetHead(nn.Module):
         squared_temperature: Whether the divergence of the softmaxes is multiplied by T^2, as Hinton et al. advise, so
             that the size of its gradient does not change with T.
         rois: Boxes whose classes are compared: "all" or "foreground" (as labelled).
-        background_weight: Weight of the boxes labelled background, as in Chen et al. (NeurIPS 2017), who take 1.5.
+        background_weight: Weight of the boxes labelled background. (Chen et al., NeurIPS 2017, instead weigh the
+            background class's term of every box.)
         box_regression: Whether box deltas are compared.
         adjust: Correction of the teacher's mistakes: "none", "probability_shift" or "label_smoothing".
         correct_prob: Probability of the label in a smoothed label.
         dynamic_temperature: Rule that gives each row its own temperature: "none", "flsw" or "cwsm".
         beta: Strength of the change of temperature.
         gamma: Exponent of "flsw".
+        divergence: "kl", "dkd", "nkd", "gdkd" or "dist", for the sources "roi" and "cls".
+        standardize: Whether each row of their logits is standardised before it is compared.
+        target_weight: Weight of the first term of the other divergences.
+        other_weight: Weight of their second term.
+        top_weight: Weight of the most probable classes among themselves ("gdkd").
+        top_k: Number of these classes.
     """
 
     config: ClassVar = {
@@ -88,6 +98,20 @@ class SoftTargetHead(nn.Module):
         "BETA": 1.0,
         # Exponent of flsw.
         "GAMMA": 2.0,
+        # How the class logits of roi and cls are compared: "kl"; "dkd" (the labelled class against the others, and the
+        # others among themselves); "nkd" (the same with a cross-entropy of the labelled class); "gdkd" (the teacher's
+        # most probable classes against the rest); "dist" (correlations along classes and along rows).
+        "DIVERGENCE": "kl",
+        # Standardise each row of logits before it is compared; for kl and dkd.
+        "STANDARDIZE": False,
+        # Weights of the terms of dkd, nkd, gdkd and dist: of the labelled class, of the groups, or of the correlation
+        # along classes; and of the other classes, or of the correlation along rows. Published: dkd 1 and 0.25 on boxes,
+        # 1 and 2 to 8 on CIFAR-100; nkd 1 and 1.5; gdkd 1 and 0.25; dist 1 and 1.
+        "TARGET_WEIGHT": 1.0,
+        "OTHER_WEIGHT": 1.0,
+        # Weight of the most probable classes among themselves, and their number (gdkd, published 0.125 and 5).
+        "TOP_WEIGHT": 1.0,
+        "TOP_K": 5,
     }
 
     @configurable
@@ -105,18 +129,37 @@ class SoftTargetHead(nn.Module):
         dynamic_temperature: str = config["DYNAMIC_TEMPERATURE"],
         beta: float = config["BETA"],
         gamma: float = config["GAMMA"],
+        divergence: str = config["DIVERGENCE"],
+        standardize: bool = config["STANDARDIZE"],
+        target_weight: float = config["TARGET_WEIGHT"],
+        other_weight: float = config["OTHER_WEIGHT"],
+        top_weight: float = config["TOP_WEIGHT"],
+        top_k: int = config["TOP_K"],
     ):
         super().__init__()
         self.sources = tuple(sources)
-        self.compare_classes = ClassTargets(
-            temperature=temperature,
-            squared_temperature=squared_temperature,
-            adjust=adjust,
-            correct_prob=correct_prob,
-            dynamic_temperature=dynamic_temperature,
-            beta=beta,
-            gamma=gamma,
-        )
+        self.compare_classes: ClassTargets | DividedTargets
+        if divergence == "kl":
+            self.compare_classes = ClassTargets(
+                temperature=temperature,
+                squared_temperature=squared_temperature,
+                adjust=adjust,
+                correct_prob=correct_prob,
+                dynamic_temperature=dynamic_temperature,
+                beta=beta,
+                gamma=gamma,
+            )
+        else:
+            self.compare_classes = DividedTargets(
+                divergence,
+                temperature=temperature,
+                squared_temperature=squared_temperature,
+                target_weight=target_weight,
+                other_weight=other_weight,
+                top_weight=top_weight,
+                top_k=top_k,
+            )
+        self.standardize = standardize
         self.rois = rois
         self.background_weight = background_weight
         self.box_regression = box_regression
@@ -150,6 +193,7 @@ class SoftTargetHead(nn.Module):
             "background_weight": node.BACKGROUND_WEIGHT,
             "box_regression": node.BOX_REGRESSION,
             **check_class_targets(node, {"roi", "cls"}.intersection(node.SOURCES)),
+            **check_divergence(node, [student_spec[SOURCES[x]].channels for x in node.SOURCES if x in ("roi", "cls")]),
         }
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
@@ -171,7 +215,7 @@ class SoftTargetHead(nn.Module):
     def _images(self, student: Signals, teacher: Signals, name: str) -> Tensor:
         s_logits, t_logits, labels = student[name], teacher[name], student.get("labels")
         weights = torch.ones(len(s_logits), dtype=cast_up(s_logits).dtype, device=s_logits.device)
-        return self.compare_classes(s_logits, t_logits, labels, rows=weights.bool(), weights=weights)
+        return self._compare(s_logits, t_logits, labels, rows=weights.bool(), weights=weights)
 
     def _roi(self, student: Signals, teacher: Signals, name: str) -> Tensor:
         s_logits, t_logits, classes = student[name], teacher[name], student["roi_classes"]
@@ -183,7 +227,12 @@ class SoftTargetHead(nn.Module):
         dtype, device = cast_up(s_logits).dtype, s_logits.device
         weights = torch.full(foreground.shape, self.background_weight, dtype=dtype, device=device)
         weights = weights.masked_fill(foreground, 1.0)
-        return self.compare_classes(s_logits, t_logits, classes, rows=foreground, weights=weights)
+        return self._compare(s_logits, t_logits, classes, rows=foreground, weights=weights)
+
+    def _compare(self, s_logits: Tensor, t_logits: Tensor, *args: Tensor | None, **kwargs: Tensor) -> Tensor:
+        if self.standardize:
+            s_logits, t_logits = standardize_logits(s_logits), standardize_logits(t_logits)
+        return self.compare_classes(s_logits, t_logits, *args, **kwargs)
 
     def _anchors(self, student: Signals, teacher: Signals, name: str) -> Tensor:
         weights = torch.maximum(student[name].detach().sigmoid(), teacher[name].detach().sigmoid())

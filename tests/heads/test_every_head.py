@@ -94,6 +94,11 @@ VARIANTS = {
         "shift": {"ADJUST": "probability_shift", "TEMPERATURE": 2.0},
         "smoothing": {"ADJUST": "label_smoothing", "DYNAMIC_TEMPERATURE": "cwsm"},
         "dynamic": {"DYNAMIC_TEMPERATURE": "flsw", "ROIS": "foreground", "TEMPERATURE": 2.0},
+        "dkd": {"DIVERGENCE": "dkd", "TEMPERATURE": 4.0, "OTHER_WEIGHT": 8.0, "BACKGROUND_WEIGHT": 0.5},
+        "nkd": {"DIVERGENCE": "nkd", "SOURCES": ["cls"], "OTHER_WEIGHT": 1.5},
+        "gdkd": {"DIVERGENCE": "gdkd", "TOP_K": 2, "ROIS": "foreground"},
+        "dist": {"DIVERGENCE": "dist", "SOURCES": ["roi", "rpn"]},
+        "standardized": {"STANDARDIZE": True, "TEMPERATURE": 2.0, "SOURCES": ["cls"]},
         "classifier_lessons": {"SOURCES": ["cls"], "ADJUST": "label_smoothing", "DYNAMIC_TEMPERATURE": "flsw"},
     },
     "SoftmaxRegressionHead": {

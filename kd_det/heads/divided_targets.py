@@ -1,0 +1,150 @@
+"""Compares class logits by other divergences than that of soft targets: DKD, NKD, GDKD and DIST."""
+
+import torch
+from torch import Tensor
+
+from kd_det.errors import InputError, check_choice
+from kd_det.losses import between_groups_loss, correlation_loss, target_class_loss, within_group_loss
+
+DIVERGENCES = ("kl", "dkd", "nkd", "gdkd", "dist")
+# Maps keys to the value that they must have, but with the divergences that can do more.
+ONLY_WITH = {
+    "ADJUST": ("none", ("kl",)),
+    "DYNAMIC_TEMPERATURE": ("none", ("kl",)),
+    "STANDARDIZE": (False, ("kl", "dkd")),
+    "BACKGROUND_WEIGHT": (1.0, ("kl", "dkd", "gdkd")),
+}
+
+
+class DividedTargets:
+    """Compares class logits by a loss of two or three terms, each with a weight of its own.
+
+    * "dkd", decoupled knowledge distillation (Zhao et al., CVPR 2022, https://arxiv.org/abs/2203.08679): the labelled
+      class against all others, and the others among themselves. Of a box that is labelled background, background is the
+      labelled class.
+    * "nkd", normalised knowledge distillation (Yang et al., ICCV 2023, https://arxiv.org/abs/2303.13005): the
+      cross-entropy of the labelled class, weighted by the teacher's probability of it, at temperature 1, and the others
+      among themselves. Of the second term the teacher's entropy, which has no gradient, is left out.
+    * "gdkd", generalised decoupled knowledge distillation (https://github.com/ZaberKo/detectron2-gdkd): the teacher's
+      most probable classes against the rest, and each of the two groups among themselves. It needs no labels.
+    * "dist" (Huang et al., NeurIPS 2022, https://arxiv.org/abs/2205.10536): one minus the correlation of the
+      probabilities along the classes of each row, and the same along the rows of each class.
+
+    Args:
+        kind: "dkd", "nkd", "gdkd" or "dist".
+        temperature: T. The first term of "nkd" does not use it.
+        squared_temperature: Whether what is computed at T is multiplied by T^2.
+        target_weight: Weight of the first term.
+        other_weight: Weight of the second term; of "gdkd" it is that of the less probable classes.
+        top_weight: Weight of the most probable classes among themselves ("gdkd").
+        top_k: Number of these classes.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        temperature: float = 1.0,
+        squared_temperature: bool = True,
+        target_weight: float = 1.0,
+        other_weight: float = 1.0,
+        top_weight: float = 1.0,
+        top_k: int = 5,
+    ):
+        self.compare = {"dkd": self._dkd, "nkd": self._nkd, "gdkd": self._gdkd, "dist": self._dist}[kind]
+        self.temperature = temperature
+        self.scale = 1.0 if squared_temperature else temperature**-2
+        self.target_weight = target_weight
+        self.other_weight = other_weight
+        self.top_weight = top_weight
+        self.top_k = top_k
+
+    def __call__(
+        self, s_logits: Tensor, t_logits: Tensor, labels: Tensor | None, rows: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Computes the weighted sum of the terms, each a mean over rows.
+
+        Args:
+            s_logits: Logits of the student, (N, K).
+            t_logits: Logits of the teacher, (N, K).
+            labels: True classes (N,), of which "dkd" and "nkd" depend.
+            rows: Not used; see :class:`kd_det.heads.targets.ClassTargets`.
+            weights: Factor of each row, (N,); "nkd" and "dist" do not use it.
+        """
+        return self.compare(s_logits, t_logits, labels, weights)
+
+    def _dkd(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        others = not_labelled(s_logits, labels)
+        options = {"temperature": self.temperature, "weights": weights}
+        target = between_groups_loss(s_logits, t_logits, others.long(), **options)
+        return self.scale * (
+            self.target_weight * target + self.other_weight * within_group_loss(s_logits, t_logits, others, **options)
+        )
+
+    def _nkd(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        others = not_labelled(s_logits, labels)
+        target = target_class_loss(s_logits, t_logits, labels)
+        other = within_group_loss(s_logits, t_logits, others, temperature=self.temperature)
+        return self.target_weight * target + self.scale * self.other_weight * other
+
+    def _gdkd(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor | None, weights: Tensor) -> Tensor:
+        top = torch.zeros_like(t_logits, dtype=torch.bool)
+        top.scatter_(1, t_logits.detach().topk(self.top_k, dim=1).indices, True)
+        options = {"temperature": self.temperature, "weights": weights}
+        return self.scale * (
+            self.target_weight * between_groups_loss(s_logits, t_logits, top.long(), **options)
+            + self.top_weight * within_group_loss(s_logits, t_logits, top, **options)
+            + self.other_weight * within_group_loss(s_logits, t_logits, ~top, **options)
+        )
+
+    def _dist(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor | None, weights: Tensor) -> Tensor:
+        s_probs, t_probs = ((x / self.temperature).softmax(dim=1) for x in (s_logits, t_logits.detach()))
+        of_rows, of_classes = (correlation_loss(s_probs, t_probs, dim=dim) for dim in (1, 0))
+        return self.scale * self.temperature**2 * (self.target_weight * of_rows + self.other_weight * of_classes)
+
+
+def not_labelled(logits: Tensor, labels: Tensor) -> Tensor:
+    """Marks the classes that are not the labelled ones, (N, K)."""
+    return torch.ones_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], False)
+
+
+def check_divergence(node, classes: list[int]) -> dict:
+    """Checks DIVERGENCE and the keys that belong to it.
+
+    Args:
+        node: ``KD.SOFT_TARGET``.
+        classes: Number of logits of each source that is compared by a softmax over classes.
+
+    Returns:
+        The arguments of :class:`kd_det.heads.SoftTargetHead` that follow from the keys.
+
+    Raises:
+        InputError: If a value is not allowed, or does not go with the others.
+    """
+    check_choice("KD.SOFT_TARGET.DIVERGENCE", node.DIVERGENCE, DIVERGENCES)
+    for key in ("TARGET_WEIGHT", "OTHER_WEIGHT", "TOP_WEIGHT"):
+        if node[key] < 0:
+            raise InputError(f"KD.SOFT_TARGET.{key}: must be 0 or more, got {node[key]}.")
+    for key, (value, divergences) in ONLY_WITH.items():
+        if node.DIVERGENCE not in divergences and node[key] != value:
+            raise InputError(
+                f"KD.SOFT_TARGET.{key}: must be {value!r} with DIVERGENCE {node.DIVERGENCE!r}, got {node[key]!r}."
+            )
+    if not classes and (node.DIVERGENCE != "kl" or node.STANDARDIZE):
+        key = "STANDARDIZE" if node.DIVERGENCE == "kl" else "DIVERGENCE"
+        raise InputError(
+            f"KD.SOFT_TARGET.{key}: {node[key]!r} is for the sources roi and cls, but KD.SOFT_TARGET.SOURCES is "
+            f"{node.SOURCES}."
+        )
+    if node.DIVERGENCE == "gdkd" and not 0 < node.TOP_K < min(classes):
+        raise InputError(
+            f"KD.SOFT_TARGET.TOP_K: must be above 0 and below the number of logits, {min(classes)}, got {node.TOP_K}."
+        )
+    return {
+        "divergence": node.DIVERGENCE,
+        "standardize": node.STANDARDIZE,
+        "target_weight": node.TARGET_WEIGHT,
+        "other_weight": node.OTHER_WEIGHT,
+        "top_weight": node.TOP_WEIGHT,
+        "top_k": node.TOP_K,
+    }

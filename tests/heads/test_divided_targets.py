@@ -1,0 +1,152 @@
+"""Soft targets by DKD, NKD, GDKD and DIST, and with standardised logits."""
+
+import math
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+
+from kd_det import Batch, InputError, build_kd_heads
+from kd_det.config import default_config
+from kd_det.heads import SoftTargetHead
+
+CLASSES = 4
+# Two boxes of objects and one labelled background, the last of four logits.
+LABELS = torch.tensor([0, 2, CLASSES - 1])
+
+
+def rows(seed):
+    return torch.randn(3, CLASSES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+
+
+S, T = rows(0), rows(1)
+
+
+def compare(s=S, t=T, labels=LABELS, **options):
+    head = SoftTargetHead(**options)
+    (loss,) = head({"roi_logits": s, "roi_classes": labels}, {"roi_logits": t}, Batch([], [])).values()
+    return loss.item()
+
+
+def kl(s, t, temperature=1.0):
+    p, q = (t / temperature).softmax(dim=-1), (s / temperature).softmax(dim=-1)
+    return temperature**2 * (p * (p / q).log()).sum(dim=-1)
+
+
+def without(x, labels):
+    return torch.stack([torch.cat([row[:y], row[y + 1 :]]) for row, y in zip(x, labels.tolist(), strict=True)])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_dkd_splits_the_divergence_into_the_labelled_class_and_the_others(temperature):
+    """KL is that of (p_y, 1 - p_y) and 1 - p_y times that of the others, each row for itself (Zhao et al., eq. 7)."""
+    options = {"divergence": "dkd", "temperature": temperature}
+    target = compare(**options, target_weight=1.0, other_weight=0.0)
+    other = compare(**options, target_weight=0.0, other_weight=1.0)
+    assert other == pytest.approx(kl(without(S, LABELS), without(T, LABELS), temperature).mean().item())
+    p = (T / temperature).softmax(dim=1)[torch.arange(3), LABELS]
+    inner = kl(without(S, LABELS), without(T, LABELS), temperature)
+    assert target == pytest.approx((kl(S, T, temperature) - (1 - p) * inner).mean().item())
+    both = compare(**options, target_weight=2.0, other_weight=0.25)
+    assert both == pytest.approx(2 * target + 0.25 * other)
+
+
+def test_dkd_weighs_background_boxes_and_leaves_them_out():
+    options = {"divergence": "dkd", "other_weight": 0.25}
+    foreground = compare(**options, rois="foreground")
+    assert foreground == pytest.approx(compare(S[:2], T[:2], LABELS[:2], **options))
+    assert compare(**options, background_weight=0.0) == pytest.approx(2 / 3 * foreground)
+
+
+def test_nkd_is_a_weighted_cross_entropy_and_the_divergence_of_the_others():
+    p, q = T.softmax(dim=1)[torch.arange(3), LABELS], S.softmax(dim=1)[torch.arange(3), LABELS]
+    expected = (-p * q.log()).mean() + 1.5 * kl(without(S, LABELS), without(T, LABELS), 3.0).mean()
+    assert compare(divergence="nkd", temperature=3.0, other_weight=1.5) == pytest.approx(expected.item())
+
+
+def test_gdkd_compares_the_teachers_most_probable_classes_with_the_rest():
+    t = torch.tensor([[3.0, 0.0, 1.0, 2.0]], dtype=torch.float64).log1p()
+    s, label = torch.zeros_like(t), LABELS[:1]
+    sums = torch.tensor([[7.0, 3.0]]).double().log(), torch.tensor([[2.0, 2.0]]).double().log()  # 4 + 3 and 1 + 2
+    parts = {
+        "target_weight": kl(sums[1], sums[0]),
+        "top_weight": kl(s[:, :2], torch.tensor([[4.0, 3.0]]).double().log()),
+        "other_weight": kl(s[:, :2], torch.tensor([[1.0, 2.0]]).double().log()),
+    }
+    off = dict.fromkeys(parts, 0.0)
+    for key, expected in parts.items():
+        loss = compare(s, t, label, divergence="gdkd", top_k=2, **(off | {key: 1.0}))
+        assert loss == pytest.approx(expected.item()), key
+
+
+def test_gdkd_of_the_labelled_class_alone_is_dkd():
+    sure = T.clone()
+    sure[torch.arange(3), LABELS] = 9.0
+    weights = {"target_weight": 1.0, "other_weight": 0.25}
+    gdkd = compare(t=sure, divergence="gdkd", top_k=1, **weights)
+    assert gdkd == pytest.approx(compare(t=sure, divergence="dkd", **weights))
+
+
+def test_dist_is_one_minus_the_correlation_along_classes_and_along_rows():
+    p, q = T.softmax(dim=1), S.softmax(dim=1)
+    of_rows = 1 - torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(p, q, strict=True)]).mean()
+    of_classes = (
+        1 - torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(p.T, q.T, strict=True)]).mean()
+    )
+    loss = compare(divergence="dist", target_weight=0.5, other_weight=2.0)
+    assert loss == pytest.approx((0.5 * of_rows + 2.0 * of_classes).item(), rel=1e-6)
+    warm = compare(S * 4, T * 4, divergence="dist", target_weight=0.5, other_weight=2.0, temperature=4.0)
+    assert warm == pytest.approx(16 * loss)
+
+
+@pytest.mark.parametrize("divergence", ["dkd", "gdkd", "dist"])
+def test_the_square_of_the_temperature_can_be_left_out(divergence):
+    options = {"divergence": divergence, "temperature": 3.0, "top_k": 2}
+    assert compare(**options) == pytest.approx(9 * compare(**options, squared_temperature=False))
+
+
+@pytest.mark.parametrize("divergence", ["kl", "dkd"])
+def test_standardised_logits_have_no_scale_and_no_offset(divergence):
+    options = {"divergence": divergence, "standardize": True, "temperature": 2.0}
+    loss = compare(**options)
+    assert compare(5 * S + 3, 0.1 * T - 2, **options) == pytest.approx(loss, rel=1e-5)
+    z_s, z_t = ((x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True) for x in (S, T))
+    assert loss == pytest.approx(compare(z_s, z_t, **options | {"standardize": False}), rel=1e-5)
+
+
+@pytest.mark.parametrize("divergence", ["dkd", "nkd", "gdkd", "dist"])
+def test_a_very_sure_student_has_a_finite_gradient(divergence):
+    s = torch.tensor([[200.0, -200.0, 0.0, 0.0]], requires_grad=True)
+    head = SoftTargetHead(divergence=divergence, top_k=2)
+    signals = {"roi_logits": s, "roi_classes": torch.tensor([1])}
+    (loss,) = head(signals, {"roi_logits": torch.zeros(1, 4)}, Batch([], [])).values()
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert s.grad.isfinite().all()
+
+
+SPEC = {"roi_logits": ShapeSpec(channels=CLASSES), "rpn_logits": ShapeSpec(channels=1)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"DIVERGENCE": "js"}, r"DIVERGENCE: 'js' is not one of kl, dkd, nkd, gdkd, dist"),
+        ({"DIVERGENCE": "dkd", "OTHER_WEIGHT": -1.0}, r"OTHER_WEIGHT: must be 0 or more, got -1"),
+        ({"DIVERGENCE": "dkd", "ADJUST": "probability_shift"}, r"ADJUST: must be 'none' with DIVERGENCE 'dkd'"),
+        ({"DIVERGENCE": "nkd", "DYNAMIC_TEMPERATURE": "flsw"}, r"DYNAMIC_TEMPERATURE: must be 'none' with .*'nkd'"),
+        ({"DIVERGENCE": "nkd", "BACKGROUND_WEIGHT": 0.5}, r"BACKGROUND_WEIGHT: must be 1.0 with .*'nkd', got 0.5"),
+        ({"DIVERGENCE": "dist", "STANDARDIZE": True}, r"STANDARDIZE: must be False with DIVERGENCE 'dist', got True"),
+        ({"DIVERGENCE": "dkd", "SOURCES": ["rpn"]}, r"DIVERGENCE: 'dkd' is for the sources roi and cls, but .*'rpn'"),
+        ({"STANDARDIZE": True, "SOURCES": ["rpn"]}, r"STANDARDIZE: True is for the sources roi and cls, but .*'rpn'"),
+        ({"DIVERGENCE": "gdkd", "TOP_K": 4}, r"TOP_K: must be above 0 and below the number of logits, 4, got 4"),
+        ({"DIVERGENCE": "gdkd", "TOP_K": 0}, r"TOP_K: must be above 0 .*got 0"),
+    ],
+)
+def test_divergences_that_cannot_be(options, message):
+    cfg = default_config()
+    cfg.KD.HEADS = ["SoftTargetHead"]
+    for key, value in options.items():
+        cfg.KD.SOFT_TARGET[key] = value
+    with pytest.raises(InputError, match=rf"^KD\.SOFT_TARGET\.{message}"):
+        build_kd_heads(cfg, SPEC, SPEC)
