@@ -158,3 +158,39 @@ def test_ctrl_c_ends_a_tool_without_a_traceback(tmp_path):
     process = FORKS.Process(target=interrupt_tool)
     process.start()
     assert end(process) == [-signal.SIGINT]
+
+
+# ---- How a tool ends ----
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("KD.X: got 1; allowed is 2."), "error: KD.X: got 1; allowed is 2."),
+        # A data-loader worker passes an error on like this.
+        (
+            InputError("Caught InputError in worker 0.\nTraceback:\nkd_det.errors.InputError: a.png: broken"),
+            "error: a.png: broken",
+        ),
+        # Detectron2 reports the loss of a plain detector like this.
+        (
+            FloatingPointError("NaN at iteration=3!\nloss_dict = {'a': nan}"),
+            "error: NaN at iteration=3! loss_dict = {'a': nan}",
+        ),
+    ],
+)
+def test_user_error_ends_a_tool_with_one_line(error, line):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_tool(main)
+    assert end.value.code == line
+
+
+@pytest.mark.usefixtures("in_process")
+def test_defect_keeps_its_traceback():
+    def main():
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        run_tool(main)
