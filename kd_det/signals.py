@@ -15,9 +15,16 @@ A *signal* is one tensor that a network computed on one batch. The names are the
 ``roi_logits``        class logits, background last, (R, K + 1)
 ``roi_logits_weight`` weight (K + 1, D) of the layer that computes them, and ``roi_logits_bias`` (K + 1,)
 ``roi_deltas``        box deltas, (R, 4 K), or (R, 4) if class-agnostic
+``roi_deltas_weight`` weight (4 K or 4, D) of the layer that computes them, and ``roi_deltas_bias``
 ``mask_logits``       mask logits of the foreground boxes, (F, K or 1, m, m)
 ``dense_logits``      class logits of a one-stage detector, (N, anchors, K)
 ``dense_deltas``      box deltas of a one-stage detector, (N, anchors, 4)
+``dense_cls_hidden_`` and a level, such as ``dense_cls_hidden_p3``: input of the last convolution of the branch of
+                      classes, (N, C, H, W), which a ReLU has rectified; ``dense_box_hidden_p3`` in that of boxes
+``dense_cls_conv4_``  and ``weight`` or ``bias``: parameters of that convolution, here the fourth, (C, C, 3, 3) and
+                      (C,); ``dense_box_conv4_`` in the branch of boxes
+``dense_cls_score_``  and ``weight`` or ``bias``: parameters of the layer that computes the class logits from it,
+                      (A K, C, 3, 3) and (A K,) for A anchors per cell; ``dense_bbox_pred_`` for the box deltas
 ``pooled``            pooled feature of an image classifier, (N, D)
 ``logits``            class logits of an image classifier, (N, K)
 ``logits_weight``     weight (K, D) of its linear layer, and ``logits_bias`` (K,)
@@ -25,8 +32,16 @@ A *signal* is one tensor that a network computed on one batch. The names are the
 ===================== ========================================================================================
 
 ROI signals come with their boxes, row by row: ``roi_boxes`` (R, 5) as (image, x0, y0, x1, y1) in pixels of the
-network's input, and ``roi_classes`` (R,), K for background; likewise ``mask_boxes`` and ``mask_classes``. The signals
-of a student classifier come with its ``labels`` (N,).
+network's input, and ``roi_classes`` (R,), K for background; likewise ``mask_boxes`` and ``mask_classes``. Those of a
+student in training also come with ``roi_gt_boxes`` (R, 4), the objects that the boxes are matched with, which mean
+nothing for background.
+
+The ``dense_`` signals of a student in training come with ``dense_anchors`` (anchors, 4) as (x0, y0, x1, y1),
+``dense_labels`` (N, anchors), K for background and -1 where the student's losses leave an anchor out, and
+``dense_counts`` (levels,), the number of anchors of each level. The ``rpn_`` signals come with the same, where the
+label of an object is 1 and of background 0.
+
+The signals of a student classifier come with its ``labels`` (N,).
 """
 
 from dataclasses import dataclass

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.backbone import Backbone
-from detectron2.structures import ImageList
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.structures import Boxes, ImageList, pairwise_iou
 from helpers import FAMILIES, WIDE, build, distilled_cfg, save_teacher, step, tiny_cfg, tiny_inputs
 from torch import nn
 
@@ -19,13 +21,22 @@ from kd_det.taps import BackboneTap, GeneralizedRCNNTap, RetinaNetTap, build_tap
 STAGE = ("", "_preact", "_norm_weight", "_norm_bias")
 MAPS = {"p2", "p3", "p4", "p5", "p6", *(f"res{i}{suffix}" for i in range(2, 6) for suffix in STAGE)}
 RPN = {"rpn_logits", "rpn_deltas"}
-ROI = {"roi_features", "roi_box_features", "roi_logits", "roi_logits_weight", "roi_logits_bias", "roi_deltas"}
-BOXES = {"roi_boxes", "roi_classes", "mask_boxes", "mask_classes"}
+ROI = {"roi_features", "roi_box_features", "roi_logits", "roi_logits_weight", "roi_logits_bias", "roi_deltas",
+       "roi_deltas_weight", "roi_deltas_bias"}  # fmt: skip
+DENSE = {f"dense_{branch}_hidden_{level}" for branch in ("cls", "box") for level in ("p2", "p3", "p4", "p5")}
+DENSE |= {
+    f"dense_{layer}_{key}"
+    for layer in ("cls_conv1", "box_conv1", "cls_score", "bbox_pred")
+    for key in ("weight", "bias")
+}
+# These come with the signals of a student.
+COMPANIONS = {"roi_boxes", "roi_classes", "roi_gt_boxes", "mask_boxes", "mask_classes"}
+COMPANIONS |= {f"{kind}_{what}" for kind in ("rpn", "dense") for what in ("anchors", "labels", "counts")}
 SIGNALS = {
     "mask_rcnn": MAPS | RPN | ROI | {"roi_box_preact", "mask_logits"},
     "c4": {*(f"res4{suffix}" for suffix in STAGE), "mask_logits"} | RPN | ROI,
     "cascade": MAPS | RPN | ROI | {"roi_box_preact", "mask_logits"},
-    "retinanet": MAPS | {"dense_logits", "dense_deltas"},
+    "retinanet": MAPS | {"dense_logits", "dense_deltas"} | DENSE,
 }
 # With FrozenBN a model computes the same in training and in evaluation.
 SAME_IN_BOTH_MODES = {"MODEL.RESNETS.NORM": "FrozenBN"}
@@ -78,9 +89,10 @@ def test_spec_is_what_is_recorded(family, inputs):
     spec = build_tap(model).spec()
     assert set(spec) == SIGNALS[family]
     signals = record(model, inputs)
-    assert set(signals) - BOXES == set(spec)
+    assert set(signals) - COMPANIONS == set(spec)
+    last = ("rpn_logits", "rpn_deltas", "dense_logits", "dense_deltas", "_bias", "_norm_weight")
     for name, shape in spec.items():
-        axis = -1 if name.startswith(("rpn_", "dense_")) or name.endswith(("_bias", "_norm_weight")) else 1
+        axis = -1 if name.endswith(last) else 1
         assert signals[name].shape[axis] == shape.channels, name
         if shape.stride:
             assert signals[name].shape[2:] == (math.ceil(64 / shape.stride), math.ceil(96 / shape.stride)), name
@@ -96,7 +108,7 @@ def test_each_signal_alone(family, inputs):
     for name in build_tap(model).spec():
         alone = record(model, inputs, {name})
         assert torch.equal(alone[name], together[name]), name
-        assert set(alone) - BOXES == {name}
+        assert set(alone) - COMPANIONS == {name}
 
 
 def test_signals_carry_gradient(inputs):
@@ -169,6 +181,58 @@ def test_classes_are_those_of_the_objects(inputs):
             assert signals["roi_classes"][row].tolist() == [label]
 
 
+def test_matched_objects_are_those_of_the_labels(inputs):
+    """Foreground boxes overlap the object that they are matched with by half at least, and have its class."""
+    signals = record(make("mask_rcnn"), inputs)
+    foreground = (signals["roi_classes"] < 3).nonzero().flatten().tolist()
+    for row in foreground:
+        objects = inputs[int(signals["roi_boxes"][row, 0])]["instances"]
+        matched = (objects.gt_boxes.tensor == signals["roi_gt_boxes"][row]).all(dim=1)
+        assert objects.gt_classes[matched].tolist() == [signals["roi_classes"][row]]
+        assert pairwise_iou(Boxes(signals["roi_boxes"][row : row + 1, 1:]), objects.gt_boxes[matched]) >= 0.5
+
+
+@pytest.mark.parametrize(("family", "kind"), [("retinanet", "dense"), ("mask_rcnn", "rpn")])
+def test_anchors_and_labels_are_those_that_the_losses_use(family, kind, inputs, monkeypatch):
+    model = make(family)
+    part = model if kind == "dense" else model.proposal_generator
+    used, losses = {}, part.losses
+    monkeypatch.setattr(part, "losses", lambda *args: used.update(args=args) or losses(*args))
+    signals = record(model, inputs, {f"{kind}_logits"})
+    anchors, _, labels, _, _ = used["args"]
+    assert signals[f"{kind}_counts"].tolist() == [16 * 24, 8 * 12, 4 * 6, 2 * 3]
+    assert torch.equal(signals[f"{kind}_anchors"], torch.cat([x.tensor for x in anchors]))
+    assert torch.equal(signals[f"{kind}_labels"], torch.stack(labels))
+    assert signals[f"{kind}_labels"].shape == signals[f"{kind}_logits"].shape[:2]
+    assert set(signals[f"{kind}_labels"].unique().tolist()) == ({-1, 0, 1} if kind == "rpn" else {-1, 0, 1, 2, 3})
+
+
+def test_the_layers_after_the_hidden_maps_give_the_predictions(inputs):
+    model = make("retinanet", {"MODEL.RETINANET.NUM_CONVS": 3})
+    torch.nn.init.normal_(model.head.cls_subnet[4].weight)  # Otherwise the maps are next to nothing.
+    signals = record(model, inputs)
+    for branch, last, output in (("cls", "cls_score", "dense_logits"), ("box", "bbox_pred", "dense_deltas")):
+        rows = []
+        for level in ("p2", "p3", "p4", "p5"):
+            hidden = signals[f"dense_{branch}_hidden_{level}"]
+            assert (hidden >= 0).all()
+            assert hidden.any()
+            for layer in (f"{branch}_conv3", last):
+                weight, bias = signals[f"dense_{layer}_weight"], signals[f"dense_{layer}_bias"]
+                hidden = F.conv2d(hidden, weight, bias, padding=1).relu() if layer != last else hidden
+            out = F.conv2d(hidden, weight, bias, padding=1)
+            rows.append(permute_to_N_HWA_K(out, signals[output].shape[-1]))
+        torch.testing.assert_close(torch.cat(rows, dim=1), signals[output])
+    signals["dense_cls_hidden_p3"].sum().backward()
+    assert model.head.cls_subnet[2].weight.grad.abs().sum() > 0
+    assert model.head.cls_subnet[4].weight.grad is None
+
+
+def test_no_hidden_maps_in_branches_with_norms():
+    spec = build_tap(make("retinanet", {"MODEL.RETINANET.NORM": "BN"})).spec()
+    assert {name for name in spec if name.startswith("dense_")} == {"dense_logits", "dense_deltas"}
+
+
 # ---- Nothing runs in vain ----
 @pytest.mark.parametrize(
     ("names", "expected"),
@@ -206,7 +270,7 @@ def test_the_teachers_head_of_a_dense_detector(inputs):
     signals = record(student, inputs)
     ran = []
     other.head.register_forward_hook(lambda *_: ran.append(1))
-    Teacher(other)(inputs, {"p3"}, signals)
+    Teacher(other)(inputs, {"p3", "dense_cls_score_weight"}, signals)
     assert not ran
     Teacher(other)(inputs, {"dense_logits", "dense_deltas"}, signals)
     assert len(ran) == 1
@@ -247,8 +311,17 @@ def test_anchors_of_dense_detectors_that_differ(tmp_path):
 
 def test_box_deltas_of_another_scale(tmp_path):
     named = save_teacher(tmp_path, tiny_cfg(options={"MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0)}))
-    with pytest.raises(InputError, match=r"BBOX_REG_WEIGHTS: \(10.0, 10.0, 5.0, 5.0\) and \(1.0, 1.0, 1.0, 1.0\)\.$"):
+    with pytest.raises(InputError, match=r"BBOX_REG_WEIGHTS: .*; got \(10.0, 10.0, 5.0, 5.0\) and \(1.0, 1.0, "):
         build(distilled_cfg(named, ["SoftTargetHead"], {"KD.SOFT_TARGET.BOX_REGRESSION": True}))
+
+
+@pytest.mark.parametrize(("family", "node"), [("retinanet", "RETINANET"), ("mask_rcnn", "RPN")])
+def test_deltas_of_anchors_of_another_scale(family, node):
+    other = make(family, {f"MODEL.{node}.BBOX_REG_WEIGHTS": (2.0, 2.0, 1.0, 1.0)})
+    taps, name = [build_tap(make(family)), build_tap(other)], "dense" if node == "RETINANET" else "rpn"
+    taps[0].check_alignment(taps[1], {f"{name}_logits"})
+    with pytest.raises(InputError, match=rf"^MODEL.{node}.BBOX_REG_WEIGHTS: must be equal in student and teacher"):
+        taps[0].check_alignment(taps[1], {f"{name}_deltas"})
 
 
 SIGMOID = {"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": True}

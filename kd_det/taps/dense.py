@@ -6,17 +6,23 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from torch import Tensor
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import Tensor, nn
 
 from kd_det.registry import TAP_REGISTRY
 from kd_det.signals import Signals
 from kd_det.taps.backbone import BackboneTap, hook
-from kd_det.taps.rcnn import check_anchors
+from kd_det.taps.rcnn import check_anchors, check_box_weights, record_anchors
 
 
 @TAP_REGISTRY.register()
 class RetinaNetTap(BackboneTap):
-    """Taps the backbone and the dense head of a ``RetinaNet``."""
+    """Taps the backbone and the dense head of a ``RetinaNet``.
+
+    Each of the head's two branches, one for classes and one for boxes, is a row of convolutions with a ReLU after each,
+    and a predictor. The branch's hidden maps are what enters its last convolution. They are signals, and so are the
+    parameters of the two layers that follow, unless the branches have norms.
+    """
 
     @classmethod
     def feature_levels(cls, cfg: CfgNode) -> list[str]:
@@ -27,15 +33,48 @@ class RetinaNetTap(BackboneTap):
         return {"SOURCES": ["dense"]}
 
     def spec(self) -> dict[str, ShapeSpec]:
-        return super().spec() | {
+        spec = super().spec() | {
             "dense_logits": ShapeSpec(channels=self.model.num_classes),
             "dense_deltas": ShapeSpec(channels=4),
         }
+        for branch, convolution in self._last_convolutions.items():
+            spec |= {name: ShapeSpec(channels=convolution.in_channels) for name in self._hidden_names(branch)}
+        for name, layer in self._last_layers.items():
+            spec[f"{name}_weight"] = ShapeSpec(channels=layer.in_channels)
+            spec[f"{name}_bias"] = ShapeSpec(channels=layer.out_channels)
+        return spec
 
     def check_alignment(self, teacher: BackboneTap, names) -> None:
         super().check_alignment(teacher, names)
         if any(name.startswith("dense_") for name in names):
             check_anchors(self.model.anchor_generator, teacher.model.anchor_generator)
+        if "dense_deltas" in names:
+            check_box_weights("MODEL.RETINANET.BBOX_REG_WEIGHTS", self.model, teacher.model)
+
+    @property
+    def _last_convolutions(self) -> dict[str, nn.Conv2d]:
+        """Maps each branch of the head to its last convolution; empty if the branches have norms or no convolution."""
+        head = self.model.head
+        if not isinstance(head, RetinaNetHead):
+            return {}
+        branches = {"cls": list(head.cls_subnet), "box": list(head.bbox_subnet)}
+        if any(not isinstance(x, nn.Conv2d | nn.ReLU) for layers in branches.values() for x in layers):
+            return {}
+        return {branch: layers[-2] for branch, layers in branches.items() if layers}
+
+    @property
+    def _last_layers(self) -> dict[str, nn.Conv2d]:
+        """Maps the names of the layers that follow the hidden maps to these layers; convolutions are numbered."""
+        convolutions = self._last_convolutions
+        if not convolutions:
+            return {}
+        head = self.model.head
+        number = len(head.cls_subnet) // 2
+        layers = {f"dense_{branch}_conv{number}": layer for branch, layer in convolutions.items()}
+        return layers | {"dense_cls_score": head.cls_score, "dense_bbox_pred": head.bbox_pred}
+
+    def _hidden_names(self, branch: str) -> list[str]:
+        return [f"dense_{branch}_hidden_{level}" for level in self.model.head_in_features]
 
     def attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
         super().attach(stack, signals, names)
@@ -49,7 +88,29 @@ class RetinaNetTap(BackboneTap):
                     {n: cat([permute_to_N_HWA_K(x, channels[n]) for x in out[i]], dim=1) for n, i in wanted.items()}
                 ),
             )
+        for branch, convolution in self._last_convolutions.items():
+            if names.intersection(self._hidden_names(branch)):
+                self._attach_hidden(stack, signals, names, branch, convolution)
+        for name, layer in self._last_layers.items():
+            parameters = {f"{name}_weight": layer.weight, f"{name}_bias": layer.bias}
+            signals.update({key: x for key, x in parameters.items() if key in names})
+        if any(name.startswith("dense_") for name in names):
+            record_anchors(stack, self.model, "dense", signals)
+
+    def _attach_hidden(
+        self, stack: ExitStack, signals: Signals, names: set[str], branch: str, convolution: nn.Conv2d
+    ) -> None:
+        """Records the hidden maps of a branch, which runs on one level after the other."""
+        maps: list[Tensor] = []
+
+        def store(*_) -> None:
+            levels = zip(self._hidden_names(branch), maps, strict=True)
+            signals.update({name: x for name, x in levels if name in names})
+            maps.clear()
+
+        hook(stack, convolution, lambda args, _: maps.append(args[0]))
+        hook(stack, self.model.head, store)
 
     def run(self, features: dict[str, Tensor], names: set[str], student: Signals) -> None:
-        if names & {"dense_logits", "dense_deltas"}:
+        if any(name.startswith("dense_") and not name.endswith(("_weight", "_bias")) for name in names):
             self.model.head([features[f] for f in self.model.head_in_features])

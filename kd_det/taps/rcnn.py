@@ -52,6 +52,8 @@ class GeneralizedRCNNTap(BackboneTap):
                 "roi_logits_weight": ShapeSpec(channels=predictor.cls_score.in_features),
                 "roi_logits_bias": ShapeSpec(channels=predictor.cls_score.out_features),
                 "roi_deltas": ShapeSpec(channels=predictor.bbox_pred.out_features),
+                "roi_deltas_weight": ShapeSpec(channels=predictor.bbox_pred.in_features),
+                "roi_deltas_bias": ShapeSpec(channels=predictor.bbox_pred.out_features),
             }
         if self._last_fc is not None:
             spec["roi_box_preact"] = ShapeSpec(channels=self._last_fc.out_features)
@@ -70,13 +72,12 @@ class GeneralizedRCNNTap(BackboneTap):
                 "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE: must be False in all networks whose class predictions of boxes are "
                 "compared, since these are taken for those of a softmax."
             )
+        if "rpn_deltas" in names:
+            check_box_weights(
+                "MODEL.RPN.BBOX_REG_WEIGHTS", self.model.proposal_generator, teacher.model.proposal_generator
+            )
         if "roi_deltas" in names:
-            weights = [tap._predictor.box2box_transform.weights for tap in (self, teacher)]
-            if tuple(weights[0]) != tuple(weights[1]):
-                raise InputError(
-                    "KD.SOFT_TARGET.BOX_REGRESSION: the box deltas of student and teacher are scaled by different "
-                    f"MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS: {weights[0]} and {weights[1]}."
-                )
+            check_box_weights("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", self._predictor, teacher._predictor)
 
     def check_replaced(self, head: str, losses: Collection[str]) -> None:
         heads = self.model.roi_heads
@@ -122,6 +123,7 @@ class GeneralizedRCNNTap(BackboneTap):
 
         if names & {"rpn_logits", "rpn_deltas"}:
             hook(stack, self.model.proposal_generator.rpn_head, lambda _, out: store(**flatten_rpn(*out)))
+            record_anchors(stack, self.model.proposal_generator, "rpn", signals)
         if "roi_box_preact" in names:
             hook(stack, self._last_fc, lambda _, out: store(roi_box_preact=out))
         if "roi_features" in names:
@@ -136,13 +138,19 @@ class GeneralizedRCNNTap(BackboneTap):
                     roi_deltas=out[1],
                     roi_logits_weight=self._predictor.cls_score.weight,
                     roi_logits_bias=self._predictor.cls_score.bias,
+                    roi_deltas_weight=self._predictor.bbox_pred.weight,
+                    roi_deltas_bias=self._predictor.bbox_pred.bias,
                 ),
             )
             wrap(
                 stack,
                 self._predictor,
                 "losses",
-                lambda args, _: signals.update(roi_boxes=join_boxes(args[1]), roi_classes=join_classes(args[1])),
+                lambda args, _: signals.update(
+                    roi_boxes=join_boxes(args[1]),
+                    roi_classes=join_classes(args[1]),
+                    roi_gt_boxes=join_targets(args[1]),
+                ),
             )
         if "mask_logits" in names:
             head = self.model.roi_heads.mask_head
@@ -240,6 +248,42 @@ def check_anchors(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
+def check_box_weights(key: str, student: nn.Module, teacher: nn.Module) -> None:
+    """Checks that the box deltas of two predictors are scaled alike.
+
+    Args:
+        key: The config key of the scales, for messages.
+
+    Raises:
+        InputError: If they are not.
+    """
+    weights = [module.box2box_transform.weights for module in (student, teacher)]
+    if tuple(weights[0]) != tuple(weights[1]):
+        raise InputError(
+            f"{key}: must be equal in student and teacher, since their box deltas are compared; got {weights[0]} and "
+            f"{weights[1]}."
+        )
+
+
+def record_anchors(stack: ExitStack, model: nn.Module, prefix: str, signals: Signals) -> None:
+    """Records the anchors that a model trains on, their labels and their numbers per level, until `stack` closes.
+
+    Args:
+        stack: Detaches the hook when it closes.
+        model: An RPN or a RetinaNet, whose ``losses`` receive the anchors and their labels.
+        prefix: First part of the names of the signals.
+        signals: The dict that receives ``<prefix>_anchors``, ``<prefix>_labels`` and ``<prefix>_counts``.
+    """
+
+    def store(args: tuple, _) -> None:
+        levels = [boxes.tensor for boxes in args[0]]
+        signals[f"{prefix}_anchors"] = cat(levels)
+        signals[f"{prefix}_labels"] = torch.stack(args[2])
+        signals[f"{prefix}_counts"] = torch.tensor([len(level) for level in levels])
+
+    wrap(stack, model, "losses", store)
+
+
 def join_boxes(instances) -> Tensor:
     """Concatenates the proposal boxes of all images as (R, 5): image, x0, y0, x1, y1."""
     return cat(
@@ -253,6 +297,14 @@ def join_boxes(instances) -> Tensor:
 def join_classes(instances) -> Tensor:
     """Concatenates the labelled classes of all images' proposals, (R,)."""
     return cat([x.gt_classes for x in instances])
+
+
+def join_targets(instances) -> Tensor:
+    """Concatenates the ground-truth boxes that all images' proposals are matched with, (R, 4).
+
+    In an image without objects they are the proposals themselves, as in Detectron2's own losses.
+    """
+    return cat([(x.gt_boxes if x.has("gt_boxes") else x.proposal_boxes).tensor.detach() for x in instances])
 
 
 def split_boxes(boxes: Tensor, images: int) -> list[Boxes]:

@@ -1,11 +1,24 @@
 """Signals of noise, in the shapes that a network would give."""
 
+import math
+
 import torch
 from detectron2.layers import ShapeSpec
 
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
 CLASSES = 3
-BOXES, FOREGROUND, ANCHORS = 6, 3, 20
+BOXES, FOREGROUND = 6, 3
+# Dense heads and RPNs have two anchors in each cell of these maps; the hidden maps of all networks are equally wide.
+ANCHOR_LEVELS, ANCHORS, HIDDEN = ("p4", "p5"), 2, 8
+
+
+# Maps the last layers of a dense head to the numbers of their outputs.
+DENSE_LAYERS = {
+    "dense_cls_conv4": HIDDEN,
+    "dense_box_conv4": HIDDEN,
+    "dense_cls_score": ANCHORS * CLASSES,
+    "dense_bbox_pred": ANCHORS * 4,
+}
 
 
 def make_spec(channels: int) -> dict[str, ShapeSpec]:
@@ -32,6 +45,11 @@ def make_spec(channels: int) -> dict[str, ShapeSpec]:
         "logits_bias": ShapeSpec(channels=CLASSES),
         "input_gradient": ShapeSpec(channels=3),
         **{name: ShapeSpec(channels=channels * 2**i) for i in range(2, 6) for name in norm_names(i)},
+        "roi_deltas_weight": ShapeSpec(channels=channels),
+        "roi_deltas_bias": ShapeSpec(channels=4 * CLASSES),
+        **{f"dense_{x}_hidden_{level}": ShapeSpec(channels=HIDDEN) for x in ("cls", "box") for level in ANCHOR_LEVELS},
+        **{f"{name}_weight": ShapeSpec(channels=HIDDEN) for name in DENSE_LAYERS},
+        **{f"{name}_bias": ShapeSpec(channels=rows) for name, rows in DENSE_LAYERS.items()},
     }
 
 
@@ -43,6 +61,8 @@ def norm_names(stage: int) -> list[str]:
 def make_signals(spec: dict[str, ShapeSpec], *, seed: int, size=(64, 128), dtype=torch.float32) -> dict:
     """Noise of the shapes that two images of a size give; half of the boxes are labelled background."""
     generator = torch.Generator().manual_seed(seed)
+    cells = {name: (-(-size[0] // stride), -(-size[1] // stride)) for name, stride in STRIDES.items()}
+    counts = [ANCHORS * math.prod(cells[level]) for level in ANCHOR_LEVELS]
     shapes = {
         "roi_features": (BOXES, spec["roi_features"].channels, 4, 4),
         "roi_box_features": (BOXES, spec["roi_box_features"].channels),
@@ -51,11 +71,16 @@ def make_signals(spec: dict[str, ShapeSpec], *, seed: int, size=(64, 128), dtype
         "roi_logits_bias": (CLASSES + 1,),
         "roi_logits": (BOXES, CLASSES + 1),
         "roi_deltas": (BOXES, 4 * CLASSES),
-        "rpn_logits": (2, ANCHORS, 1),
-        "rpn_deltas": (2, ANCHORS, 4),
+        "roi_deltas_weight": (4 * CLASSES, spec["roi_box_features"].channels),
+        "roi_deltas_bias": (4 * CLASSES,),
+        "rpn_logits": (2, sum(counts), 1),
+        "rpn_deltas": (2, sum(counts), 4),
         "mask_logits": (FOREGROUND, CLASSES, 8, 8),
-        "dense_logits": (2, ANCHORS, CLASSES),
-        "dense_deltas": (2, ANCHORS, 4),
+        "dense_logits": (2, sum(counts), CLASSES),
+        "dense_deltas": (2, sum(counts), 4),
+        **{f"dense_{x}_hidden_{level}": (2, HIDDEN, *cells[level]) for x in ("cls", "box") for level in ANCHOR_LEVELS},
+        **{f"{name}_weight": (rows, HIDDEN, 3, 3) for name, rows in DENSE_LAYERS.items()},
+        **{f"{name}_bias": (rows,) for name, rows in DENSE_LAYERS.items()},
         "pooled": (2, spec["pooled"].channels),
         "logits": (2, CLASSES),
         "logits_weight": (CLASSES, spec["pooled"].channels),
@@ -71,5 +96,10 @@ def make_signals(spec: dict[str, ShapeSpec], *, seed: int, size=(64, 128), dtype
     signals["labels"] = torch.tensor([0, CLASSES - 1])
     signals["mask_classes"] = signals["roi_classes"][:FOREGROUND]
     signals["roi_boxes"] = torch.tensor([[2 * i // BOXES, 4.0, 4.0, 40.0, 40.0] for i in range(BOXES)])
+    signals["roi_gt_boxes"] = signals["roi_boxes"][:, 1:] + 2.0
     signals["mask_boxes"] = signals["roi_boxes"][:FOREGROUND]
+    for kind, classes in (("rpn", [-1, 0, 1]), ("dense", [CLASSES, -1, 0, CLASSES, 1, 2])):
+        signals[f"{kind}_counts"] = torch.tensor(counts)
+        signals[f"{kind}_anchors"] = torch.tensor([[4.0 * i, 4.0, 4.0 * i + 32, 40.0] for i in range(sum(counts))])
+        signals[f"{kind}_labels"] = torch.tensor(classes).repeat(sum(counts))[: 2 * sum(counts)].reshape(2, -1)
     return signals

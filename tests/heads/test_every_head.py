@@ -11,12 +11,13 @@ from kd_det import KD_HEAD_REGISTRY, Batch, InputError, add_kd_config, build_kd_
 from kd_det.heads.build import freeze_pretrained, teacher_signals
 from kd_det.registry import config_key
 
-from .signals import make_signals, make_spec, norm_names
+from .signals import make_signals, make_spec
 
 STUDENT, TEACHER = make_spec(6), make_spec(32)
 # Parameters of a layer: they have no row per box, and are not large where activations are.
-LAYERS = {"roi_logits_weight", "roi_logits_bias", "logits_weight", "logits_bias"}
-LAYERS |= {name for stage in range(2, 6) for name in norm_names(stage)}
+LAYERS = {name for name in STUDENT if name.endswith(("_weight", "_bias"))}
+# These have no row per image or per box either.
+ANCHORS = {f"{kind}_{what}" for kind in ("rpn", "dense") for what in ("anchors", "counts")}
 # Every option of a head that makes it look at more, or at less, than its defaults do.
 VARIANTS = {
     "ReviewKDHead": {
@@ -145,7 +146,7 @@ def pair(dtype=torch.float32):
     sides = [make_signals(spec, seed=seed, dtype=dtype) for seed, spec in enumerate((STUDENT, TEACHER))]
     for signals in sides:
         for name, x in signals.items():
-            x.requires_grad_(x.is_floating_point() and not name.endswith("_boxes"))
+            x.requires_grad_(x.is_floating_point() and not name.endswith(("_boxes", "_anchors")))
     return sides
 
 
@@ -155,7 +156,7 @@ ONE_CELL = Batch.from_inputs([{"image": torch.zeros(3, 4, 4)}])
 def one_cell():
     """Signals of both sides for that one image, whose maps have one cell, and of one box."""
     sides = [make_signals(spec, seed=seed, size=(4, 4)) for seed, spec in enumerate((STUDENT, TEACHER))]
-    sides = [{key: x if key in LAYERS else x[:1] for key, x in signals.items()} for signals in sides]
+    sides = [{key: x if key in LAYERS | ANCHORS else x[:1] for key, x in signals.items()} for signals in sides]
     for x in sides[0].values():
         x.requires_grad_(x.is_floating_point())
     return sides
@@ -209,7 +210,8 @@ def test_needs_no_more_than_its_signals(name, options, batch):
     """It takes what it has named, and the boxes and classes that come with it."""
     head, (student, teacher) = make(name, options), pair()
     families = {signal.split("_")[0] for signal in head.signals}
-    companions = {f"{family}_{what}" for family in families for what in ("boxes", "classes")} | {"labels"}
+    kinds = ("boxes", "classes", "gt_boxes", "anchors", "labels", "counts")
+    companions = {f"{family}_{kind}" for family in families for kind in kinds} | {"labels"}
     own = {key: x for key, x in student.items() if key in {*head.signals, *companions}}
     other = {key: x for key, x in teacher.items() if key in teacher_signals(head)}
     assert total(head(own, other, batch)).isfinite()
