@@ -61,8 +61,8 @@ def test_a_teacher_and_its_student_train_by_names(environment, tmp_path):
 
     kd_det("prepare-shapes", "--output", "datasets/shapes", "--train", 4, "--test", 2, "--size", 64)
     kd_det("train", "--config-file", "quickstart/teacher.yaml", "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 1)
-    configs = ("quickstart/student.yaml", "--teacher", "quickstart/teacher.yaml", "--kd-heads", "ReviewKDHead")
+    configs = ("quickstart/student.yaml", "recipes/reviewkd.yaml")
     kd_det("train", "--config-file", *configs, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2)
-    (metrics,) = tmp_path.glob("output/quickstart/student*/metrics.json")
-    assert "loss_kd_review" in metrics.read_text()
-    assert torch.load(metrics.with_name("model_final.pth"), weights_only=True)["iteration"] == 1
+    output = tmp_path / "output/quickstart/student-reviewkd"
+    assert "loss_kd_review" in (output / "metrics.json").read_text()
+    assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 1
