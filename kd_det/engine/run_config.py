@@ -52,7 +52,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     for path in args.plugin:
         import_plugin(path)
     cfg, files = make_config(args), config_files(args)
-    beside = args.eval_only and not args.resume and "OUTPUT_DIR" not in args.opts[::2] and write_beside_weights(cfg)
+    in_run_folder = (
+        args.eval_only and not args.resume and "OUTPUT_DIR" not in args.opts[::2] and write_into_run_folder(cfg)
+    )
     check_run(cfg, f"{describe_files(files)} with the overrides")
     with deferring_log() as messages:
         if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
@@ -77,14 +79,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
         default_setup(cfg, argparse.Namespace(**vars(args) | {"config_file": single}))
     if len(files) > 1:
         logger.info("Config files, each of which overrides those before it: %s", ", ".join(files))
-    if beside:
+    if in_run_folder:
         logger.info("The evaluation writes into %s, the folder of the run that it evaluates.", cfg.OUTPUT_DIR)
     logger.info("The log with all details, including environment and config: %s", Path(cfg.OUTPUT_DIR, "log.txt"))
     warn_of_idle_heads(cfg)
     return cfg
 
 
-def write_beside_weights(cfg: CfgNode) -> bool:
+def write_into_run_folder(cfg: CfgNode) -> bool:
     """Makes an evaluation write into the folder of the run whose checkpoint it evaluates.
 
     Args:
