@@ -4,8 +4,10 @@
     kd-det train --config-file reviewkd_r101_r18.yaml --resume
     kd-det train --config-file reviewkd_r101_r18.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 
-Any Detectron2 config becomes a distillation run if a teacher and heads are named:
+A student's config becomes a distillation run with a recipe after it, and any Detectron2 config if a teacher and heads
+are named:
 
+    kd-det train --config-file BCCD/student.yaml recipes/reviewkd.yaml
     kd-det train --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml \\
         --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml --kd-heads ReviewKDHead
 
