@@ -14,7 +14,7 @@ from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 
 from kd_det.config_files import default_output_dir, find_config
 from kd_det.config_kinds import check_kinds, show
-from kd_det.errors import InputError, reason
+from kd_det.errors import InputError, one_line, reason
 from kd_det.fetching import fetch, is_url
 from kd_det.files import write_whole
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
@@ -251,9 +251,11 @@ def merge_file(cfg: CfgNode, path: str) -> None:
     except RecursionError as error:
         raise InputError(f"{path}: aliases in it lead back to themselves, or it is nested too deeply.") from error
     except (AttributeError, TypeError) as error:
-        raise InputError(f"{path}: something else stands where a mapping of keys belongs: {one_line(error)}") from error
+        raise InputError(
+            f"{path}: something else stands where a mapping of keys belongs: {yacs_message(error)}"
+        ) from error
     except (AssertionError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: {one_line(error)}") from error
+        raise InputError(f"{path}: {yacs_message(error)}") from error
     _check_merged(cfg, path)
 
 
@@ -355,7 +357,7 @@ def merge_list(cfg: CfgNode, options: Sequence, key: str) -> None:
     try:
         cfg.merge_from_list(list(options))
     except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{key}: {one_line(error)}") from error
+        raise InputError(f"{key}: {yacs_message(error)}") from error
     except (MemoryError, RecursionError) as error:
         raise InputError(f"{key}: a value is nested too deeply.") from error
     _check_merged(cfg, key)
@@ -411,9 +413,9 @@ def save_config(cfg: CfgNode) -> None:
     write_whole(str(Path(cfg.OUTPUT_DIR, "config.yaml")), lambda file: file.write(cfg.dump().encode()))
 
 
-def one_line(error: Exception) -> str:
+def yacs_message(error: Exception) -> str:
     """Returns a yacs error message on one line, without its dump of the config node."""
-    text = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
+    text = one_line(str(error.args[0] if error.args else type(error).__name__))
     mismatch = re.search(r"CfgNode'> vs\. .*vs\. (.*)\) for config key: (\S+)$", text)
     if mismatch:
         return f"{mismatch[2]}: got {mismatch[1]} where a mapping of keys belongs"

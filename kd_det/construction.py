@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
-from kd_det.config import default_config, one_line, student_config
+from kd_det.config import default_config, student_config, yacs_message
 from kd_det.config_kinds import leaves
 from kd_det.errors import InputError
 
@@ -58,7 +58,9 @@ def naming_config(cfg: CfgNode, source: str) -> Iterator[None]:
             raise
         logger.debug("The construction failed:", exc_info=True)
         architecture = student_config(cfg).MODEL.META_ARCHITECTURE
-        raise InputError(f"{source}: {architecture} cannot be built: {reason(error)}{suspects(cfg, error)}.") from error
+        raise InputError(
+            f"{source}: {architecture} cannot be built: {describe_rejection(error)}{suspects(cfg, error)}."
+        ) from error
 
 
 def is_own(error: Exception) -> bool:
@@ -67,9 +69,9 @@ def is_own(error: Exception) -> bool:
     return re.match(r"kd_det(\.|_plugin_|$)", frame.f_globals.get("__name__", "")) is not None
 
 
-def reason(error: Exception) -> str:
+def describe_rejection(error: Exception) -> str:
     """Describes an error by its message, or by the line that raised it if the message says nothing."""
-    message = one_line(error)
+    message = yacs_message(error)
     if isinstance(error, AssertionError) and not re.search(r"[a-z]{3}", str(error)):
         message = traceback.extract_tb(error.__traceback__)[-1].line or message
     return f"{type(error).__name__}: {message.rstrip('.')}"
@@ -77,7 +79,7 @@ def reason(error: Exception) -> str:
 
 def suspects(cfg: CfgNode, error: Exception) -> str:
     """Names the keys of MODEL whose values an error quotes, and the features that such keys may list."""
-    message = one_line(error)
+    message = yacs_message(error)
     quoted = {message, *re.findall(r"'([^']+)'", message), *(["GN"] if "num_groups" in message else [])}
     is_set = {
         key: value != default

@@ -1,7 +1,7 @@
-"""Defines the exceptions for a user's mistake."""
+"""Defines the exceptions for a user's mistake, and the words of their messages."""
 
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 
 class InputError(ValueError):
@@ -25,6 +25,17 @@ def check_choice(key: str, value: object, allowed: Collection[object]) -> None:
     if value not in allowed:
         choices = ", ".join(str(choice) or "''" for choice in allowed)
         raise InputError(f"{key}: {value!r} is not one of {choices}.")
+
+
+def one_line(text: str) -> str:
+    """Puts a text on one line."""
+    return " ".join(text.split())
+
+
+def shorten(names: Sequence[str], shown: int = 5) -> str:
+    """Lists the first names, and counts the others."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def reason(error: Exception) -> str:

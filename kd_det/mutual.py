@@ -18,9 +18,9 @@ from kd_det.heads import InheritExploreHead
 from kd_det.heads.coders import first_boxes
 from kd_det.losses import mutual_loss
 from kd_det.meta_arch import build_student, check_finite, check_task_weight
-from kd_det.peers import SOURCES, build_heads, check_classes, load_peer_configs
+from kd_det.peers import build_heads, check_classes, load_peer_configs
 from kd_det.schedules import build_schedule
-from kd_det.signals import Batch, Signals, flipped
+from kd_det.signals import SOFTMAX_SOURCES, SOURCES, Batch, Signals, flipped
 from kd_det.taps import build_tap
 
 METHODS = ("dml", "ie_dml")
@@ -82,7 +82,7 @@ class MutualStudents(nn.Module):
         self.students = nn.ModuleList(students)
         self.heads = nn.ModuleList(heads)
         self.taps = [build_tap(student) for student in students]
-        self.logits = SOURCES[source][0]
+        self.logits = SOURCES[source].logits
         self.weight = weight
         self.head_weight = head_weight
         self.sequential = sequential
@@ -97,7 +97,7 @@ class MutualStudents(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         node = cfg.KD.MUTUAL
-        check_choice("KD.MUTUAL.SOURCE", node.SOURCE, SOURCES)
+        check_choice("KD.MUTUAL.SOURCE", node.SOURCE, SOFTMAX_SOURCES)
         check_choice("KD.MUTUAL.METHOD", node.METHOD, METHODS)
         if not 0 <= node.WEIGHT < math.inf:
             raise InputError(f"KD.MUTUAL.WEIGHT: must be finite and 0 or more, got {node.WEIGHT}.")
@@ -114,7 +114,7 @@ class MutualStudents(nn.Module):
             check_classes(node.SOURCE, [tap.spec() for tap in taps], names)
             if node.SOURCE == "roi":
                 for tap in taps[1:]:
-                    taps[0].check_alignment(tap, [SOURCES[node.SOURCE][0]])
+                    taps[0].check_alignment(tap, [SOURCES[node.SOURCE].logits])
             heads = build_heads(cfg, taps, names) if node.METHOD == "ie_dml" else []
         return {
             "students": students,

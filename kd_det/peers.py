@@ -14,10 +14,8 @@ from kd_det.config_checks import check_network_values
 from kd_det.errors import InputError
 from kd_det.heads import InheritExploreHead
 from kd_det.heads.coders import Feature
-from kd_det.taps import BackboneTap
-
-# Maps each source to the signal of its logits, and to the number of its channels for background.
-SOURCES = {"roi": ("roi_logits", 1), "cls": ("logits", 0)}
+from kd_det.signals import SOURCES
+from kd_det.taps import BackboneTap, count_classes
 
 
 def load_peer_configs(cfg: CfgNode) -> list[CfgNode]:
@@ -51,12 +49,11 @@ def check_classes(source: str, specs: Sequence[Mapping[str, ShapeSpec]], names: 
     Raises:
         InputError: If a student lacks them, or the numbers of classes differ; the message names the students.
     """
-    signal, background = SOURCES[source]
-    counts = []
+    signal, counts = SOURCES[source].logits, []
     for name, spec in zip(names, specs, strict=True):
         if signal not in spec:
             raise InputError(f"KD.MUTUAL.SOURCE: {source!r} needs {signal}, which the student of {name} does not have.")
-        counts.append(spec[signal].channels - background)
+        counts.append(count_classes(spec))
         if counts[-1] != counts[0]:
             raise InputError(
                 f"KD.MUTUAL.PEERS: all students must know the same classes, but {names[0]} has {counts[0]} and {name} "

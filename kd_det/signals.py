@@ -45,6 +45,7 @@ The signals of a student classifier come with its ``labels`` (N,).
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +53,33 @@ from torch import Tensor
 Signals = dict[str, Tensor]
 # Prefixes of the signals that are computed on the student's boxes.
 BOX_SIGNALS = ("roi_", "mask_")
+
+
+class Source(NamedTuple):
+    """Describes predictions that heads compare and users name in a config.
+
+    Attributes:
+        logits: Name of the signal.
+        softmax: Whether a softmax over the classes follows; otherwise a sigmoid of each logit.
+        background: Number of the signal's channels that stand for background; None if its channels are not the classes
+            of the model.
+        model: Kind of model that makes the predictions.
+    """
+
+    logits: str
+    softmax: bool = False
+    background: int | None = None
+    model: str = "detector"
+
+
+SOURCES = {
+    "roi": Source("roi_logits", softmax=True, background=1),
+    "rpn": Source("rpn_logits"),
+    "mask": Source("mask_logits"),
+    "dense": Source("dense_logits", background=0),
+    "cls": Source("logits", softmax=True, background=0, model="image classifier"),
+}
+SOFTMAX_SOURCES = tuple(name for name, source in SOURCES.items() if source.softmax)
 
 
 @dataclass(frozen=True)

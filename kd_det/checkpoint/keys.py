@@ -11,9 +11,3 @@ def is_counted(key: str) -> bool:
 def counted_keys(model: nn.Module) -> set[str]:
     """Returns the keys of a model that a checkpoint is compared with."""
     return set(filter(is_counted, model.state_dict()))
-
-
-def shorten(names: list[str], shown: int = 5) -> str:
-    """Returns the first names of a list and the number of the others, as text."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

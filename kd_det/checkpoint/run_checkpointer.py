@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd_det.checkpoint.keys import shorten
 from kd_det.checkpoint.safe_loading import SafeCheckpointer
 from kd_det.checkpoint_folder import TAG, find_earlier, find_superseded, read_headers, read_tag, record_run
-from kd_det.errors import InputError, UnreadableError
+from kd_det.errors import InputError, UnreadableError, shorten
 from kd_det.files import write_whole
 
 

@@ -11,8 +11,8 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import Tensor
 
-from kd_det.checkpoint.keys import counted_keys, is_counted, shorten
-from kd_det.errors import InputError, reason
+from kd_det.checkpoint.keys import counted_keys, is_counted
+from kd_det.errors import InputError, reason, shorten
 from kd_det.fetching import find_file
 from kd_det.formats import fit_names, read_weights
 

@@ -5,9 +5,9 @@ from typing import Any
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
-from kd_det.checkpoint.keys import counted_keys, shorten
+from kd_det.checkpoint.keys import counted_keys
 from kd_det.checkpoint.safe_loading import SafeCheckpointer
-from kd_det.errors import InputError, UnreadableError
+from kd_det.errors import InputError, UnreadableError, shorten
 from kd_det.fetching import find_file
 
 

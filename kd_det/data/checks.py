@@ -13,7 +13,7 @@ from kd_det.data.coco_format import CocoFormat
 from kd_det.data.datasets import class_names
 from kd_det.data.paths import data_root
 from kd_det.data.voc_format import voc_dataset
-from kd_det.errors import InputError
+from kd_det.errors import InputError, shorten
 
 logger = logging.getLogger(__name__)
 NUM_CLASSES = {
@@ -83,7 +83,7 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
     classes = {name: class_names(name) for _, name in _used(cfg, train)}
     classes = {name: names for name, names in classes.items() if names}
     for name, names in classes.items():
-        text = f"data set {name!r} has {len(names)} classes ({_shorten(names)})"
+        text = f"data set {name!r} has {len(names)} classes ({shorten(names)})"
         if len(names) > model_classes:
             raise InputError(f"{key}: {model_classes} found, but {text}; set {key} to {len(names)}.")
         if len(names) < model_classes:
@@ -91,7 +91,7 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
         first, expected = next(iter(classes.items()))
         if any(a != b for a, b in zip(names, expected, strict=False)):
             raise InputError(
-                f"DATASETS: {text}, but {first!r} has {_shorten(expected)}: a class must have the same index in both."
+                f"DATASETS: {text}, but {first!r} has {shorten(expected)}: a class must have the same index in both."
             )
 
 
@@ -160,11 +160,11 @@ def _check_keypoints(cfg: CfgNode, train: bool) -> None:
         if len(names) != count:
             raise InputError(
                 f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS: {count} found, but data set {name!r} has {len(names)} "
-                f"keypoints ({_shorten(names)})."
+                f"keypoints ({shorten(names)})."
             )
         if names != (expected := expected or names):
             raise InputError(
-                f"{place}: data set {name!r} has the keypoints {_shorten(names)}, another one {_shorten(expected)}: "
+                f"{place}: data set {name!r} has the keypoints {shorten(names)}, another one {shorten(expected)}: "
                 "all need the same ones in the same order."
             )
         if train and not _keypoint_pairs(name) and cfg.INPUT.RANDOM_FLIP == "horizontal":
@@ -186,7 +186,7 @@ def _keypoint_names(place: str, name: str) -> list[str]:
     if len(known) > 1:
         first, second, *_ = known
         raise InputError(
-            f"{dataset.json_file}: its categories have different keypoints ({_shorten(first)}; {_shorten(second)}); "
+            f"{dataset.json_file}: its categories have different keypoints ({shorten(first)}; {shorten(second)}); "
             "MODEL.KEYPOINT_ON needs the same ones."
         )
     if not any(known):
@@ -215,7 +215,3 @@ def _used_coco(cfg: CfgNode, train: bool) -> Iterator[tuple[str, CocoFormat]]:
 def _used(cfg: CfgNode, train: bool) -> list[tuple[str, str]]:
     keys = ["TRAIN", "TEST"] if train else ["TEST"]
     return [(f"DATASETS.{key}", name) for key in keys for name in cfg.DATASETS[key]]
-
-
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

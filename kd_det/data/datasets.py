@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 
-from kd_det.config import one_line
+from kd_det.config import yacs_message
 from kd_det.data.builtin import BUILTIN
 from kd_det.data.coco_format import CocoFormat
 from kd_det.data.image_folder import ImageFolder
@@ -116,7 +116,7 @@ def load_training_images(cfg: CfgNode, **options: Any) -> list[dict[str, Any]]:
             keypoints
             and f"MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE leaves out those with fewer than {keypoints}.",
         ]
-        raise InputError(" ".join([f"DATASETS.TRAIN: {one_line(error)}", *filter(None, reasons)])) from error
+        raise InputError(" ".join([f"DATASETS.TRAIN: {yacs_message(error)}", *filter(None, reasons)])) from error
 
 
 def _leave_out_maskless(records: list[dict[str, Any]], filter_empty: bool) -> list[dict[str, Any]]:

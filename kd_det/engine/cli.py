@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kd_det.engine.processes import end_with_tool
 from kd_det.engine.quiet import silence_third_parties
-from kd_det.errors import InputError
+from kd_det.errors import InputError, one_line
 from kd_det.files import REMEDIES, explain, find_file_error
 
 # Matches the start of a user error in another process's traceback, up to its message.
@@ -90,10 +90,6 @@ def find_message(traceback: str) -> str | None:
 def describe_file_error(error: OSError) -> str:
     """Describes a file-system error: the file, the reason and what to do."""
     return ": ".join(filter(None, (os.fspath(error.filename or ""), f"{explain(error)}.")))
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def is_defect(record: logging.LogRecord) -> bool:

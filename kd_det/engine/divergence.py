@@ -8,6 +8,8 @@ import numpy as np
 from detectron2.engine import TrainerBase
 from detectron2.utils import comm
 
+from kd_det.errors import one_line
+
 # Matches Detectron2's assertions that fail only for predictions that are not finite or far too large.
 NOT_FINITE = re.compile(r"infinite or NaN|Input boxes to \w+ are not valid")
 NUMPY_FLOAT = re.compile(r"np\.float64\((.*?)\)")
@@ -60,7 +62,7 @@ def last_sound_iteration(losses: Sequence[tuple[float, int]], start: int) -> int
 
 def describe(error: Exception, trainer: TrainerBase) -> str:
     """Puts an error on one line, and adds the iteration and the latest losses if its message lacks them."""
-    message = NUMPY_FLOAT.sub(r"\1", " ".join(str(error).split())).rstrip(".")
+    message = NUMPY_FLOAT.sub(r"\1", one_line(str(error))).rstrip(".")
     if "iteration" in message:
         return message
     losses = recorded_losses(trainer)

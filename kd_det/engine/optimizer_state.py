@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kd_det.checkpoint import shorten
+from kd_det.errors import shorten
 
 logger = logging.getLogger(__name__)
 

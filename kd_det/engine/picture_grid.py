@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
 
+from kd_det.errors import one_line
 from kd_det.files import write_whole
 
 DPI = 100
@@ -217,7 +218,7 @@ def wrap(text: str, width: float, size: float) -> str:
 
 def printable(text: str) -> str:
     """Returns text on one line, with single spaces, and escape sequences for characters that cannot be printed."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in one_line(text))
 
 
 def save(figure: Figure, path: str) -> None:

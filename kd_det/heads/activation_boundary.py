@@ -8,14 +8,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
+from kd_det.heads.connectors import build_connector
 from kd_det.heads.norms import check_norm
-from kd_det.heads.preactivations import (
-    build_connector,
-    check_stage_options,
-    connect,
-    sum_over_cells,
-    sum_over_stages,
-)
+from kd_det.heads.preactivations import check_stage_options, connect, sum_over_cells, sum_over_stages
 from kd_det.losses import activation_boundary_loss, activation_disagreement
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
@@ -81,7 +76,7 @@ class ActivationBoundaryHead(nn.Module):
         for name, shape in student_spec.items():
             channels = shape.channels, teacher_spec[name].channels
             same = channels[0] == channels[1]
-            self.connectors[name] = nn.Identity() if same else build_connector(*channels, norm=norm)
+            self.connectors[name] = nn.Identity() if same else build_connector(*channels, norm=norm, msra=True)
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:

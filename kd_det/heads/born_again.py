@@ -12,10 +12,9 @@ from kd_det.heads.build import check_class_counts
 from kd_det.losses import born_again_loss, confidence_weights, permute_dark_knowledge
 from kd_det.losses.numerics import cast_up
 from kd_det.registry import KD_HEAD_REGISTRY
-from kd_det.signals import Batch, Signals
+from kd_det.signals import SOFTMAX_SOURCES, SOURCES, Batch, Signals
 
 KINDS = ("ban", "cwtm", "dkpp")
-SOURCES = {"roi": "roi_logits", "cls": "logits"}
 
 
 @KD_HEAD_REGISTRY.register()
@@ -58,15 +57,15 @@ class BornAgainHead(nn.Module):
         super().__init__()
         self.kind = kind
         self.source = source
-        self.signals = (SOURCES[source],)
+        self.signals = (SOURCES[source].logits,)
         self.replaces = () if labels else ("loss_cls",)
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         node = cfg.KD.BORN_AGAIN
         check_choice("KD.BORN_AGAIN.KIND", node.KIND, KINDS)
-        check_choice("KD.BORN_AGAIN.SOURCE", node.SOURCE, SOURCES)
-        check_class_counts("KD.BORN_AGAIN.SOURCE", SOURCES[node.SOURCE], student_spec, teacher_spec)
+        check_choice("KD.BORN_AGAIN.SOURCE", node.SOURCE, SOFTMAX_SOURCES)
+        check_class_counts("KD.BORN_AGAIN.SOURCE", SOURCES[node.SOURCE].logits, student_spec, teacher_spec)
         return {"kind": node.KIND, "source": node.SOURCE, "labels": node.LABELS}
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:

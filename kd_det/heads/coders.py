@@ -1,6 +1,7 @@
-"""Provides what the heads on factors share: features, padding set to zero, reconstruction, scales of distances."""
+"""Provides what the heads on factors share: features, coders, padding set to zero, reconstruction, scales."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_signals
+from kd_det.heads.norms import build_norm
 from kd_det.losses.numerics import cast_up, masked_mean
 from kd_det.signals import Batch, Signals
 
@@ -37,6 +39,26 @@ class AutoEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.encoder(x))
+
+
+def build_coder(
+    before: int, after: int, *, norm: str, convolution: Callable[..., nn.Module] = nn.Conv2d
+) -> nn.Sequential:
+    """Builds three 3x3 convolutions, each followed by a leaky ReLU (0.1); the first keeps the number of channels.
+
+    Args:
+        before: Number of input channels.
+        after: Number of output channels.
+        norm: Normalisation between convolution and leaky ReLU; see :func:`kd_det.heads.norms.build_norm`.
+        convolution: Builds a convolution from the arguments of ``nn.Conv2d``.
+    """
+    layers = []
+    for channels in pairwise([before, before, after, after]):
+        layers.append(convolution(*channels, kernel_size=3, padding=1, bias=not norm))
+        if norm:
+            layers.append(build_norm(norm, channels[1]))
+        layers.append(nn.LeakyReLU(0.1))
+    return nn.Sequential(*layers)
 
 
 def check_factor_options(

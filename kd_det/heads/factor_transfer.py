@@ -1,7 +1,6 @@
 """Implements factor transfer: the student's translated features learn to resemble a paraphrase of the teacher's."""
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from kd_det.heads.coders import (
     AutoEncoder,
     Feature,
+    build_coder,
     check_factor_options,
     encode,
     first_boxes,
@@ -18,7 +18,7 @@ from kd_det.heads.coders import (
     rescale,
     valid_cells,
 )
-from kd_det.heads.norms import NORMS, build_norm, check_norm
+from kd_det.heads.norms import NORMS, check_norm
 from kd_det.losses import factor_transfer_loss
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
@@ -89,10 +89,10 @@ class FactorTransferHead(nn.Module):
         self.paraphrasers, self.translators = nn.ModuleDict(), nn.ModuleDict()
         for name, (student, teacher, factor, _) in features.items():
             self.paraphrasers[name] = AutoEncoder(
-                convolutions(nn.Conv2d, [teacher, teacher, factor, factor], norm),
-                convolutions(nn.ConvTranspose2d, [factor, factor, teacher, teacher], norm),
+                build_coder(teacher, factor, norm=norm),
+                build_coder(factor, teacher, norm=norm, convolution=nn.ConvTranspose2d),
             )
-            self.translators[name] = convolutions(nn.Conv2d, [student, student, factor, factor], norm)
+            self.translators[name] = build_coder(student, factor, norm=norm)
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
@@ -122,14 +122,3 @@ class FactorTransferHead(nn.Module):
             factor = encode(self.translators[name], student[name], mask)
             losses.append(rescale(factor_transfer_loss(factor, target), factor, mask, kind="ft", scale=self.scale))
         return {"loss_kd_factor_transfer": sum(losses)}
-
-
-def convolutions(kind: type[nn.Module], channels: Sequence[int], norm: str) -> nn.Sequential:
-    """Builds 3x3 convolutions from each number of channels to the next, each followed by a leaky ReLU."""
-    layers = []
-    for before, after in pairwise(channels):
-        layers.append(kind(before, after, 3, padding=1, bias=not norm))
-        if norm:
-            layers.append(build_norm(norm, after))
-        layers.append(nn.LeakyReLU(0.1))
-    return nn.Sequential(*layers)

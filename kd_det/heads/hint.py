@@ -5,12 +5,13 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from kd_det.errors import check_choice
 from kd_det.heads.build import check_feature_maps
-from kd_det.heads.norms import build_norm, check_norm
+from kd_det.heads.connectors import build_connector
+from kd_det.heads.norms import check_norm
 from kd_det.losses import hint_loss
 from kd_det.losses.numerics import cast_for_layers
 from kd_det.registry import KD_HEAD_REGISTRY
@@ -75,9 +76,10 @@ class HintHead(nn.Module):
         self.signals = () if stages == 2 else tuple(student_spec)
         self.pretrain_signals = self.pretrain_teacher_signals = tuple(student_spec) if stages == 2 else ()
         self.strides = {name: shape.stride for name, shape in student_spec.items()}
+        options = {"norm": norm, "activation": F.relu} if regressor == "rectified" else {}
         self.regressors = nn.ModuleDict(
             {
-                name: build_regressor(shape.channels, teacher_spec[name].channels, kind=regressor, norm=norm)
+                name: build_connector(shape.channels, teacher_spec[name].channels, **options)
                 for name, shape in student_spec.items()
             }
         )
@@ -115,11 +117,3 @@ class HintHead(nn.Module):
             for name, stride in self.strides.items()
         ]
         return sum(losses)
-
-
-def build_regressor(channels: int, teacher_channels: int, *, kind: str, norm: str) -> Conv2d:
-    """Builds a 1x1 convolution; the kind "rectified" has a normalisation and a ReLU after it."""
-    if kind == "linear":
-        return Conv2d(channels, teacher_channels, kernel_size=1)
-    layer = build_norm(norm, teacher_channels)
-    return Conv2d(channels, teacher_channels, kernel_size=1, norm=layer, activation=F.relu)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -16,6 +15,7 @@ from kd_det.errors import InputError, check_choice
 from kd_det.heads.coders import (
     AutoEncoder,
     Feature,
+    build_coder,
     check_factor_options,
     encode,
     first_boxes,
@@ -23,7 +23,7 @@ from kd_det.heads.coders import (
     rescale,
     valid_cells,
 )
-from kd_det.heads.norms import build_norm, check_norm
+from kd_det.heads.norms import check_norm
 from kd_det.losses import exploration_loss, inheritance_loss
 from kd_det.losses.numerics import cast_up, mean
 from kd_det.registry import KD_HEAD_REGISTRY
@@ -257,9 +257,11 @@ def with_length_of(x: Tensor, target: Tensor) -> Tensor:
 
 def coder(before: int, after: int, norm: str = "BN") -> nn.Sequential:
     """Builds three normalised 3x3 convolutions between leaky ReLUs, as published; the first keeps the channels."""
-    layers = [nn.LeakyReLU(0.1)]
-    for i, o in pairwise([before, before, after, after]):
-        conv = nn.Conv2d(i, o, 3, padding=1, bias=False)
-        weight_init.c2_msra_fill(conv)
-        layers += [conv, build_norm(norm, o), nn.LeakyReLU(0.1)]
-    return nn.Sequential(*layers)
+    return nn.Sequential(nn.LeakyReLU(0.1), *build_coder(before, after, norm=norm, convolution=msra_convolution))
+
+
+def msra_convolution(*args: int, **kwargs: int) -> nn.Conv2d:
+    """Builds a convolution whose initial weights preserve the variance through ReLUs (He et al., 2015)."""
+    layer = nn.Conv2d(*args, **kwargs)
+    weight_init.c2_msra_fill(layer)
+    return layer

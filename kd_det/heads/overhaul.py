@@ -13,14 +13,9 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_signals
+from kd_det.heads.connectors import build_connector
 from kd_det.heads.norms import check_norm
-from kd_det.heads.preactivations import (
-    build_connector,
-    check_stage_options,
-    connect,
-    sum_over_cells,
-    sum_over_stages,
-)
+from kd_det.heads.preactivations import check_stage_options, connect, sum_over_cells, sum_over_stages
 from kd_det.losses import margin_from_batch_norm, overhaul_loss
 from kd_det.losses.numerics import cast_up
 from kd_det.registry import KD_HEAD_REGISTRY
@@ -95,7 +90,7 @@ class OverhaulHead(nn.Module):
         self.connectors = nn.ModuleDict()
         for name, shape in student_spec.items():
             channels = teacher_spec[name].channels
-            self.connectors[name] = build_connector(shape.channels, channels, norm=norm)
+            self.connectors[name] = build_connector(shape.channels, channels, norm=norm, msra=True)
             if margin == "estimate":
                 # Holds the sum and the number of the teacher's negative values of each channel.
                 self.register_buffer(f"{name}_negative", torch.zeros(2, channels))

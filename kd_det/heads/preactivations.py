@@ -1,15 +1,13 @@
-"""Provides what the heads on values before a ReLU share: stages, connectors, and sums over cells and stages."""
+"""Provides what the heads on values before a ReLU share: stages, float32 connectors, and sums over cells and stages."""
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from detectron2.layers import Conv2d, ShapeSpec
-from fvcore.nn import weight_init
+from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_feature_maps, without_relu
-from kd_det.heads.norms import build_norm
 from kd_det.losses.numerics import cast_up
 
 SCALES = ("map_invariant", "code")
@@ -50,14 +48,6 @@ def check_stage_options(
             f"{', '.join(names)} are {strides}."
         )
     check_choice(f"{key}.SCALE", node.SCALE, SCALES)
-
-
-def build_connector(student_channels: int, teacher_channels: int, *, norm: str) -> nn.Module:
-    """Builds a 1x1 convolution with a normalisation, which brings the student's channels to the teacher's."""
-    layer = build_norm(norm, teacher_channels)
-    connector = Conv2d(student_channels, teacher_channels, 1, bias=False, norm=layer)
-    weight_init.c2_msra_fill(connector)
-    return connector
 
 
 def connect(connector: nn.Module, x: Tensor) -> Tensor:

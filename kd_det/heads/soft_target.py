@@ -16,16 +16,8 @@ from kd_det.heads.targets import ClassTargets, check_class_targets
 from kd_det.losses import binary_soft_target_loss, standardize_logits
 from kd_det.losses.numerics import cast_up
 from kd_det.registry import KD_HEAD_REGISTRY
-from kd_det.signals import Batch, Signals
+from kd_det.signals import SOURCES, Batch, Signals
 
-# Maps each source to the signal of its logits.
-SOURCES = {
-    "roi": "roi_logits",
-    "rpn": "rpn_logits",
-    "mask": "mask_logits",
-    "dense": "dense_logits",
-    "cls": "logits",
-}
 ROIS = ("all", "foreground")
 
 
@@ -165,7 +157,7 @@ class SoftTargetHead(nn.Module):
         self.box_regression = box_regression
         # The index of the background class follows from the number of ROI logits.
         box_signals = ("roi_logits", "roi_deltas") if box_regression else ()
-        self.signals = tuple(dict.fromkeys([*(SOURCES[source] for source in sources), *box_signals]))
+        self.signals = tuple(dict.fromkeys([*(SOURCES[source].logits for source in sources), *box_signals]))
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
@@ -182,9 +174,10 @@ class SoftTargetHead(nn.Module):
                 f"KD.SOFT_TARGET.BACKGROUND_WEIGHT: must be finite and 0 or more, got {node.BACKGROUND_WEIGHT}."
             )
         for source in node.SOURCES:
-            check_class_counts("KD.SOFT_TARGET.SOURCES", SOURCES[source], student_spec, teacher_spec)
+            check_class_counts("KD.SOFT_TARGET.SOURCES", SOURCES[source].logits, student_spec, teacher_spec)
         if node.BOX_REGRESSION:
             check_class_counts("KD.SOFT_TARGET.BOX_REGRESSION", "roi_deltas", student_spec, teacher_spec)
+        softmaxes = [name for name in node.SOURCES if SOURCES[name].softmax]
         return {
             "sources": node.SOURCES,
             "temperature": node.TEMPERATURE,
@@ -192,8 +185,8 @@ class SoftTargetHead(nn.Module):
             "rois": node.ROIS,
             "background_weight": node.BACKGROUND_WEIGHT,
             "box_regression": node.BOX_REGRESSION,
-            **check_class_targets(node, {"roi", "cls"}.intersection(node.SOURCES)),
-            **check_divergence(node, [student_spec[SOURCES[x]].channels for x in node.SOURCES if x in ("roi", "cls")]),
+            **check_class_targets(node, softmaxes),
+            **check_divergence(node, [student_spec[SOURCES[name].logits].channels for name in softmaxes]),
         }
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
@@ -205,7 +198,7 @@ class SoftTargetHead(nn.Module):
             "cls": self._images,
         }
         losses = {
-            f"loss_kd_soft_target_{source}": compare[source](student, teacher, SOURCES[source])
+            f"loss_kd_soft_target_{source}": compare[source](student, teacher, SOURCES[source].logits)
             for source in self.sources
         }
         if self.box_regression:

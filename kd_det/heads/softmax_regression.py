@@ -6,12 +6,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import Conv2d
-from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_signals
+from kd_det.heads.connectors import build_connector
 from kd_det.heads.norms import build_norm, check_norm
 from kd_det.losses import feature_matching_loss, softmax_regression_loss
 from kd_det.losses.numerics import cast_up
@@ -87,9 +86,8 @@ class SoftmaxRegressionHead(nn.Module):
         self.temperature = temperature
         self.feature_weight = feature_weight
         self.logit_weight = logit_weight
-        self.connector = Conv2d(in_channels, out_channels, 1, bias=False)
+        self.connector = build_connector(in_channels, out_channels, msra=True)
         self.norm = build_norm(norm, out_channels)
-        weight_init.c2_msra_fill(self.connector)
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:

@@ -9,6 +9,7 @@ from torch import Tensor
 from kd_det.errors import InputError, check_choice
 from kd_det.losses import adjust_label_smoothing, adjust_probability_shift, dynamic_temperature, soft_target_loss
 from kd_det.losses.numerics import cast_up
+from kd_det.signals import SOFTMAX_SOURCES
 
 ADJUST = ("none", "probability_shift", "label_smoothing")
 DYNAMIC_TEMPERATURE = ("none", "flsw", "cwsm")
@@ -132,7 +133,7 @@ def check_class_targets(node, sources: Collection[str]) -> dict:
         check_choice(f"KD.SOFT_TARGET.{key}", node[key], allowed)
         if node[key] != "none" and not sources:
             raise InputError(
-                f"KD.SOFT_TARGET.{key}: {node[key]!r} is for the sources roi and cls, "
+                f"KD.SOFT_TARGET.{key}: {node[key]!r} is for the sources {' and '.join(SOFTMAX_SOURCES)}, "
                 f"but KD.SOFT_TARGET.SOURCES is {node.SOURCES}."
             )
     if not 0 < node.CORRECT_PROB <= 1:

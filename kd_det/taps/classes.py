@@ -5,20 +5,22 @@ from collections.abc import Mapping
 from detectron2.layers import ShapeSpec
 from torch import nn
 
+from kd_det.signals import SOURCES
 from kd_det.taps.build import build_tap
-
-# Maps the signal of class logits to the kind of model that has it, and to the number of its channels for background.
-CLASS_SIGNALS = {"logits": ("image classifier", 0), "roi_logits": ("detector", 1), "dense_logits": ("detector", 0)}
 
 
 def count_classes(spec: Mapping[str, ShapeSpec]) -> int | None:
     """Counts the classes of a model whose signals have these shapes; None if it has no class logits."""
-    counts = (spec[name].channels - background for name, (_, background) in CLASS_SIGNALS.items() if name in spec)
+    counts = (
+        spec[source.logits].channels - source.background
+        for source in SOURCES.values()
+        if source.logits in spec and source.background is not None
+    )
     return next(counts, None)
 
 
 def describe_model(model: nn.Module) -> str:
     """Describes in words what kind of model this is and how many classes it predicts."""
     spec = build_tap(getattr(model, "student", model)).spec()
-    kind = next((kind for name, (kind, _) in CLASS_SIGNALS.items() if name in spec), "detector")
+    kind = next((source.model for source in SOURCES.values() if source.logits in spec), "detector")
     return f"{kind} of {count_classes(spec) if count_classes(spec) is not None else 'unknown'} classes"

@@ -1,0 +1,34 @@
+"""Builds the connectors that bring the student's channels to the teacher's."""
+
+from collections.abc import Callable
+
+from detectron2.layers import Conv2d
+from fvcore.nn import weight_init
+from torch import Tensor
+
+from kd_det.heads.norms import build_norm
+
+
+def build_connector(
+    student_channels: int,
+    teacher_channels: int,
+    *,
+    norm: str = "",
+    activation: Callable[[Tensor], Tensor] | None = None,
+    msra: bool = False,
+) -> Conv2d:
+    """Builds a 1x1 convolution that brings the student's channels to the teacher's.
+
+    Args:
+        student_channels: Number of input channels.
+        teacher_channels: Number of output channels.
+        norm: Normalisation after the convolution; see :func:`kd_det.heads.norms.build_norm`.
+        activation: Function that is applied last.
+        msra: Whether the convolution has no bias, and initial weights that keep the variance through a ReLU (He et
+            al., 2015); otherwise it is initialised as torch does.
+    """
+    layer = build_norm(norm, teacher_channels)
+    connector = Conv2d(student_channels, teacher_channels, 1, bias=not msra, norm=layer, activation=activation)
+    if msra:
+        weight_init.c2_msra_fill(connector)
+    return connector
