@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
+from kd_det.heads.connectors import build_connector
 from kd_det.losses.numerics import cast_for_layers
 from kd_det.signals import Signals
 
@@ -22,7 +23,7 @@ class Aligners(nn.ModuleDict):
 
     def __init__(self, student_spec: Mapping[str, ShapeSpec], teacher_spec: Mapping[str, ShapeSpec]):
         widths = {name: (shape.channels, teacher_spec[name].channels) for name, shape in student_spec.items()}
-        super().__init__({name: Conv2d(*pair, kernel_size=1) for name, pair in widths.items() if pair[0] != pair[1]})
+        super().__init__({name: build_connector(*pair) for name, pair in widths.items() if pair[0] != pair[1]})
 
     def forward(self, signals: Signals, name: str) -> Tensor:
         """Returns one of the student's maps, (N, C, H, W), with as many channels as the teacher's has."""
