@@ -72,6 +72,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TASK_WEIGHT = 1.0
     # Leave cells that lie in the zero padding of smaller images out of the feature losses.
     cfg.KD.MASK_PADDING = False
+    # Begin with the teacher's FPN, proposal network and heads wherever their shapes are the student's, after
+    # MODEL.WEIGHTS has been loaded; layers of classes only where both train on the same class names. A resumed run goes
+    # on with its own weights. With HEADS [] this is all that the teacher is used for.
+    cfg.KD.INHERIT = False
     # Every this many iterations (never epochs), measure how much of the gradient in the student's backbone comes from
     # its own losses and how much from each head, and log the shares as kd/gradient/... in TensorBoard and metrics.json.
     # 0: never.

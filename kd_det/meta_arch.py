@@ -84,7 +84,7 @@ class TeacherStudent(nn.Module):
         parts = {"student": student, "teacher": None, "heads": {}, "mask_padding": cfg.KD.MASK_PADDING}
         parts["task_weight"] = cfg.KD.TASK_WEIGHT
         parts["gradient_shares"] = build_gradient_shares(cfg, student)
-        if cfg.KD.HEADS:
+        if cfg.KD.HEADS or cfg.KD.INHERIT:
             # With the same seed the student's training must draw the same random numbers with and without a teacher.
             with torch.random.fork_rng(devices=[]):
                 parts["teacher"] = build_teacher(cfg)

@@ -103,6 +103,8 @@ class MutualStudents(nn.Module):
             raise InputError(f"KD.MUTUAL.WEIGHT: must be finite and 0 or more, got {node.WEIGHT}.")
         if cfg.KD.HEADS or cfg.KD.TEACHER.CONFIG_FILE:
             raise InputError("KD.HEADS and KD.TEACHER: must be empty for MutualStudents, which has no teacher.")
+        if cfg.KD.INHERIT:
+            raise InputError("KD.INHERIT: must be False for MutualStudents, which has no teacher.")
         check_task_weight(cfg)
         names, configs = ["this config", *node.PEERS], load_peer_configs(cfg)
         flip_channels = [is_flipped(cfg, config, (names[0], name)) for name, config in zip(names, configs, strict=True)]

@@ -179,7 +179,7 @@ def make_config(args: argparse.Namespace) -> CfgNode:
     if len(files) > 1 and MutualStudents.__name__ == cfg.MODEL.META_ARCHITECTURE and not cfg.KD.MUTUAL.PEERS:
         cfg.KD.MUTUAL.PEERS = files[:1]  # A recipe does not know the student, two of which teach each other.
     by_arguments = args.teacher or args.teacher_weights or heads
-    by_recipe = len(files) > 1 and cfg.KD.HEADS
+    by_recipe = (len(files) > 1 and cfg.KD.HEADS) or cfg.KD.INHERIT
     if cfg.MODEL.META_ARCHITECTURE not in DISTILLED and (by_arguments or by_recipe):
         add_teacher(cfg, describe_files(files))
     return cfg
@@ -211,13 +211,14 @@ def add_teacher(cfg: CfgNode, source: str) -> None:
     Raises:
         InputError: If it names no teacher or no head.
     """
-    if not cfg.KD.HEADS:
+    if not (cfg.KD.HEADS or cfg.KD.INHERIT):
         raise InputError(
             f"KD.HEADS: {source} names no distillation heads; name some with --kd-heads, or in a further config file."
         )
     if not cfg.KD.TEACHER.CONFIG_FILE:
         raise InputError(
-            f"KD.TEACHER.CONFIG_FILE: {source} names no teacher for {', '.join(cfg.KD.HEADS)}; name one with --teacher."
+            f"KD.TEACHER.CONFIG_FILE: {source} names no teacher for {', '.join(cfg.KD.HEADS) or 'KD.INHERIT'}; "
+            "name one with --teacher."
         )
     check_parts(cfg, source)
     cfg.KD.STUDENT_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE, "TeacherStudent"

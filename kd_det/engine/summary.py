@@ -18,6 +18,7 @@ from kd_det.engine.flops import count_gflops
 from kd_det.engine.loaders import is_classifier
 from kd_det.engine.trainer import Trainer
 from kd_det.heads.build import has_stage, student_signals, teacher_signals
+from kd_det.inherit import Inheritance
 from kd_det.meta_arch import TeacherStudent
 from kd_det.mutual import MutualStudents, evaluation_mode
 from kd_det.schedules import WeightSchedule
@@ -67,6 +68,8 @@ def log_summary(trainer: Trainer, *, stage: str = "") -> None:
     parts = [network_table(list_networks(trainer), image_side(trainer.cfg))]
     if isinstance(model, TeacherStudent) and model.heads and model.teacher is not None:
         parts.append(head_table(model, model.teacher))
+    if trainer.inheritance is not None:
+        parts.append(inheritance_table(trainer.inheritance))
     if isinstance(model, MutualStudents):
         turns = ", one after the other" if model.sequential else ""
         method = trainer.cfg.KD.MUTUAL.METHOD
@@ -183,6 +186,16 @@ def head_table(model: TeacherStudent, teacher: Teacher) -> str:
         cells = [[name, f"{schedule.weight:g}", when], *[["", "", ""]] * (max(map(len, sides)) - 1)]
         rows += [[*cell, *pair] for cell, pair in zip(cells, zip_longest(*sides, fillvalue=""), strict=True)]
     return tabulate(rows, ["head", "weight", "schedule", "student", "teacher"], disable_numparse=True)
+
+
+def inheritance_table(inheritance: Inheritance) -> str:
+    """Formats a table of the tensors that the student has taken over from its teacher, and of those that it has not."""
+    rows = [
+        [name, " x ".join(map(str, shape)), inheritance.refused.get(name, "the teacher's")]
+        for name, shape in inheritance.shapes.items()
+    ]
+    table = tabulate(rows, ["tensor", "in the teacher", "in the student"], disable_numparse=True)
+    return f"KD.INHERIT: {inheritance}.\n{table}"
 
 
 def describe_schedule(schedule: WeightSchedule) -> str:

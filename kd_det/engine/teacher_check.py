@@ -58,6 +58,12 @@ def check_class_order(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
     logger.warning("%s", message)
 
 
+def have_same_classes(cfg: CfgNode) -> bool:
+    """Checks whether the data sets of both configs are available and list the same classes in the same order."""
+    names = known_class_names(cfg)
+    return bool(names) and names == known_class_names(load_teacher_config(cfg)[0])
+
+
 def check_teacher(cfg: CfgNode) -> None:
     """Evaluates the teacher on KD.TEACHER.SANITY_CHECK images, if any, and warns if it fails on them.
 

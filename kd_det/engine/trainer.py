@@ -31,13 +31,15 @@ from kd_det.engine.optimizer_state import adapt_state, parameter_names
 from kd_det.engine.results import ClosingTable, log_results
 from kd_det.engine.run_log import printed_to_log
 from kd_det.engine.step_trainer import build_step_trainer
-from kd_det.engine.teacher_check import check_class_order
+from kd_det.engine.teacher_check import check_class_order, have_same_classes
 from kd_det.engine.tta import TTAEvaluation
 from kd_det.engine.visualization import build_visualization
 from kd_det.errors import InputError
+from kd_det.inherit import Inheritance, inherit
 from kd_det.meta_arch import TeacherStudent
 from kd_det.mutual import MutualStudents
 from kd_det.peers import PeerWriter, load_peer_weights
+from kd_det.taps import build_tap
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class Trainer(DefaultTrainer):
     find_unused_parameters = False
     # The learning rate comes from this config key.
     rate_key = "SOLVER.BASE_LR"
+    # What the student has taken over from its teacher; None without KD.INHERIT, and in a resumed run.
+    inheritance: Inheritance | None = None
 
     def __init__(self, cfg: CfgNode):
         # This follows DefaultTrainer.__init__, but the checkpointer is the student's, and DDP may run on CPUs.
@@ -140,6 +144,9 @@ class Trainer(DefaultTrainer):
             )
         if isinstance(self.plain_model, MutualStudents) and self.start_iter == 0:
             load_peer_weights(self.plain_model.students, self.plain_model.configs)
+        if self.cfg.KD.INHERIT and isinstance(self.plain_model, TeacherStudent) and self.start_iter == 0:
+            taps = build_tap(self.student), self.plain_model.teacher.tap
+            self.inheritance = inherit(*taps, same_classes=have_same_classes(self.cfg))
         batches = self._trainer.data_loader.batch_sampler
         batches.seed, batches.start = self.seed, self.start_iter
         if self.start_iter > self.max_iter:

@@ -73,10 +73,21 @@ class BackboneTap:
         return spec
 
     @property
+    def bottom_up(self) -> nn.Module:
+        """Returns the network below the FPN, or the whole backbone if it has none."""
+        return getattr(self.model.backbone, "bottom_up", self.model.backbone)
+
+    def class_layers(self) -> list[nn.Module]:
+        """Lists the modules whose weights mean nothing to a model of other classes.
+
+        By default these are all modules outside the backbone that hold weights.
+        """
+        return [x for x in self.model.children() if x is not self.model.backbone and x.state_dict()]
+
+    @property
     def _backbones(self) -> list[nn.Module]:
         """Lists the bottom-up network, if there is one, and the backbone."""
-        bottom_up = getattr(self.model.backbone, "bottom_up", None)
-        return [self.model.backbone] if bottom_up is None else [bottom_up, self.model.backbone]
+        return list(dict.fromkeys([self.bottom_up, self.model.backbone]))
 
     @contextmanager
     def record(self, names: Collection[str]) -> Iterator[Signals]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_det.registry import TAP_REGISTRY
 from kd_det.signals import Signals
@@ -39,6 +39,9 @@ class ImageClassifierTap(BackboneTap):
             "logits_bias": ShapeSpec(channels=linear.out_features),
             "input_gradient": ShapeSpec(channels=len(self.model.pixel_mean)),
         }
+
+    def class_layers(self) -> list[nn.Module]:
+        return [self.model.linear]
 
     def attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
         super().attach(stack, signals, names - {"pooled"})

@@ -76,6 +76,9 @@ class RetinaNetTap(BackboneTap):
     def _hidden_names(self, branch: str) -> list[str]:
         return [f"dense_{branch}_hidden_{level}" for level in self.model.head_in_features]
 
+    def class_layers(self) -> list[nn.Module]:
+        return [self.model.head.cls_score]
+
     def attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
         super().attach(stack, signals, names)
         channels = {"dense_logits": self.model.num_classes, "dense_deltas": 4}

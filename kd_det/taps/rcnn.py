@@ -79,6 +79,17 @@ class GeneralizedRCNNTap(BackboneTap):
         if "roi_deltas" in names:
             check_box_weights("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", self._predictor, teacher._predictor)
 
+    def class_layers(self) -> list[nn.Module]:
+        heads = self.model.roi_heads
+        if not self._has_boxes:
+            return [heads]
+        predictors = heads.box_predictor if isinstance(heads, CascadeROIHeads) else [heads.box_predictor]
+        layers = [predictor.cls_score for predictor in predictors]
+        layers += [x.bbox_pred for x in predictors if x.bbox_pred.out_features > 4]
+        if self._has_masks and heads.mask_head.predictor.out_channels > 1:
+            layers.append(heads.mask_head.predictor)
+        return layers
+
     def check_replaced(self, head: str, losses: Collection[str]) -> None:
         heads = self.model.roi_heads
         if "loss_cls" in losses and isinstance(heads, CascadeROIHeads):

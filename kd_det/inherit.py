@@ -1,0 +1,104 @@
+"""Lets a student begin with the teacher's weights, in the parts after the bottom-up network."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kd_det.errors import InputError
+from kd_det.taps.backbone import BackboneTap
+
+
+@dataclass(frozen=True)
+class Inheritance:
+    """Records which of the teacher's tensors a student has taken over.
+
+    Attributes:
+        shapes: Maps the name of each tensor that the teacher has after its bottom-up network to the tensor's shape.
+        refused: Maps the names of those that the student has not taken over to the reasons.
+    """
+
+    shapes: Mapping[str, torch.Size]
+    refused: Mapping[str, str]
+
+    def __str__(self) -> str:
+        count = len(self.shapes) - len(self.refused)
+        return f"{count} of {len(self.shapes)} tensors after the bottom-up network are the teacher's"
+
+
+@torch.no_grad()
+def inherit(student: BackboneTap, teacher: BackboneTap, *, same_classes: bool) -> Inheritance:
+    """Copies the teacher's FPN, proposal network and heads into the student, wherever the shapes agree.
+
+    A layer is copied as a whole or not at all: the bias of a convolution whose weight has another shape stays the
+    student's. FGD (https://arxiv.org/abs/2111.11837), MGD (https://arxiv.org/abs/2205.01529) and ICD
+    (https://arxiv.org/abs/2110.12724) begin so.
+
+    Args:
+        student: Tap of the model that is changed.
+        teacher: Tap of the teacher.
+        same_classes: Whether both know the same classes in the same order. If not, layers that predict classes are not
+            copied.
+
+    Raises:
+        InputError: If no layer fits.
+
+    Example:
+        >>> from detectron2.modeling.backbone import BasicStem, ResNet
+        >>> def classifier(depth, classes):
+        ...     model = nn.Module()
+        ...     model.backbone = ResNet(BasicStem(), ResNet.make_default_stages(depth), out_features=["res5"])
+        ...     model.neck, model.linear = nn.Linear(512, 8), nn.Linear(8, classes)
+        ...     return BackboneTap(model)
+        >>> inherited = inherit(classifier(18, 10), classifier(34, 3), same_classes=True)
+        >>> print(inherited)
+        2 of 4 tensors after the bottom-up network are the teacher's
+        >>> inherited.refused["linear.bias"]
+        'the student has linear.weight in the shape 10 x 8'
+    """
+    own, others = after_bottom_up(student), after_bottom_up(teacher)
+    layers: dict[str, list[str]] = {}
+    for name in others:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    of_classes = {name for layer in teacher.class_layers() for name in names_below(teacher.model, layer)}
+    refused: dict[str, str] = {}
+    for names in layers.values():
+        reason = find_mismatch(names, own, others)
+        if not reason and not same_classes and of_classes.intersection(names):
+            reason = "it predicts classes, and the classes are not known to be the same"
+        if reason:
+            refused |= dict.fromkeys(names, reason)
+            continue
+        for name in names:
+            own[name].copy_(others[name])
+    if len(refused) == len(others):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:3])
+        raise InputError(
+            f"KD.INHERIT: none of the teacher's {len(others)} tensors after its bottom-up network fits the student"
+            + (f" ({reasons})." if reasons else ".")
+        )
+    return Inheritance({name: tensor.shape for name, tensor in others.items()}, refused)
+
+
+def after_bottom_up(tap: BackboneTap) -> dict[str, Tensor]:
+    """Maps the names of a model's tensors after its bottom-up network to the tensors; pixel statistics are left out."""
+    bottom_up = set(names_below(tap.model, tap.bottom_up))
+    state = tap.model.state_dict()
+    return {name: x for name, x in state.items() if name not in bottom_up and not name.startswith("pixel_")}
+
+
+def names_below(model: nn.Module, part: nn.Module) -> list[str]:
+    """Lists the names that the tensors of a part have in the model."""
+    prefix = next(name for name, module in model.named_modules() if module is part)
+    return [f"{prefix}.{name}" for name in part.state_dict()]
+
+
+def find_mismatch(names: list[str], own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> str:
+    """Says why a layer of the teacher does not fit the student's; "" if it does."""
+    for name in names:
+        if name not in own:
+            return f"the student has no {name}"
+        if own[name].shape != others[name].shape:
+            return f"the student has {name} in the shape {' x '.join(map(str, own[name].shape))}"
+    return ""
