@@ -48,8 +48,9 @@ class RelationHead(nn.Module):
         "KIND": "rkd",
         # Boxes per image, objects first. Angles need memory for the third power of this number.
         "BOXES": 32,
-        # Factors of the two parts of rkd; these are the paper's on CIFAR-100.
+        # Factor of the distances of rkd; the paper's on CIFAR-100.
         "DISTANCE_WEIGHT": 25.0,
+        # Factor of the angles of rkd; the paper's on CIFAR-100.
         "ANGLE_WEIGHT": 50.0,
     }
 

@@ -96,13 +96,15 @@ class SoftTargetHead(nn.Module):
         "DIVERGENCE": "kl",
         # Standardise each row of logits before it is compared; for kl and dkd.
         "STANDARDIZE": False,
-        # Weights of the terms of dkd, nkd, gdkd and dist: of the labelled class, of the groups, or of the correlation
-        # along classes; and of the other classes, or of the correlation along rows. Published: dkd 1 and 0.25 on boxes,
-        # 1 and 2 to 8 on CIFAR-100; nkd 1 and 1.5; gdkd 1 and 0.25; dist 1 and 1.
+        # Weight of the first term, published as 1: of dkd and nkd the labelled class, of gdkd the two groups, of dist
+        # the correlations along classes.
         "TARGET_WEIGHT": 1.0,
+        # Weight of the second term: of the other classes (published for dkd as 0.25 on boxes, 2 to 8 on CIFAR-100; for
+        # nkd as 1.5 on ImageNet; for gdkd as 0.25), or of the correlations along rows (dist, 1).
         "OTHER_WEIGHT": 1.0,
-        # Weight of the most probable classes among themselves, and their number (gdkd, published 0.125 and 5).
+        # Weight of the most probable classes among themselves (gdkd, published as 0.125).
         "TOP_WEIGHT": 1.0,
+        # Number of the most probable classes (gdkd).
         "TOP_K": 5,
     }
 
