@@ -1,10 +1,13 @@
 """Compares class logits by other divergences than that of soft targets: DKD, NKD, GDKD and DIST."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from kd_det.errors import InputError, check_choice
 from kd_det.losses import between_groups_loss, correlation_loss, target_class_loss, within_group_loss
+from kd_det.signals import SOFTMAX_SOURCES
 
 DIVERGENCES = ("kl", "dkd", "nkd", "gdkd", "dist")
 # Maps keys to the value that they must have, but with the divergences that can do more.
@@ -99,8 +102,27 @@ class DividedTargets:
 
     def _dist(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor | None, weights: Tensor) -> Tensor:
         s_probs, t_probs = ((x / self.temperature).softmax(dim=1) for x in (s_logits, t_logits.detach()))
+        return self.scale * self.temperature**2 * self._correlate(s_probs, t_probs)
+
+    def _correlate(self, s_probs: Tensor, t_probs: Tensor) -> Tensor:
         of_rows, of_classes = (correlation_loss(s_probs, t_probs, dim=dim) for dim in (1, 0))
-        return self.scale * self.temperature**2 * (self.target_weight * of_rows + self.other_weight * of_classes)
+        return self.target_weight * of_rows + self.other_weight * of_classes
+
+    def compare_levels(self, s_logits: Tensor, t_logits: Tensor, counts: list[int]) -> Tensor:
+        """Compares the sigmoid outputs of a one-stage detector by "dist", level by level.
+
+        Each row is an anchor; in the published code it is a cell with all classes of all its anchors.
+
+        Args:
+            s_logits: Logits of the student, (N, anchors, K).
+            t_logits: Logits of the teacher, (N, anchors, K).
+            counts: Number of anchors of each level.
+
+        Returns:
+            Scalar: the sum over levels.
+        """
+        levels = zip(*(x.sigmoid().split(counts, dim=1) for x in (s_logits, t_logits.detach())), strict=True)
+        return torch.stack([self._correlate(s.flatten(0, 1), t.flatten(0, 1)) for s, t in levels]).sum()
 
 
 def not_labelled(logits: Tensor, labels: Tensor) -> Tensor:
@@ -108,12 +130,12 @@ def not_labelled(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.ones_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], False)
 
 
-def check_divergence(node, classes: list[int]) -> dict:
+def check_divergence(node, sources: Mapping[str, int]) -> dict:
     """Checks DIVERGENCE and the keys that belong to it.
 
     Args:
         node: ``KD.SOFT_TARGET``.
-        classes: Number of logits of each source that is compared by a softmax over classes.
+        sources: Maps each source that is compared to the number of its logits.
 
     Returns:
         The arguments of :class:`kd_det.heads.SoftTargetHead` that follow from the keys.
@@ -130,12 +152,21 @@ def check_divergence(node, classes: list[int]) -> dict:
             raise InputError(
                 f"KD.SOFT_TARGET.{key}: must be {value!r} with DIVERGENCE {node.DIVERGENCE!r}, got {node[key]!r}."
             )
-    if not classes and (node.DIVERGENCE != "kl" or node.STANDARDIZE):
-        key = "STANDARDIZE" if node.DIVERGENCE == "kl" else "DIVERGENCE"
+    fitting = (*SOFTMAX_SOURCES, "dense") if node.DIVERGENCE == "dist" else SOFTMAX_SOURCES
+    classes = [count for name, count in sources.items() if name in fitting]
+    for key, value in (("DIVERGENCE", "kl"), ("STANDARDIZE", False)):
+        if node[key] != value and not classes:
+            raise InputError(
+                f"KD.SOFT_TARGET.{key}: {node[key]!r} is for the sources {', '.join(fitting)}, but "
+                f"KD.SOFT_TARGET.SOURCES is {node.SOURCES}."
+            )
+    if node.DIVERGENCE not in ("kl", "dist") and "dense" in sources:
         raise InputError(
-            f"KD.SOFT_TARGET.{key}: {node[key]!r} is for the sources roi and cls, but KD.SOFT_TARGET.SOURCES is "
-            f"{node.SOURCES}."
+            f"KD.SOFT_TARGET.DIVERGENCE: {node.DIVERGENCE!r} is not for the source dense, whose classes have a sigmoid "
+            "each; allowed are kl, dist."
         )
+    if node.DIVERGENCE == "dist" and sources.get("dense") == 1:
+        raise InputError("KD.SOFT_TARGET.DIVERGENCE: 'dist' correlates classes, but the dense logits have only one.")
     if node.DIVERGENCE == "gdkd" and not 0 < node.TOP_K < min(classes):
         raise InputError(
             f"KD.SOFT_TARGET.TOP_K: must be above 0 and below the number of logits, {min(classes)}, got {node.TOP_K}."

@@ -9,16 +9,18 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from kd_det.errors import InputError
+from kd_det.errors import InputError, check_choice
+from kd_det.heads.anchors import positive_count
 from kd_det.heads.build import check_class_counts
 from kd_det.heads.divided_targets import DividedTargets, check_divergence
 from kd_det.heads.targets import ClassTargets, check_class_targets
-from kd_det.losses import binary_soft_target_loss, standardize_logits
+from kd_det.losses import binary_soft_target_loss, focal_soft_target_loss, standardize_logits
 from kd_det.losses.numerics import cast_up
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import SOURCES, Batch, Signals
 
 ROIS = ("all", "foreground")
+ANCHORS = ("weighted", "focal")
 
 
 @KD_HEAD_REGISTRY.register()
@@ -32,7 +34,10 @@ class SoftTargetHead(nn.Module):
     * ``roi``: T^2 KL of the softmax over classes and background, mean over boxes;
     * ``mask``: binary KL per pixel of the labelled class's mask, mean over foreground boxes and pixels;
     * ``rpn``, ``dense``: binary KL per anchor (and class), averaged with the weight max(p_teacher, p_student), because
-      nearly all of an image's anchors are background on which both agree, and a plain mean would drown the rest;
+      nearly all of an image's anchors are background on which both agree, and a plain mean would drown the rest; or the
+      focal form of BCKD (Yang et al., ICCV 2023, https://arxiv.org/abs/2308.14286), a cross-entropy weighted by the
+      difference of both probabilities, summed and divided by the number of positive anchors: those labelled as objects
+      (``dense``), or those in which the teacher sees an object (``rpn``);
     * box regression, if enabled: smooth L1 between the deltas of the labelled class, mean over foreground boxes.
 
     ``cls`` and ``roi`` have more options: knowledge adjustment and dynamic temperatures, which on boxes apply to those
@@ -54,7 +59,8 @@ class SoftTargetHead(nn.Module):
         dynamic_temperature: Rule that gives each row its own temperature: "none", "flsw" or "cwsm".
         beta: Strength of the change of temperature.
         gamma: Exponent of "flsw".
-        divergence: "kl", "dkd", "nkd", "gdkd" or "dist", for the sources "roi" and "cls".
+        divergence: "kl", "dkd", "nkd", "gdkd" or "dist", for the sources "roi" and "cls", "dist" also for "dense".
+        anchors: How "rpn" and "dense" weigh their anchors: "weighted" or "focal".
         standardize: Whether each row of their logits is standardised before it is compared.
         target_weight: Weight of the first term of the other divergences.
         other_weight: Weight of their second term.
@@ -92,8 +98,12 @@ class SoftTargetHead(nn.Module):
         "GAMMA": 2.0,
         # How the class logits of roi and cls are compared: "kl"; "dkd" (the labelled class against the others, and the
         # others among themselves); "nkd" (the same with a cross-entropy of the labelled class); "gdkd" (the teacher's
-        # most probable classes against the rest); "dist" (correlations along classes and along rows).
+        # most probable classes against the rest); "dist" (correlations along classes and along rows;
+        # for dense, too).
         "DIVERGENCE": "kl",
+        # How rpn and dense weigh their anchors: "weighted", a mean with the weight max(p_teacher, p_student); "focal",
+        # a sum with the weight |p_teacher - p_student| over the number of positive anchors (BCKD, CrossKD).
+        "ANCHORS": "weighted",
         # Standardise each row of logits before it is compared; for kl and dkd.
         "STANDARDIZE": False,
         # Weight of the first term, published as 1: of dkd and nkd the labelled class, of gdkd the two groups, of dist
@@ -124,6 +134,7 @@ class SoftTargetHead(nn.Module):
         beta: float = config["BETA"],
         gamma: float = config["GAMMA"],
         divergence: str = config["DIVERGENCE"],
+        anchors: str = config["ANCHORS"],
         standardize: bool = config["STANDARDIZE"],
         target_weight: float = config["TARGET_WEIGHT"],
         other_weight: float = config["OTHER_WEIGHT"],
@@ -153,6 +164,7 @@ class SoftTargetHead(nn.Module):
                 top_weight=top_weight,
                 top_k=top_k,
             )
+        self.anchors = anchors
         self.standardize = standardize
         self.rois = rois
         self.background_weight = background_weight
@@ -167,8 +179,7 @@ class SoftTargetHead(nn.Module):
         unknown = [source for source in node.SOURCES if source not in SOURCES]
         if unknown or not (node.SOURCES or node.BOX_REGRESSION):
             raise InputError(f"KD.SOFT_TARGET.SOURCES: got {node.SOURCES}; allowed are {', '.join(SOURCES)}.")
-        if node.ROIS not in ROIS:
-            raise InputError(f"KD.SOFT_TARGET.ROIS: got {node.ROIS!r}; allowed are {', '.join(ROIS)}.")
+        check_choice("KD.SOFT_TARGET.ROIS", node.ROIS, ROIS)
         if node.TEMPERATURE <= 0:
             raise InputError(f"KD.SOFT_TARGET.TEMPERATURE: must be above 0, got {node.TEMPERATURE}.")
         if not 0 <= node.BACKGROUND_WEIGHT < math.inf:
@@ -179,6 +190,7 @@ class SoftTargetHead(nn.Module):
             check_class_counts("KD.SOFT_TARGET.SOURCES", SOURCES[source].logits, student_spec, teacher_spec)
         if node.BOX_REGRESSION:
             check_class_counts("KD.SOFT_TARGET.BOX_REGRESSION", "roi_deltas", student_spec, teacher_spec)
+        check_choice("KD.SOFT_TARGET.ANCHORS", node.ANCHORS, ANCHORS)
         softmaxes = [name for name in node.SOURCES if SOURCES[name].softmax]
         return {
             "sources": node.SOURCES,
@@ -188,15 +200,16 @@ class SoftTargetHead(nn.Module):
             "background_weight": node.BACKGROUND_WEIGHT,
             "box_regression": node.BOX_REGRESSION,
             **check_class_targets(node, softmaxes),
-            **check_divergence(node, [student_spec[SOURCES[name].logits].channels for name in softmaxes]),
+            "anchors": node.ANCHORS,
+            **check_divergence(node, {name: student_spec[SOURCES[name].logits].channels for name in node.SOURCES}),
         }
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
         compare = {
             "roi": self._roi,
-            "rpn": self._anchors,
+            "rpn": self._rpn,
             "mask": self._mask,
-            "dense": self._anchors,
+            "dense": self._dense,
             "cls": self._images,
         }
         losses = {
@@ -229,9 +242,24 @@ class SoftTargetHead(nn.Module):
             s_logits, t_logits = standardize_logits(s_logits), standardize_logits(t_logits)
         return self.compare_classes(s_logits, t_logits, *args, **kwargs)
 
-    def _anchors(self, student: Signals, teacher: Signals, name: str) -> Tensor:
-        weights = torch.maximum(student[name].detach().sigmoid(), teacher[name].detach().sigmoid())
-        return binary_soft_target_loss(student[name], teacher[name], weights=weights)
+    def _rpn(self, student: Signals, teacher: Signals, name: str) -> Tensor:
+        s_logits, t_logits = student[name], teacher[name]
+        if self.anchors == "weighted":
+            return weighted_anchors(s_logits, t_logits)
+        # An RPN labels only a sample of its anchors, so that those in which the teacher sees an object are counted.
+        objects = (t_logits.detach() > 0).long()
+        count = positive_count(objects, background=0, dtype=cast_up(s_logits).dtype)
+        return focal_soft_target_loss(s_logits, t_logits, normalizer=count)
+
+    def _dense(self, student: Signals, teacher: Signals, name: str) -> Tensor:
+        s_logits, t_logits = student[name], teacher[name]
+        if isinstance(self.compare_classes, DividedTargets):
+            return self.compare_classes.compare_levels(s_logits, t_logits, student["dense_counts"].tolist())
+        if self.anchors == "weighted":
+            return weighted_anchors(s_logits, t_logits)
+        labels = student["dense_labels"]
+        count = positive_count(labels, background=s_logits.shape[-1], dtype=cast_up(s_logits).dtype)
+        return focal_soft_target_loss(s_logits, t_logits, weights=labels >= 0, normalizer=count)
 
     def _mask(self, student: Signals, teacher: Signals, name: str) -> Tensor:
         classes = student["mask_classes"]
@@ -246,6 +274,12 @@ class SoftTargetHead(nn.Module):
         s_deltas = select_class(s_deltas[foreground], classes[foreground], per_class=4)
         t_deltas = select_class(t_deltas[foreground], classes[foreground], per_class=4)
         return F.smooth_l1_loss(s_deltas, t_deltas, reduction="sum") / max(s_deltas.numel(), 1)
+
+
+def weighted_anchors(s_logits: Tensor, t_logits: Tensor) -> Tensor:
+    """Averages the binary divergence over anchors and classes, weighted by the larger one of both probabilities."""
+    weights = torch.maximum(s_logits.detach().sigmoid(), t_logits.detach().sigmoid())
+    return binary_soft_target_loss(s_logits, t_logits, weights=weights)
 
 
 def select_class(x: Tensor, classes: Tensor, *, per_class: int) -> Tensor:

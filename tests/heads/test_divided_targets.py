@@ -9,6 +9,7 @@ from detectron2.layers import ShapeSpec
 from kd_det import Batch, InputError, build_kd_heads
 from kd_det.config import default_config
 from kd_det.heads import SoftTargetHead
+from kd_det.losses import correlation_loss
 
 CLASSES = 4
 # Two boxes of objects and one labelled background, the last of four logits.
@@ -125,7 +126,48 @@ def test_a_very_sure_student_has_a_finite_gradient(divergence):
     assert s.grad.isfinite().all()
 
 
-SPEC = {"roi_logits": ShapeSpec(channels=CLASSES), "rpn_logits": ShapeSpec(channels=1)}
+def test_dist_on_dense_outputs_correlates_sigmoids_level_by_level():
+    s, t = (torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1))
+    head = SoftTargetHead(sources=["dense"], divergence="dist", target_weight=2.0)
+    counts = torch.tensor([4, 2])
+    (loss,) = head({"dense_logits": s, "dense_counts": counts}, {"dense_logits": t}, Batch([], [])).values()
+    expected = 0.0
+    for level in (slice(0, 4), slice(4, 6)):
+        p, q = (x[:, level].sigmoid().flatten(0, 1) for x in (t, s))
+        for weight, dim in ((2.0, 1), (1.0, 0)):
+            expected += weight * correlation_loss(q, p, dim=dim).item()
+    assert loss.item() == pytest.approx(expected)
+
+
+# ---- Anchors ----
+def focal(s, t):
+    """|q - p| BCE(q, p) of two logits."""
+    p, q = 1 / (1 + math.exp(-t)), 1 / (1 + math.exp(-s))
+    return abs(q - p) * -(p * math.log(q) + (1 - p) * math.log(1 - q))
+
+
+def test_focal_anchors_of_a_one_stage_detector_are_divided_by_the_labelled_objects():
+    s, t = torch.tensor([[[0.0], [1.0], [-2.0], [3.0]]]), torch.tensor([[[1.0], [1.5], [0.5], [-3.0]]])
+    student = {"dense_logits": s, "dense_labels": torch.tensor([[0, 1, 0, -1]])}  # Of one class; the last is ignored.
+    head = SoftTargetHead(sources=["dense"], anchors="focal")
+    (loss,) = head(student, {"dense_logits": t}, Batch([], [])).values()
+    assert loss.item() == pytest.approx((focal(0, 1) + focal(1, 1.5) + focal(-2, 0.5)) / 2, rel=1e-5)
+
+
+def test_focal_anchors_of_an_rpn_are_divided_by_the_objects_that_the_teacher_sees():
+    s, t = torch.tensor([[[0.0], [1.0], [-2.0]]]), torch.tensor([[[1.0], [1.5], [-0.5]]])
+    head = SoftTargetHead(sources=["rpn"], anchors="focal")
+    (loss,) = head({"rpn_logits": s}, {"rpn_logits": t}, Batch([], [])).values()
+    assert loss.item() == pytest.approx((focal(0, 1) + focal(1, 1.5) + focal(-2, -0.5)) / 2, rel=1e-5)
+    (none,) = head({"rpn_logits": s}, {"rpn_logits": -t.abs()}, Batch([], [])).values()
+    assert none.item() == pytest.approx(focal(0, -1) + focal(1, -1.5) + focal(-2, -0.5), rel=1e-5)
+
+
+SPEC = {
+    "roi_logits": ShapeSpec(channels=CLASSES),
+    "rpn_logits": ShapeSpec(channels=1),
+    "dense_logits": ShapeSpec(channels=2),
+}
 
 
 @pytest.mark.parametrize(
@@ -137,8 +179,10 @@ SPEC = {"roi_logits": ShapeSpec(channels=CLASSES), "rpn_logits": ShapeSpec(chann
         ({"DIVERGENCE": "nkd", "DYNAMIC_TEMPERATURE": "flsw"}, r"DYNAMIC_TEMPERATURE: must be 'none' with .*'nkd'"),
         ({"DIVERGENCE": "nkd", "BACKGROUND_WEIGHT": 0.5}, r"BACKGROUND_WEIGHT: must be 1.0 with .*'nkd', got 0.5"),
         ({"DIVERGENCE": "dist", "STANDARDIZE": True}, r"STANDARDIZE: must be False with DIVERGENCE 'dist', got True"),
-        ({"DIVERGENCE": "dkd", "SOURCES": ["rpn"]}, r"DIVERGENCE: 'dkd' is for the sources roi and cls, but .*'rpn'"),
-        ({"STANDARDIZE": True, "SOURCES": ["rpn"]}, r"STANDARDIZE: True is for the sources roi and cls, but .*'rpn'"),
+        ({"DIVERGENCE": "dkd", "SOURCES": ["rpn"]}, r"DIVERGENCE: 'dkd' is for the sources roi, cls, but .*'rpn'"),
+        ({"STANDARDIZE": True, "SOURCES": ["rpn"]}, r"STANDARDIZE: True is for the sources roi, cls, but .*'rpn'"),
+        ({"DIVERGENCE": "dkd", "SOURCES": ["roi", "dense"]}, r"DIVERGENCE: 'dkd' is not for the source dense"),
+        ({"ANCHORS": "all"}, r"ANCHORS: 'all' is not one of weighted, focal"),
         ({"DIVERGENCE": "gdkd", "TOP_K": 4}, r"TOP_K: must be above 0 and below the number of logits, 4, got 4"),
         ({"DIVERGENCE": "gdkd", "TOP_K": 0}, r"TOP_K: must be above 0 .*got 0"),
     ],
