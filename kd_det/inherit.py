@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kd_det.checkpoint.keys import is_counted
 from kd_det.errors import InputError
 from kd_det.taps.backbone import BackboneTap
 
@@ -16,7 +17,7 @@ class Inheritance:
 
     Attributes:
         shapes: Maps the name of each tensor that the teacher has after its bottom-up network to the tensor's shape.
-        refused: Maps the names of those that the student has not taken over to the reasons.
+        refused: Maps the names of those that the student has not taken over to what it has instead, and why.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -31,8 +32,8 @@ class Inheritance:
 def inherit(student: BackboneTap, teacher: BackboneTap, *, same_classes: bool) -> Inheritance:
     """Copies the teacher's FPN, proposal network and heads into the student, wherever the shapes agree.
 
-    A layer is copied as a whole or not at all: the bias of a convolution whose weight has another shape stays the
-    student's. FGD (https://arxiv.org/abs/2111.11837), MGD (https://arxiv.org/abs/2205.01529) and ICD
+    A layer is copied as a whole or not at all: the bias and the norm of a convolution whose weight has another shape
+    stay the student's. FGD (https://arxiv.org/abs/2111.11837), MGD (https://arxiv.org/abs/2205.01529) and ICD
     (https://arxiv.org/abs/2110.12724) begin so.
 
     Args:
@@ -55,7 +56,7 @@ def inherit(student: BackboneTap, teacher: BackboneTap, *, same_classes: bool) -
         >>> print(inherited)
         2 of 4 tensors after the bottom-up network are the teacher's
         >>> inherited.refused["linear.bias"]
-        'the student has linear.weight in the shape 10 x 8'
+        'its own: its weight is 10 x 8'
     """
     own, others = after_bottom_up(student), after_bottom_up(teacher)
     layers: dict[str, list[str]] = {}
@@ -63,22 +64,26 @@ def inherit(student: BackboneTap, teacher: BackboneTap, *, same_classes: bool) -
         layers.setdefault(name.rpartition(".")[0], []).append(name)
     of_classes = {name for layer in teacher.class_layers() for name in names_below(teacher.model, layer)}
     refused: dict[str, str] = {}
-    for names in layers.values():
+    for layer, names in layers.items():
         reason = find_mismatch(names, own, others)
         if not reason and not same_classes and of_classes.intersection(names):
-            reason = "it predicts classes, and the classes are not known to be the same"
+            reason = "its own: the classes are not known to be the same"
+        above = layer.rpartition(".")[0]
+        if not reason and refused.keys() & layers.get(above, ()):
+            reason = f"its own, as {above} is"  # The norm of a convolution that is not the teacher's.
         if reason:
             refused |= dict.fromkeys(names, reason)
             continue
         for name in names:
             own[name].copy_(others[name])
+    shapes = {name: tensor.shape for name, tensor in others.items() if is_counted(name)}
     if len(refused) == len(others):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:3])
         raise InputError(
-            f"KD.INHERIT: none of the teacher's {len(others)} tensors after its bottom-up network fits the student"
+            f"KD.INHERIT: none of the teacher's {len(shapes)} tensors after its bottom-up network fits the student"
             + (f" ({reasons})." if reasons else ".")
         )
-    return Inheritance({name: tensor.shape for name, tensor in others.items()}, refused)
+    return Inheritance(shapes, {name: reason for name, reason in refused.items() if name in shapes})
 
 
 def after_bottom_up(tap: BackboneTap) -> dict[str, Tensor]:
@@ -95,10 +100,11 @@ def names_below(model: nn.Module, part: nn.Module) -> list[str]:
 
 
 def find_mismatch(names: list[str], own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> str:
-    """Says why a layer of the teacher does not fit the student's; "" if it does."""
+    """Describes what the student has instead of a layer of the teacher that does not fit; "" if the layer fits."""
     for name in names:
+        key = name.rpartition(".")[2]
         if name not in own:
-            return f"the student has no {name}"
+            return f"has no such {key}"
         if own[name].shape != others[name].shape:
-            return f"the student has {name} in the shape {' x '.join(map(str, own[name].shape))}"
+            return f"its own: its {key} is {' x '.join(map(str, own[name].shape))}"
     return ""

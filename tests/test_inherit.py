@@ -33,7 +33,7 @@ def test_everything_after_the_bottom_up_network_is_the_teachers(family):
     inherited = inherit(student, teacher, same_classes=True)
     below = "backbone." if family == "c4" else "backbone.bottom_up."
     expected = {k: v for k, v in teacher.model.state_dict().items() if not k.startswith(below)}
-    assert inherited.shapes == {k: v.shape for k, v in expected.items()}
+    assert inherited.shapes == {k: v.shape for k, v in expected.items() if "num_batches_tracked" not in k}
     assert not inherited.refused
     for name, tensor in student.model.state_dict().items():
         assert torch.equal(tensor, before[name] if name.startswith(below) else expected[name]), name
@@ -46,9 +46,22 @@ def test_a_layer_whose_weight_has_another_shape_keeps_its_bias_too():
     inherited = inherit(student, teacher, same_classes=True)
     laterals = {f"backbone.fpn_lateral{i}.{key}" for i in range(2, 6) for key in ("weight", "bias")}
     assert set(inherited.refused) == laterals
-    assert "backbone.fpn_lateral2.weight in the shape 16 x 8 x 1 x 1" in inherited.refused["backbone.fpn_lateral2.bias"]
+    assert inherited.refused["backbone.fpn_lateral2.bias"] == "its own: its weight is 16 x 8 x 1 x 1"
     assert str(inherited).startswith(f"{len(inherited.shapes) - 8} of {len(inherited.shapes)} tensors")
     assert all(torch.equal(student.model.state_dict()[name], before[name]) for name in laterals)
+
+
+def test_the_norm_of_a_convolution_that_is_not_the_teachers_stays_too():
+    norm = {"MODEL.FPN.NORM": "BN"}
+    student, teacher = build(options=norm), build(options=norm | {"MODEL.RESNETS.RES2_OUT_CHANNELS": 12}, seed=1)
+    with torch.no_grad():
+        teacher.model.backbone.fpn_lateral2.norm.weight.fill_(7.0)
+        teacher.model.backbone.fpn_output2.norm.weight.fill_(7.0)
+    inherited = inherit(student, teacher, same_classes=True)
+    assert inherited.refused["backbone.fpn_lateral2.norm.weight"] == "its own, as backbone.fpn_lateral2 is"
+    assert (student.model.backbone.fpn_lateral2.norm.weight == 1.0).all()
+    assert (student.model.backbone.fpn_output2.norm.weight == 7.0).all()
+    assert not any("num_batches_tracked" in name for name in inherited.shapes)
 
 
 BOX = "roi_heads.box_predictor"
@@ -72,7 +85,9 @@ def test_layers_of_classes_stay_where_the_classes_are_not_the_same(family):
 
 def test_a_teacher_of_another_architecture_leaves_nothing_to_inherit():
     student = build("retinanet")
-    with pytest.raises(InputError, match=r"KD\.INHERIT: none of the teacher's \d+ tensors .*: the student has no prop"):
+    with pytest.raises(
+        InputError, match=r"KD\.INHERIT: none of the teacher's \d+ tensors .*weight: has no such weight"
+    ):
         inherit(student, build("c4"), same_classes=True)
 
 

@@ -25,7 +25,7 @@ ALLOWED = {
     "taps": GROUND,
     "heads": GROUND | {"losses"},
     "teacher": GROUND | CHECKPOINTS | {"taps"},
-    "inherit": GROUND | {"taps"},
+    "inherit": GROUND | {"taps", "checkpoint"},
     "gradients": GROUND,
     "meta_arch": GROUND | {"taps", "teacher", "heads", "losses", "gradients"},
     "peers": GROUND | {"taps", "heads", "checkpoint"},
