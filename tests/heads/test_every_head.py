@@ -2,142 +2,26 @@
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kd_det import KD_HEAD_REGISTRY, Batch, InputError, add_kd_config, build_kd_heads
+from kd_det import Batch, InputError, build_kd_heads
 from kd_det.heads.build import freeze_pretrained, teacher_signals
 from kd_det.registry import config_key
 
-from .signals import make_signals, make_spec
+from .cases import CASES, NAMES, STUDENT, TEACHER, VARIANTS, each, make_cfg, make_head, own_options
+from .signals import make_signals
 
-STUDENT, TEACHER = make_spec(6), make_spec(32)
 # Parameters of a layer: they have no row per box, and are not large where activations are.
 LAYERS = {name for name in STUDENT if name.endswith(("_weight", "_bias"))}
 # These have no row per image or per box either.
 ANCHORS = {f"{kind}_{what}" for kind in ("rpn", "dense") for what in ("anchors", "counts")}
-# Every option of a head that makes it look at more, or at less, than its defaults do.
-VARIANTS = {
-    "ReviewKDHead": {
-        "BN": {"MID_CHANNELS": 8},
-        "GN": {"MID_CHANNELS": 32, "NORM": "GN", "IN_FEATURES": ["p3"]},
-        "LN": {"MID_CHANNELS": 8, "NORM": "LN", "IN_FEATURES": ["p4", "p5"]},
-        "bottom_up": {"MID_CHANNELS": 8, "IN_FEATURES": ["res3", "res5"]},
-        "classifier": {"MID_CHANNELS": 8, "IN_FEATURES": ["res3", "res4", "pooled"], "TEACHER_PREACT": True},
-    },
-    "AttentionTransferHead": {
-        "sum": {},
-        "mean": {"REDUCTION": "mean", "POWER": 4},
-        "classifier": {"IN_FEATURES": ["res2", "res3", "res4"]},
-        "gradient": {"KIND": "gradient"},
-    },
-    "HintHead": {
-        "fpn": {},
-        "bottom_up": {"IN_FEATURES": ["res4", "res5"]},
-        "rectified": {"IN_FEATURES": ["res4"], "REGRESSOR": "rectified"},
-        "SyncBN": {"IN_FEATURES": ["res4"], "REGRESSOR": "rectified", "NORM": "SyncBN"},
-    },
-    "PearsonHead": {
-        "fpn": {},
-        "classifier": {"IN_FEATURES": ["res3", "res4"]},
-    },
-    "ChannelWiseHead": {
-        "fpn": {},
-        "classifier": {"IN_FEATURES": ["res4"], "TEMPERATURE": 4.0},
-    },
-    "MaskedGenerationHead": {
-        "fpn": {},
-        "classifier": {"IN_FEATURES": ["res4"], "SCALE": "code", "MASK_RATIO": 0.65},
-    },
-    "RelationHead": {
-        "rkd": {},
-        "sp": {"KIND": "sp", "IN_FEATURE": "roi_features"},
-        "cosine": {"KIND": "cosine", "BOXES": 2},
-    },
-    "FactorTransferHead": {
-        "boxes": {},
-        "few_boxes": {"BOXES": 2},
-        "BN": {"NORM": "BN", "SCALE": "code", "RECONSTRUCTION": "l2", "FACTOR_RATE": 0.25},
-        "fpn": {"IN_FEATURES": ["p3", "p4"]},
-        "classifier": {"IN_FEATURES": ["res2"]},
-    },
-    "InheritExploreHead": {
-        "ft": {},
-        "at": {"KIND": "at"},
-        "at_fpn": {"KIND": "at", "IN_FEATURES": ["p3", "p4", "p5"], "DIVIDE": "random", "SCALE": "code"},
-        "l2": {"DISTANCE": "l2", "IN_FEATURES": ["p4"]},
-        "cosine": {"DISTANCE": "cosine"},
-        "od": {"KIND": "od"},
-        "od_fpn": {"KIND": "od", "IN_FEATURES": ["p4"], "SCALE": "code"},
-        "random": {"DIVIDE": "random", "SCALE": "code", "RECONSTRUCTION": "l1", "IN_FEATURES": ["p3", "p5"]},
-        "SyncBN": {"NORM": "SyncBN"},
-        "inherit": {"EXPLORE_WEIGHT": 0.0},
-        "explore": {"INHERIT_WEIGHT": 0.0, "EXPLORE_WEIGHT": 2.0},
-        "classifier": {"IN_FEATURES": ["res2"]},
-    },
-    "OverhaulHead": {
-        "estimate": {},
-        "batch_norm": {"MARGIN": "batch_norm", "SCALE": "code"},
-        "GN": {"NORM": "GN"},
-        "classifier": {"IN_FEATURES": ["res2", "res3", "res4"], "MARGIN_BATCHES": 1},
-    },
-    # Its work ends before the run: see test_every_stage.py.
-    "ActivationBoundaryHead": {},
-    "SoftTargetHead": {
-        "default": {},
-        "everything": {"SOURCES": ["roi", "rpn", "mask", "dense"], "TEMPERATURE": 3.0, "BOX_REGRESSION": True},
-        "foreground": {"ROIS": "foreground"},
-        "background": {"BACKGROUND_WEIGHT": 1.5},
-        "boxes": {"SOURCES": [], "BOX_REGRESSION": True},
-        "classifier": {"SOURCES": ["cls"], "TEMPERATURE": 4.0},
-        "shift": {"ADJUST": "probability_shift", "TEMPERATURE": 2.0},
-        "smoothing": {"ADJUST": "label_smoothing", "DYNAMIC_TEMPERATURE": "cwsm"},
-        "dynamic": {"DYNAMIC_TEMPERATURE": "flsw", "ROIS": "foreground", "TEMPERATURE": 2.0},
-        "dkd": {"DIVERGENCE": "dkd", "TEMPERATURE": 4.0, "OTHER_WEIGHT": 8.0, "BACKGROUND_WEIGHT": 0.5},
-        "nkd": {"DIVERGENCE": "nkd", "SOURCES": ["cls"], "OTHER_WEIGHT": 1.5},
-        "gdkd": {"DIVERGENCE": "gdkd", "TOP_K": 2, "ROIS": "foreground"},
-        "dist": {"DIVERGENCE": "dist", "SOURCES": ["roi", "dense"]},
-        "focal": {"ANCHORS": "focal", "SOURCES": ["rpn", "dense"]},
-        "standardized": {"STANDARDIZE": True, "TEMPERATURE": 2.0, "SOURCES": ["cls"]},
-        "classifier_lessons": {"SOURCES": ["cls"], "ADJUST": "label_smoothing", "DYNAMIC_TEMPERATURE": "flsw"},
-    },
-    "SoftmaxRegressionHead": {
-        "BN": {},
-        "LN": {"NORM": "LN", "KIND": "ce"},
-        "SyncBN": {"NORM": "SyncBN"},
-        "classifier": {"IN_FEATURE": "res4", "LOGIT_WEIGHT": 5.0},
-    },
-    "BornAgainHead": {
-        "ban": {},
-        "cwtm": {"KIND": "cwtm"},
-        "dkpp": {"KIND": "dkpp"},
-        "classifier": {"SOURCE": "cls", "LABELS": True},
-        "classifier_cwtm": {"SOURCE": "cls", "KIND": "cwtm"},
-    },
-}
-# Of a head that gets registered without a row here, the defaults are tried.
-NAMES = [name for name, head in KD_HEAD_REGISTRY if head.__module__.startswith("kd_det.")]
-CASES = [(name, variant, options) for name in NAMES for variant, options in VARIANTS.get(name, {"": {}}).items()]
-each_head = pytest.mark.parametrize(
-    ("name", "options"), [(n, o) for n, _, o in CASES], ids=[f"{n}-{v}" for n, v, _ in CASES]
-)
-
-
-def make_cfg(name, options):
-    cfg = get_cfg()
-    add_kd_config(cfg)
-    cfg.KD.HEADS = [name]
-    for key, value in options.items():
-        cfg.KD[config_key(name)][key] = value
-    return cfg
 
 
 def make(name, options, seed=0):
     """A head as in the run: what a stage before it trains is frozen."""
-    torch.manual_seed(seed)
-    head = build_kd_heads(make_cfg(name, options), STUDENT, TEACHER)[name]
+    head = make_head(name, options, seed)
     freeze_pretrained(head)
     return head.train()
 
@@ -189,12 +73,22 @@ def check_losses(name, options, losses):
         assert loss < 0 if negated else loss > 0
 
 
-@each_head
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_of_a_head_has_a_variant(name):
+    tried = [{**own_options(name), **options} for options in VARIANTS.get(name, {}).values()]
+    for key, default in own_options(name).items():
+        assert any(options[key] != default for options in tried), (
+            f"no variant of {name} in VARIANTS of tests/heads/cases.py has another KD.{config_key(name)}.{key} than "
+            f"{default!r}; add one"
+        )
+
+
+@each(CASES)
 def test_losses(name, options, batch):
     check_losses(name, options, make(name, options)(*pair(), batch))
 
 
-@each_head
+@each(CASES)
 def test_gradients(name, options, batch):
     head, (student, teacher) = make(name, options), pair()
     total(head(student, teacher, batch)).backward()
@@ -206,7 +100,7 @@ def test_gradients(name, options, batch):
     assert [key for key, x in teacher.items() if x.grad is not None] == []
 
 
-@each_head
+@each(CASES)
 def test_needs_no_more_than_its_signals(name, options, batch):
     """It takes what it has named, and the boxes and classes that come with it."""
     head, (student, teacher) = make(name, options), pair()
@@ -218,7 +112,7 @@ def test_needs_no_more_than_its_signals(name, options, batch):
     assert total(head(own, other, batch)).isfinite()
 
 
-@each_head
+@each(CASES)
 def test_state_dict_round_trip(name, options, batch):
     student, teacher = pair()
     first, second = make(name, options, seed=0), make(name, options, seed=1)
@@ -231,7 +125,7 @@ def test_state_dict_round_trip(name, options, batch):
     assert all(torch.equal(losses[key], again[key]) for key in losses)
 
 
-@each_head
+@each(CASES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(name, options, batch, dtype):
     """As under AMP: signals of half precision, 200 times as large; the head's own layers under autocast.
@@ -251,14 +145,14 @@ def test_half_precision(name, options, batch, dtype):
     assert all(p.grad.isfinite().all() for p in head.parameters() if p.requires_grad)
 
 
-@each_head
+@each(CASES)
 def test_half_precision_without_autocast(name, options, batch):
     losses = make(name, options)(*pair(torch.float16), batch)
     check_losses(name, options, losses)
     total(losses).backward()
 
 
-@each_head
+@each(CASES)
 def test_double_precision(name, options, batch):
     """In float64 it computes the same, with more digits."""
     head, sides = make(name, options), pair()
@@ -275,7 +169,7 @@ def test_double_precision(name, options, batch):
         assert loss.dtype == torch.float64
 
 
-@each_head
+@each(CASES)
 def test_masking_of_padding_keeps_the_gradients(name, options, batch):
     masked = type(batch)(batch.inputs, batch.image_sizes, mask_padding=True)
     head, (student, teacher) = make(name, options), pair()
@@ -285,7 +179,7 @@ def test_masking_of_padding_keeps_the_gradients(name, options, batch):
     assert [key for key, p in head.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@each_head
+@each(CASES)
 def test_batch_without_boxes_and_objects(name, options, batch):
     head = make(name, options)
     sides = [
@@ -297,7 +191,7 @@ def test_batch_without_boxes_and_objects(name, options, batch):
     total(losses).backward()
 
 
-@each_head
+@each(CASES)
 def test_one_image_of_one_cell(name, options):
     """As each process has it with small batches; a batch norm in training has one value per channel."""
     head = make(name, options)
@@ -314,7 +208,7 @@ def lack_of(signal, side):
     return f"'{signal}' is not a signal of the {side}, which has p2, .*dense"
 
 
-@each_head
+@each(CASES)
 def test_a_signal_that_a_side_lacks(name, options):
     if options.get("KIND") == "gradient":
         pytest.skip("no detector has it, so it has an error of its own")
@@ -326,7 +220,7 @@ def test_a_signal_that_a_side_lacks(name, options):
             build_kd_heads(make_cfg(name, options), *specs.values())
 
 
-@each_head
+@each(CASES)
 def test_strides_that_differ(name, options):
     head = make(name, options)
     pairs = [x for x in zip(head.signals, teacher_signals(head), strict=False) if STUDENT[x[0]].stride]

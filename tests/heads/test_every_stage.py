@@ -7,44 +7,9 @@ from kd_det import InputError, build_kd_heads
 from kd_det.heads.build import freeze_pretrained
 from kd_det.registry import config_key
 
-from .test_every_head import (
-    CASES,
-    LAYERS,
-    ONE_CELL,
-    STUDENT,
-    TEACHER,
-    NoSinglePrecision,
-    check_losses,
-    lack_of,
-    make_cfg,
-    one_cell,
-    pair,
-    total,
-)
-
-# These have no loss in the run.
-ENDED = {
-    "HintHead": {"fpn": {"STAGES": 2}, "bottom_up": {"STAGES": 2, "IN_FEATURES": ["res4"]}},
-    "ActivationBoundaryHead": {
-        "default": {},
-        "classifier": {"IN_FEATURES": ["res2", "res3", "res4"], "SCALE": "code"},
-    },
-}
-ENDED_CASES = [(name, variant, options) for name, row in ENDED.items() for variant, options in row.items()]
-
-
-def make(name, options, seed=0):
-    torch.manual_seed(seed)
-    return build_kd_heads(make_cfg(name, options), STUDENT, TEACHER)[name].train()
-
-
-STAGE_CASES = [case for case in CASES if getattr(make(case[0], case[2]), "pretrained", ())] + ENDED_CASES
-
-
-def each(cases):
-    return pytest.mark.parametrize(
-        ("name", "options"), [(n, o) for n, _, o in cases], ids=[f"{n}-{v}" for n, v, _ in cases]
-    )
+from .cases import ENDED_CASES, STAGE_CASES, STUDENT, TEACHER, each, make_cfg
+from .cases import make_head as make
+from .test_every_head import LAYERS, ONE_CELL, NoSinglePrecision, check_losses, lack_of, one_cell, pair, total
 
 
 def trained_by_stage(head):

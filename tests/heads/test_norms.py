@@ -2,36 +2,24 @@
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.utils import comm
 from torch import nn
 
-from kd_det import InputError, add_kd_config, build_kd_heads
+from kd_det import InputError, build_kd_heads
 from kd_det.heads.norms import BatchNorm2d, GroupNorm, SyncBatchNorm, build_norm
 from kd_det.registry import config_key
 
+from .cases import NAMES, NORMALISED, make_cfg, own_options
 from .signals import make_spec
 
 LAYERS = {"BN": BatchNorm2d, "SyncBN": SyncBatchNorm, "GN": GroupNorm}
 STOCK = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm, "GN": nn.GroupNorm}
-HEADS = {
-    "ReviewKDHead": {"MID_CHANNELS": 32},
-    "HintHead": {"REGRESSOR": "rectified"},
-    "FactorTransferHead": {"FACTOR_RATE": 1.0},
-    "InheritExploreHead": {"FACTOR_RATE": 1.0},
-    "OverhaulHead": {},
-    "ActivationBoundaryHead": {},
-    "SoftmaxRegressionHead": {},
-}
-each_head = pytest.mark.parametrize("name", HEADS)
+each_head = pytest.mark.parametrize("name", [name for name in NAMES if "NORM" in own_options(name)])
 
 
 def make(name, norm, *, student=64, teacher=32, device="cpu"):
-    cfg = get_cfg()
-    add_kd_config(cfg)
-    cfg.KD.HEADS, cfg.MODEL.DEVICE = [name], device
-    for key, value in (HEADS[name] | {"NORM": norm}).items():
-        cfg.KD[config_key(name)][key] = value
+    cfg = make_cfg(name, NORMALISED.get(name, {}) | {"NORM": norm})
+    cfg.MODEL.DEVICE = device
     return build_kd_heads(cfg, make_spec(student), make_spec(teacher))[name]
 
 
@@ -39,6 +27,7 @@ def make(name, norm, *, student=64, teacher=32, device="cpu"):
 @pytest.mark.parametrize("norm", LAYERS)
 def test_the_layers_are_those_asked_for(name, norm):
     layers = [x for x in make(name, norm).modules() if isinstance(x, tuple(STOCK.values()))]
+    assert layers, f"name the options with which {name} has such layers in NORMALISED of tests/heads/cases.py"
     assert {type(layer) for layer in layers} == {LAYERS[norm]}
 
 
