@@ -17,6 +17,8 @@ A *signal* is one tensor that a network computed on one batch. The names are the
 ``roi_deltas``        box deltas, (R, 4 K), or (R, 4) if class-agnostic
 ``roi_deltas_weight`` weight (4 K or 4, D) of the layer that computes them, and ``roi_deltas_bias``
 ``mask_logits``       mask logits of the foreground boxes, (F, K or 1, m, m)
+``keypoint_logits``   logits of heatmaps of the P keypoints of boxes with a visible keypoint, (V, P, m, m)
+``sem_seg_logits``    class logits of a semantic segmentation, (N, K, H, W), usually at stride 4
 ``dense_logits``      class logits of a one-stage detector, (N, anchors, K)
 ``dense_deltas``      box deltas of a one-stage detector, (N, anchors, 4)
 ``dense_cls_hidden_`` and a level, such as ``dense_cls_hidden_p3``: input of the last convolution of the branch of
@@ -32,14 +34,16 @@ A *signal* is one tensor that a network computed on one batch. The names are the
 ===================== ========================================================================================
 
 ROI signals come with their boxes, row by row: ``roi_boxes`` (R, 5) as (image, x0, y0, x1, y1) in pixels of the
-network's input, and ``roi_classes`` (R,), K for background; likewise ``mask_boxes`` and ``mask_classes``. Those of a
-student in training also come with ``roi_gt_boxes`` (R, 4), the objects that the boxes are matched with, which mean
-nothing for background.
+network's input, and ``roi_classes`` (R,), K for background; likewise ``mask_boxes`` and ``mask_classes``, and
+``keypoint_boxes`` with ``keypoint_labels`` (V, P), the cell of the heatmap in which a keypoint lies, or -1 if it is not
+visible. The ``roi_`` signals of a student in training also come with ``roi_gt_boxes`` (R, 4), the objects that the
+boxes are matched with, which mean nothing for background.
 
 The ``dense_`` signals of a student in training come with ``dense_anchors`` (anchors, 4) as (x0, y0, x1, y1),
 ``dense_labels`` (N, anchors), K for background and -1 where the student's losses leave an anchor out, and
 ``dense_counts`` (levels,), the number of anchors of each level. The ``rpn_`` signals come with the same, where the
-label of an object is 1 and of background 0.
+label of an object is 1 and of background 0. ``sem_seg_logits`` come with ``sem_seg_labels``, which have the size of the
+network's input and are -1 for pixels that the student's losses ignore, such as padding.
 
 The signals of a student classifier come with its ``labels`` (N,).
 """
@@ -52,7 +56,7 @@ from torch import Tensor
 
 Signals = dict[str, Tensor]
 # Prefixes of the signals that are computed on the student's boxes.
-BOX_SIGNALS = ("roi_", "mask_")
+BOX_SIGNALS = ("roi_", "mask_", "keypoint_")
 
 
 class Source(NamedTuple):
@@ -60,7 +64,8 @@ class Source(NamedTuple):
 
     Attributes:
         logits: Name of the signal.
-        softmax: Whether a softmax over the classes follows; otherwise a sigmoid of each logit.
+        softmax: Whether each row is class logits and a softmax follows. Otherwise a sigmoid follows each logit, or the
+            signal is a map that has a softmax of its own.
         background: Number of the signal's channels that stand for background; None if its channels are not the classes
             of the model.
         model: Kind of model that makes the predictions.
@@ -78,6 +83,8 @@ SOURCES = {
     "mask": Source("mask_logits"),
     "dense": Source("dense_logits", background=0),
     "cls": Source("logits", softmax=True, background=0, model="image classifier"),
+    "keypoint": Source("keypoint_logits"),
+    "sem_seg": Source("sem_seg_logits", background=0, model="segmentation model"),
 }
 SOFTMAX_SOURCES = tuple(name for name, source in SOURCES.items() if source.softmax)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -66,6 +66,7 @@ TINY = {
     "TEST": {"DETECTIONS_PER_IMAGE": 5},
     "SEED": 7,
 }
+SEGMENTING = {"SEM_SEG_HEAD.NUM_CLASSES": 4, "SEM_SEG_HEAD.CONVS_DIM": 8, "SEM_SEG_HEAD.NORM": ""}
 # What makes another family of it.
 FAMILIES = {
     "mask_rcnn": {},
@@ -82,6 +83,15 @@ FAMILIES = {
     },
     "cascade": {"ROI_HEADS.NAME": "CascadeROIHeads", "ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True},
     "retinanet": {"META_ARCHITECTURE": "RetinaNet", "MASK_ON": False},
+    "keypoint": {
+        "MASK_ON": False,
+        "KEYPOINT_ON": True,
+        "ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 5,
+        "ROI_KEYPOINT_HEAD.CONV_DIMS": [8],
+        "ROI_KEYPOINT_HEAD.POOLER_RESOLUTION": 4,
+    },
+    "panoptic": {"META_ARCHITECTURE": "PanopticFPN"} | SEGMENTING,
+    "semantic": {"META_ARCHITECTURE": "SemanticSegmentor", "MASK_ON": False} | SEGMENTING,
 }
 # A teacher is wider than a student, so that no test passes by equal shapes.
 WIDE = {"MODEL.RESNETS.RES2_OUT_CHANNELS": 12, "MODEL.FPN.OUT_CHANNELS": 24, "MODEL.ROI_BOX_HEAD.FC_DIM": 40}
@@ -157,7 +167,11 @@ def rectangle(x0, y0, x1, y1):
 
 
 def tiny_inputs(sizes=((64, 96), (56, 80)), *, empty=(), seed: int = 0) -> list[dict]:
-    """A batch as the mapper gives it: images of noise, two objects each but for the images named by `empty`."""
+    """A batch as the mapper gives it: images of noise, two objects each but for the images named by `empty`.
+
+    An object has five keypoints on its diagonal, the last one not visible. Pixels of the left half are of class 3, or
+    of none at the top, and those of the right half are of class 1.
+    """
     rng = np.random.default_rng(seed)
     batch = []
     for index, (height, width) in enumerate(sizes):
@@ -167,7 +181,14 @@ def tiny_inputs(sizes=((64, 96), (56, 80)), *, empty=(), seed: int = 0) -> list[
         instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
         instances.gt_classes = torch.tensor([index % 3, 2][: len(boxes)], dtype=torch.int64)
         instances.gt_masks = PolygonMasks([rectangle(*box) for box in boxes])
-        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+        corners = instances.gt_boxes.tensor.reshape(-1, 1, 2, 2)
+        places = corners[..., 0, :].lerp(corners[..., 1, :], torch.arange(1, 6).reshape(5, 1) / 6)
+        visible = torch.tensor([2.0, 2.0, 1.0, 2.0, 0.0]).expand(len(boxes), 5)
+        instances.gt_keypoints = Keypoints(torch.cat([places, visible[..., None]], dim=2))
+        segments = torch.ones(height, width, dtype=torch.int64)
+        segments[:, : width // 2] = 3
+        segments[:8, : width // 2] = 255
+        batch.append({"image": image, "instances": instances, "sem_seg": segments, "height": height, "width": width})
     return batch
 
 

@@ -11,11 +11,12 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes, ImageList, pairwise_iou
-from helpers import FAMILIES, WIDE, build, distilled_cfg, save_teacher, step, tiny_cfg, tiny_inputs
+from helpers import FAMILIES, WIDE, attached, build, distilled_cfg, save_teacher, step, tiny_cfg, tiny_inputs
 from torch import nn
 
 from kd_det import InputError, Teacher, TeacherStudent
 from kd_det.heads import SoftTargetHead
+from kd_det.signals import SOURCES
 from kd_det.taps import BackboneTap, GeneralizedRCNNTap, RetinaNetTap, build_tap
 
 STAGE = ("", "_preact", "_norm_weight", "_norm_bias")
@@ -30,13 +31,17 @@ DENSE |= {
     for key in ("weight", "bias")
 }
 # These come with the signals of a student.
-COMPANIONS = {"roi_boxes", "roi_classes", "roi_gt_boxes", "mask_boxes", "mask_classes"}
+COMPANIONS = {"roi_boxes", "roi_classes", "roi_gt_boxes", "mask_boxes", "mask_classes", "sem_seg_labels"}
+COMPANIONS |= {"keypoint_boxes", "keypoint_labels"}
 COMPANIONS |= {f"{kind}_{what}" for kind in ("rpn", "dense") for what in ("anchors", "labels", "counts")}
 SIGNALS = {
     "mask_rcnn": MAPS | RPN | ROI | {"roi_box_preact", "mask_logits"},
     "c4": {*(f"res4{suffix}" for suffix in STAGE), "mask_logits"} | RPN | ROI,
     "cascade": MAPS | RPN | ROI | {"roi_box_preact", "mask_logits"},
     "retinanet": MAPS | {"dense_logits", "dense_deltas"} | DENSE,
+    "keypoint": MAPS | RPN | ROI | {"roi_box_preact", "keypoint_logits"},
+    "panoptic": MAPS | RPN | ROI | {"roi_box_preact", "mask_logits", "sem_seg_logits"},
+    "semantic": MAPS | {"sem_seg_logits"},
 }
 # With FrozenBN a model computes the same in training and in evaluation.
 SAME_IN_BOTH_MODES = {"MODEL.RESNETS.NORM": "FrozenBN"}
@@ -134,11 +139,12 @@ def test_a_teacher_with_the_students_weights_gives_the_students_signals(family, 
 @each_family
 def test_soft_targets_of_a_copy_are_zero(family, inputs):
     model = make(family)
-    sources = ["dense"] if family == "retinanet" else ["roi", "rpn", "mask"]
-    head = SoftTargetHead(sources=sources, box_regression=family != "retinanet")
+    sources = [source for source, signal in SOURCES.items() if signal.logits in SIGNALS[family]]
+    boxes = "roi" in sources
+    head = SoftTargetHead(sources=sources, box_regression=boxes)
     wrapped = TeacherStudent(student=model, teacher=Teacher(copy.deepcopy(model)), heads={"a": head}).train()
     losses = {key: loss for key, loss in step(wrapped, inputs).items() if key.startswith("loss_kd")}
-    assert len(losses) == len(sources) + (family != "retinanet")
+    assert len(losses) == len(sources) + boxes
     assert all(loss.item() == pytest.approx(0, abs=1e-6) for loss in losses.values())
 
 
@@ -205,6 +211,39 @@ def test_anchors_and_labels_are_those_that_the_losses_use(family, kind, inputs, 
     assert torch.equal(signals[f"{kind}_labels"], torch.stack(labels))
     assert signals[f"{kind}_labels"].shape == signals[f"{kind}_logits"].shape[:2]
     assert set(signals[f"{kind}_labels"].unique().tolist()) == ({-1, 0, 1} if kind == "rpn" else {-1, 0, 1, 2, 3})
+
+
+def test_keypoints_are_those_of_the_objects(inputs):
+    """The middle one of five on the diagonal of an object lies in the middle of a proposal that is the object."""
+    signals = record(make("keypoint"), inputs)
+    side = signals["keypoint_logits"].shape[-1]
+    assert signals["keypoint_labels"].shape == signals["keypoint_logits"].shape[:2]
+    assert (signals["keypoint_labels"][:, 4] == -1).all()
+    for image, x in enumerate(inputs):
+        for box in x["instances"].gt_boxes.tensor:
+            row = (signals["keypoint_boxes"] == torch.cat([torch.tensor([float(image)]), box])).all(dim=1)
+            assert signals["keypoint_labels"][row, 2].tolist() == [side // 2 * side + side // 2]
+
+
+def test_heatmaps_without_objects():
+    signals = record(make("keypoint"), tiny_inputs(empty=(0, 1)))
+    assert signals["keypoint_logits"].shape == (0, 5, 16, 16)
+    assert signals["keypoint_labels"].shape == (0, 5)
+    other = Teacher(make("keypoint", seed=1))(tiny_inputs(empty=(0, 1)), {"keypoint_logits"}, signals)
+    assert SoftTargetHead(sources=["keypoint"])(signals, other, None)["loss_kd_soft_target_keypoint"] == 0
+
+
+@pytest.mark.parametrize("family", ["panoptic", "semantic"])
+def test_segments_are_those_of_the_images(family, inputs):
+    """Images are padded to 64 x 96 pixels."""
+    signals = record(make(family), inputs)
+    assert signals["sem_seg_logits"].shape == (2, 4, 16, 24)
+    for labels, x in zip(signals["sem_seg_labels"], inputs, strict=True):
+        height, width = x["sem_seg"].shape
+        assert torch.equal(labels[8:height, :width], x["sem_seg"][8:])
+        assert (labels[:8, : width // 2] == -1).all()
+        assert (labels[height:] == -1).all()
+        assert (labels[:, width:] == -1).all()
 
 
 def test_the_layers_after_the_hidden_maps_give_the_predictions(inputs):
@@ -276,6 +315,24 @@ def test_the_teachers_head_of_a_dense_detector(inputs):
     assert len(ran) == 1
 
 
+@pytest.mark.parametrize(
+    ("family", "part", "signal"),
+    [
+        ("keypoint", "roi_heads.keypoint_head.score_lowres", "keypoint_logits"),
+        ("panoptic", "sem_seg_head.predictor", "sem_seg_logits"),
+        ("semantic", "sem_seg_head.predictor", "sem_seg_logits"),
+    ],
+)
+def test_the_teachers_maps(family, part, signal, inputs):
+    signals, other, ran = record(make(family), inputs), make(family, seed=1), []
+    other.get_submodule(part).register_forward_hook(lambda *_: ran.append(1))
+    Teacher(other)(inputs, {"p3"}, signals)
+    assert not ran
+    Teacher(other)(inputs, {signal}, signals)
+    assert len(ran) == 1
+    assert set(attached(other)) == {part}
+
+
 def test_images_without_objects():
     signals = record(make("mask_rcnn"), tiny_inputs(empty=(0, 1)))
     assert (signals["roi_classes"] == 3).all()
@@ -301,6 +358,23 @@ def test_anchors_that_differ(tmp_path, options, source, told):
     ):
         build(distilled_cfg(named, ["SoftTargetHead"], {"KD.SOFT_TARGET.SOURCES": [source]}))
     build(distilled_cfg(named, ["SoftTargetHead"], {"KD.SOFT_TARGET.SOURCES": ["roi"]}))  # needs no anchors
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "signal"),
+    [
+        ("keypoint", "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION", 6, "keypoint_logits"),
+        ("semantic", "MODEL.SEM_SEG_HEAD.COMMON_STRIDE", 2, "sem_seg_logits"),
+        ("panoptic", "MODEL.SEM_SEG_HEAD.COMMON_STRIDE", 2, "sem_seg_logits"),
+    ],
+)
+def test_maps_of_other_sizes(family, key, value, signal):
+    taps = [build_tap(make(family)), build_tap(make(family, {key: value}))]
+    taps[0].check_alignment(taps[1], {"p2"})
+    with pytest.raises(
+        InputError, match=rf"^{key}: must be equal in student and teacher, since .*; got 4 and {value}\.$"
+    ):
+        taps[0].check_alignment(taps[1], {signal})
 
 
 def test_anchors_of_dense_detectors_that_differ(tmp_path):
@@ -404,6 +478,7 @@ def test_a_subclass_has_the_tap_of_its_base():
     model.__class__ = type("Renamed", (type(model),), {})
     assert type(build_tap(model)) is GeneralizedRCNNTap
     assert type(build_tap(make("retinanet"))) is RetinaNetTap
+    assert isinstance(build_tap(make("panoptic")), GeneralizedRCNNTap)
 
 
 def test_a_model_without_backbone():

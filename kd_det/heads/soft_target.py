@@ -13,6 +13,7 @@ from kd_det.errors import InputError, check_choice
 from kd_det.heads.anchors import positive_count
 from kd_det.heads.build import check_class_counts
 from kd_det.heads.divided_targets import DividedTargets, check_divergence
+from kd_det.heads.map_targets import SEM_SEG, heatmap_loss, segmentation_loss
 from kd_det.heads.targets import ClassTargets, check_class_targets
 from kd_det.losses import binary_soft_target_loss, focal_soft_target_loss, standardize_logits
 from kd_det.losses.numerics import cast_up
@@ -38,6 +39,9 @@ class SoftTargetHead(nn.Module):
       focal form of BCKD (Yang et al., ICCV 2023, https://arxiv.org/abs/2308.14286), a cross-entropy weighted by the
       difference of both probabilities, summed and divided by the number of positive anchors: those labelled as objects
       (``dense``), or those in which the teacher sees an object (``rpn``);
+    * ``keypoint``: T^2 KL of the softmax over the cells of a keypoint's heatmap, mean over the visible keypoints;
+    * ``sem_seg``: T^2 KL of the softmax over the classes of a pixel, mean over pixels, or of the softmax over the
+      pixels of a class, mean over images and classes; pixels with an ignored label, such as padding, are left out;
     * box regression, if enabled: smooth L1 between the deltas of the labelled class, mean over foreground boxes.
 
     ``cls`` and ``roi`` have more options: knowledge adjustment and dynamic temperatures, which on boxes apply to those
@@ -46,7 +50,7 @@ class SoftTargetHead(nn.Module):
     https://arxiv.org/abs/2403.01427), which teach the order and the relations of the logits, but not their size.
 
     Args:
-        sources: Any of "roi", "rpn", "mask", "dense", "cls".
+        sources: Any of "roi", "rpn", "mask", "dense", "cls", "keypoint", "sem_seg".
         temperature: T of the softmax over classes. Sigmoid outputs are compared at temperature 1.
         squared_temperature: Whether the divergence of the softmaxes is multiplied by T^2, as Hinton et al. advise, so
             that the size of its gradient does not change with T.
@@ -66,12 +70,13 @@ class SoftTargetHead(nn.Module):
         other_weight: Weight of their second term.
         top_weight: Weight of the most probable classes among themselves ("gdkd").
         top_k: Number of these classes.
+        sem_seg: Softmax of "sem_seg": "pixel" or "channel".
     """
 
     config: ClassVar = {
         "WEIGHT": 1.0,
         # Any of roi (classes of the sampled boxes), rpn (objectness), mask (of foreground boxes), dense (RetinaNet),
-        # cls (image classifiers).
+        # cls (image classifiers), keypoint (heatmaps), sem_seg (semantic segmentation).
         "SOURCES": ["roi"],
         # Temperature of the softmax over classes; sigmoid outputs are compared at temperature 1.
         "TEMPERATURE": 1.0,
@@ -116,6 +121,9 @@ class SoftTargetHead(nn.Module):
         "TOP_WEIGHT": 1.0,
         # Number of the most probable classes (gdkd).
         "TOP_K": 5,
+        # Softmax that is compared for sem_seg: "pixel", over the classes of each pixel; "channel", over the pixels of
+        # each class (Shu et al., 2020).
+        "SEM_SEG": "pixel",
     }
 
     @configurable
@@ -140,6 +148,7 @@ class SoftTargetHead(nn.Module):
         other_weight: float = config["OTHER_WEIGHT"],
         top_weight: float = config["TOP_WEIGHT"],
         top_k: int = config["TOP_K"],
+        sem_seg: str = config["SEM_SEG"],
     ):
         super().__init__()
         self.sources = tuple(sources)
@@ -166,6 +175,10 @@ class SoftTargetHead(nn.Module):
             )
         self.anchors = anchors
         self.standardize = standardize
+        self.temperature = temperature
+        # The losses of maps contain the factor T^2.
+        self.map_weight = 1.0 if squared_temperature else temperature**-2
+        self.sem_seg = sem_seg
         self.rois = rois
         self.background_weight = background_weight
         self.box_regression = box_regression
@@ -186,6 +199,7 @@ class SoftTargetHead(nn.Module):
             raise InputError(
                 f"KD.SOFT_TARGET.BACKGROUND_WEIGHT: must be finite and 0 or more, got {node.BACKGROUND_WEIGHT}."
             )
+        check_choice("KD.SOFT_TARGET.SEM_SEG", node.SEM_SEG, SEM_SEG)
         for source in node.SOURCES:
             check_class_counts("KD.SOFT_TARGET.SOURCES", SOURCES[source].logits, student_spec, teacher_spec)
         if node.BOX_REGRESSION:
@@ -199,6 +213,7 @@ class SoftTargetHead(nn.Module):
             "rois": node.ROIS,
             "background_weight": node.BACKGROUND_WEIGHT,
             "box_regression": node.BOX_REGRESSION,
+            "sem_seg": node.SEM_SEG,
             **check_class_targets(node, softmaxes),
             "anchors": node.ANCHORS,
             **check_divergence(node, {name: student_spec[SOURCES[name].logits].channels for name in node.SOURCES}),
@@ -211,6 +226,8 @@ class SoftTargetHead(nn.Module):
             "mask": self._mask,
             "dense": self._dense,
             "cls": self._images,
+            "keypoint": self._heatmaps,
+            "sem_seg": self._segmentation,
         }
         losses = {
             f"loss_kd_soft_target_{source}": compare[source](student, teacher, SOURCES[source].logits)
@@ -265,6 +282,16 @@ class SoftTargetHead(nn.Module):
         classes = student["mask_classes"]
         return binary_soft_target_loss(
             select_class(student[name], classes, per_class=1), select_class(teacher[name], classes, per_class=1)
+        )
+
+    def _heatmaps(self, student: Signals, teacher: Signals, name: str) -> Tensor:
+        labels = student["keypoint_labels"]
+        return self.map_weight * heatmap_loss(student[name], teacher[name], labels, temperature=self.temperature)
+
+    def _segmentation(self, student: Signals, teacher: Signals, name: str) -> Tensor:
+        labels = student["sem_seg_labels"]
+        return self.map_weight * segmentation_loss(
+            student[name], teacher[name], labels, kind=self.sem_seg, temperature=self.temperature
         )
 
     def _box(self, student: Signals, teacher: Signals) -> Tensor:

@@ -7,12 +7,15 @@ from kd_det.taps.classifier import ImageClassifierTap
 from kd_det.taps.dense import RetinaNetTap
 from kd_det.taps.preprocessing import preprocess_alike, shared_images
 from kd_det.taps.rcnn import GeneralizedRCNNTap
+from kd_det.taps.segmentation import PanopticFPNTap, SemanticSegmentorTap
 
 __all__ = [
     "BackboneTap",
     "GeneralizedRCNNTap",
     "ImageClassifierTap",
+    "PanopticFPNTap",
     "RetinaNetTap",
+    "SemanticSegmentorTap",
     "build_tap",
     "count_classes",
     "describe_model",

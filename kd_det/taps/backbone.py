@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import ResNet, build_backbone
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
+from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
@@ -184,9 +185,13 @@ class BackboneTap:
             names: The signals to compute.
             student: The student's signals; ROI signals are computed on its boxes.
         """
-        images = self.model.preprocess_image(batched_inputs)
+        images = self.preprocess(batched_inputs)
         if not self.run_bottom_up(images.tensor, names):
             self.run(self.model.backbone(images.tensor), names, student)
+
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalises and pads the images of a batch as the model's own forward does."""
+        return self.model.preprocess_image(batched_inputs)
 
     def run_bottom_up(self, images: Tensor, names: set[str]) -> bool:
         """Runs only the bottom-up network if all named signals come from it, and returns whether they do."""

@@ -1,6 +1,6 @@
 """Implements the tap of Faster and Mask R-CNN, with FPN or C4, and of Cascade R-CNN."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -9,6 +9,7 @@ from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads, StandardROIHeads
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
+from detectron2.modeling.roi_heads.keypoint_head import BaseKeypointRCNNHead
 from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from detectron2.structures import Boxes, ImageList
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from kd_det.taps.backbone import BackboneTap, hook, wrap
 
 @TAP_REGISTRY.register()
 class GeneralizedRCNNTap(BackboneTap):
-    """Taps the backbone, the RPN, the box head and the mask head of a ``GeneralizedRCNN``.
+    """Taps the backbone, the RPN, and the heads of boxes, masks and keypoints of a ``GeneralizedRCNN``.
 
     ROI heads must be ``StandardROIHeads``, ``Res5ROIHeads``, ``CascadeROIHeads`` (last stage) or a subclass; with other
     ROI heads only the backbone and the RPN are tapped. The sampled boxes and their classes are read where the predictor
@@ -59,6 +60,8 @@ class GeneralizedRCNNTap(BackboneTap):
             spec["roi_box_preact"] = ShapeSpec(channels=self._last_fc.out_features)
         if self._has_masks:
             spec["mask_logits"] = ShapeSpec(channels=heads.mask_head.predictor.out_channels)
+        if self._has_keypoints:
+            spec["keypoint_logits"] = ShapeSpec(channels=heads.keypoint_head.num_keypoints)
         return spec
 
     def check_alignment(self, teacher: BackboneTap, names) -> None:
@@ -78,6 +81,9 @@ class GeneralizedRCNNTap(BackboneTap):
             )
         if "roi_deltas" in names:
             check_box_weights("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", self._predictor, teacher._predictor)
+        if "keypoint_logits" in names:
+            sizes = [tap.model.roi_heads.keypoint_pooler.output_size[0] for tap in (self, teacher)]
+            check_equal("MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION", "heatmaps", sizes)
 
     def class_layers(self) -> list[nn.Module]:
         heads = self.model.roi_heads
@@ -108,6 +114,11 @@ class GeneralizedRCNNTap(BackboneTap):
     def _has_masks(self) -> bool:
         head = getattr(self.model.roi_heads, "mask_head", None)
         return self._has_boxes and isinstance(head, BaseMaskRCNNHead) and hasattr(head, "predictor")
+
+    @property
+    def _has_keypoints(self) -> bool:
+        head = getattr(self.model.roi_heads, "keypoint_head", None)
+        return self._has_boxes and isinstance(head, BaseKeypointRCNNHead)
 
     @property
     def _predictor(self) -> nn.Module:
@@ -171,9 +182,20 @@ class GeneralizedRCNNTap(BackboneTap):
                 head,
                 lambda args, _: signals.update(mask_boxes=join_boxes(args[1]), mask_classes=join_classes(args[1])),
             )
+        if "keypoint_logits" in names:
+            head = self.model.roi_heads.keypoint_head
+            wrap(stack, head, "layers", lambda _, out: store(keypoint_logits=out))
+            hook(
+                stack,
+                head,
+                lambda args, _: signals.update(
+                    keypoint_boxes=join_boxes(args[1]),
+                    keypoint_labels=join_keypoints(args[1], signals["keypoint_logits"]),
+                ),
+            )
 
     def forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
-        images = self.model.preprocess_image(batched_inputs)
+        images = self.preprocess(batched_inputs)
         if self.run_bottom_up(images.tensor, names):
             return
         features = self.model.backbone(images.tensor)
@@ -194,6 +216,8 @@ class GeneralizedRCNNTap(BackboneTap):
         # Boxes come last: in a C4 model masks go through the same pooler, and roi_features must be those of the boxes.
         if "mask_logits" in names:
             self._run_masks(features, split_boxes(student["mask_boxes"], images))
+        if "keypoint_logits" in names:
+            self._run_keypoints(features, split_boxes(student["keypoint_boxes"], images))
         wanted = {name for name in names if name.startswith("roi_")}
         if wanted:
             boxes = split_boxes(student["roi_boxes"], images)
@@ -219,6 +243,11 @@ class GeneralizedRCNNTap(BackboneTap):
         else:
             mask_features = heads.mask_pooler([features[f] for f in heads.mask_in_features], boxes)
         heads.mask_head.layers(mask_features)
+
+    def _run_keypoints(self, features: dict[str, Tensor], boxes: list[Boxes]) -> None:
+        heads = self.model.roi_heads
+        pooled = heads.keypoint_pooler([features[f] for f in heads.keypoint_in_features], boxes)
+        heads.keypoint_head.layers(pooled)
 
 
 def flatten_rpn(logits: list[Tensor], deltas: list[Tensor]) -> Signals:
@@ -268,11 +297,24 @@ def check_box_weights(key: str, student: nn.Module, teacher: nn.Module) -> None:
     Raises:
         InputError: If they are not.
     """
-    weights = [module.box2box_transform.weights for module in (student, teacher)]
-    if tuple(weights[0]) != tuple(weights[1]):
+    check_equal(key, "box deltas", [tuple(module.box2box_transform.weights) for module in (student, teacher)])
+
+
+def check_equal(key: str, what: str, values: Sequence[object]) -> None:
+    """Checks that a value of the student and that of the teacher are equal.
+
+    Args:
+        key: The config key of the value, for messages.
+        what: What is compared and depends on it, for messages.
+        values: The student's value and the teacher's.
+
+    Raises:
+        InputError: If they differ.
+    """
+    if values[0] != values[1]:
         raise InputError(
-            f"{key}: must be equal in student and teacher, since their box deltas are compared; got {weights[0]} and "
-            f"{weights[1]}."
+            f"{key}: must be equal in student and teacher, since their {what} are compared; got {values[0]} and "
+            f"{values[1]}."
         )
 
 
@@ -316,6 +358,24 @@ def join_targets(instances) -> Tensor:
     In an image without objects they are the proposals themselves, as in Detectron2's own losses.
     """
     return cat([(x.gt_boxes if x.has("gt_boxes") else x.proposal_boxes).tensor.detach() for x in instances])
+
+
+def join_keypoints(instances, logits: Tensor) -> Tensor:
+    """Concatenates the cells in which the labelled keypoints of all images' proposals lie, (F, P).
+
+    Args:
+        instances: The proposals of each image, with their ground truth.
+        logits: Logits of the heatmaps, (F, P, m, m).
+
+    Returns:
+        Indices of cells, row by row; -1 where the keypoint is not visible or lies outside the proposal.
+    """
+    cells = [logits.new_zeros(0, logits.shape[1], dtype=torch.int64)]
+    for x in instances:
+        if len(x):
+            indices, valid = x.gt_keypoints.to_heatmap(x.proposal_boxes.tensor, logits.shape[-1])
+            cells.append(indices.masked_fill(valid == 0, -1))
+    return torch.cat(cells)
 
 
 def split_boxes(boxes: Tensor, images: int) -> list[Boxes]:

@@ -94,6 +94,8 @@ VARIANTS = {
         "background": {"BACKGROUND_WEIGHT": 1.5},
         "boxes": {"SOURCES": [], "BOX_REGRESSION": True},
         "classifier": {"SOURCES": ["cls"], "TEMPERATURE": 4.0},
+        "maps": {"SOURCES": ["keypoint", "sem_seg"], "TEMPERATURE": 2.0},
+        "channels": {"SOURCES": ["sem_seg"], "SEM_SEG": "channel", "SQUARED_TEMPERATURE": False},
         "shift": {"ADJUST": "probability_shift", "TEMPERATURE": 2.0},
         "smoothing": {"ADJUST": "label_smoothing", "DYNAMIC_TEMPERATURE": "cwsm"},
         "uncertain": {"ADJUST": "label_smoothing", "CORRECT_PROB": 0.8, "DYNAMIC_TEMPERATURE": "flsw", "GAMMA": 1.0},

@@ -7,7 +7,7 @@ from detectron2.layers import ShapeSpec
 
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
 CLASSES = 3
-BOXES, FOREGROUND = 6, 3
+BOXES, FOREGROUND, KEYPOINTS = 6, 3, 2
 # Dense heads and RPNs have two anchors in each cell of these maps; the hidden maps of all networks are equally wide.
 ANCHOR_LEVELS, ANCHORS, HIDDEN = ("p4", "p5"), 2, 8
 
@@ -47,6 +47,8 @@ def make_spec(channels: int) -> dict[str, ShapeSpec]:
         **{name: ShapeSpec(channels=channels * 2**i) for i in range(2, 6) for name in norm_names(i)},
         "roi_deltas_weight": ShapeSpec(channels=channels),
         "roi_deltas_bias": ShapeSpec(channels=4 * CLASSES),
+        "keypoint_logits": ShapeSpec(channels=KEYPOINTS),
+        "sem_seg_logits": ShapeSpec(channels=CLASSES),
         **{f"dense_{x}_hidden_{level}": ShapeSpec(channels=HIDDEN) for x in ("cls", "box") for level in ANCHOR_LEVELS},
         **{f"{name}_weight": ShapeSpec(channels=HIDDEN) for name in DENSE_LAYERS},
         **{f"{name}_bias": ShapeSpec(channels=rows) for name, rows in DENSE_LAYERS.items()},
@@ -78,6 +80,8 @@ def make_signals(spec: dict[str, ShapeSpec], *, seed: int, size=(64, 128), dtype
         "mask_logits": (FOREGROUND, CLASSES, 8, 8),
         "dense_logits": (2, sum(counts), CLASSES),
         "dense_deltas": (2, sum(counts), 4),
+        "keypoint_logits": (FOREGROUND, KEYPOINTS, 8, 8),
+        "sem_seg_logits": (2, CLASSES, *cells["p2"]),
         **{f"dense_{x}_hidden_{level}": (2, HIDDEN, *cells[level]) for x in ("cls", "box") for level in ANCHOR_LEVELS},
         **{f"{name}_weight": (rows, HIDDEN, 3, 3) for name, rows in DENSE_LAYERS.items()},
         **{f"{name}_bias": (rows,) for name, rows in DENSE_LAYERS.items()},
@@ -97,7 +101,9 @@ def make_signals(spec: dict[str, ShapeSpec], *, seed: int, size=(64, 128), dtype
     signals["mask_classes"] = signals["roi_classes"][:FOREGROUND]
     signals["roi_boxes"] = torch.tensor([[2 * i // BOXES, 4.0, 4.0, 40.0, 40.0] for i in range(BOXES)])
     signals["roi_gt_boxes"] = signals["roi_boxes"][:, 1:] + 2.0
-    signals["mask_boxes"] = signals["roi_boxes"][:FOREGROUND]
+    signals["mask_boxes"] = signals["keypoint_boxes"] = signals["roi_boxes"][:FOREGROUND]
+    signals["keypoint_labels"] = torch.tensor([[5, -1], [63, 0], [-1, 7]])
+    signals["sem_seg_labels"] = torch.arange(2 * math.prod(size)).reshape(2, *size) // 50 % (CLASSES + 1) - 1
     for kind, classes in (("rpn", [-1, 0, 1]), ("dense", [CLASSES, -1, 0, CLASSES, 1, 2])):
         signals[f"{kind}_counts"] = torch.tensor(counts)
         signals[f"{kind}_anchors"] = torch.tensor([[4.0 * i, 4.0, 4.0 * i + 32, 40.0] for i in range(sum(counts))])

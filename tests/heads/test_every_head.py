@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from kd_det import Batch, InputError, build_kd_heads
 from kd_det.heads.build import freeze_pretrained, teacher_signals
 from kd_det.registry import config_key
+from kd_det.signals import BOX_SIGNALS
 
 from .cases import CASES, NAMES, STUDENT, TEACHER, VARIANTS, each, make_cfg, make_head, own_options
 from .signals import make_signals
@@ -104,7 +105,7 @@ def test_gradients(name, options, batch):
 def test_needs_no_more_than_its_signals(name, options, batch):
     """It takes what it has named, and the boxes and classes that come with it."""
     head, (student, teacher) = make(name, options), pair()
-    families = {signal.split("_")[0] for signal in head.signals}
+    families = {signal.split("_")[0] for signal in head.signals} | {"sem_seg"}
     kinds = ("boxes", "classes", "gt_boxes", "anchors", "labels", "counts")
     companions = {f"{family}_{kind}" for family in families for kind in kinds} | {"labels"}
     own = {key: x for key, x in student.items() if key in {*head.signals, *companions}}
@@ -183,7 +184,7 @@ def test_masking_of_padding_keeps_the_gradients(name, options, batch):
 def test_batch_without_boxes_and_objects(name, options, batch):
     head = make(name, options)
     sides = [
-        {key: x[:0] if key.startswith(("roi_", "mask_")) and key not in LAYERS else x for key, x in signals.items()}
+        {key: x[:0] if key.startswith(BOX_SIGNALS) and key not in LAYERS else x for key, x in signals.items()}
         for signals in pair()
     ]
     losses = head(*sides, batch)

@@ -228,6 +228,38 @@ def test_soft_targets_of_masks_by_hand(agnostic):
     assert loss.item() == pytest.approx(KL, abs=1e-6)
 
 
+def test_soft_targets_of_heatmaps_by_hand():
+    """Of three keypoints only the first is visible: its two likely cells have the odds 1:1 against 3:1."""
+    student, teacher = torch.full((1, 3, 2, 2), -50.0), torch.full((1, 3, 2, 2), -50.0)
+    student[0, :, 0], teacher[0, :, 0] = 0.0, torch.tensor([LOG3, 0.0])
+    teacher[0, 1:] += 7 * torch.eye(2)
+    own = {"keypoint_logits": student, "keypoint_labels": torch.tensor([[2, -1, -1]])}
+    loss = SoftTargetHead(sources=["keypoint"])(own, {"keypoint_logits": teacher}, NO_BATCH)
+    assert loss["loss_kd_soft_target_keypoint"].item() == pytest.approx(KL, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "squared", "logits", "expected"),
+    [
+        ("pixel", True, [[LOG3, LOG3], [0.0, 0.0]], 4 * KL),
+        ("pixel", False, [[LOG3, LOG3], [0.0, 0.0]], KL),
+        ("pixel", True, [[LOG3, 0.0], [LOG3, 0.0]], 0.0),
+        ("channel", True, [[LOG3, 0.0], [LOG3, 0.0]], 4 * KL),
+        ("channel", True, [[LOG3, LOG3], [0.0, 0.0]], 0.0),
+    ],
+)
+def test_soft_targets_of_segments_by_hand(kind, squared, logits, expected):
+    """Two classes, T = 2, three cells for 4 x 12 labels, those of the last cell ignored; the student is indifferent."""
+    teacher = torch.full((1, 2, 1, 3), 50.0)
+    teacher[0, :, 0, :2] = 2 * torch.tensor(logits)
+    labels = torch.zeros(1, 4, 12, dtype=torch.int64)
+    labels[:, :, 8:] = -1
+    head = SoftTargetHead(sources=["sem_seg"], temperature=2.0, squared_temperature=squared, sem_seg=kind)
+    own = {"sem_seg_logits": torch.zeros(1, 2, 1, 3), "sem_seg_labels": labels}
+    loss = head(own, {"sem_seg_logits": teacher}, NO_BATCH)["loss_kd_soft_target_sem_seg"]
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("agnostic", [False, True])
 def test_box_regression_by_hand(agnostic):
     """Two classes. Box 0 of class 1 is off by (0.5, 2, 0, 0): smooth L1 0.5^2 / 2 and 2 - 1/2. Box 1 is background."""
@@ -253,7 +285,8 @@ def test_box_regression_by_hand(agnostic):
         ("SoftTargetHead", "SOFT_TARGET.SOURCES", ["roi", "box"], r"got \['roi', 'box'\]; allowed are roi, rpn"),
         ("SoftTargetHead", "SOFT_TARGET.SOURCES", [], r"got \[\]; allowed are roi, rpn, mask, dense"),
         ("HintHead", "HINT.REGRESSOR", "conv", "'conv' is not one of linear, rectified"),
-        ("SoftTargetHead", "SOFT_TARGET.ROIS", "fg", "got 'fg'; allowed are all, foreground"),
+        ("SoftTargetHead", "SOFT_TARGET.ROIS", "fg", "'fg' is not one of all, foreground"),
+        ("SoftTargetHead", "SOFT_TARGET.SEM_SEG", "cwd", "SEM_SEG: 'cwd' is not one of pixel, channel"),
         ("SoftTargetHead", "SOFT_TARGET.TEMPERATURE", 0.0, "TEMPERATURE: must be above 0, got 0.0"),
         ("AttentionTransferHead", "ATTENTION_TRANSFER.POWER", 0, "POWER: must be at least 1, got 0"),
         (
@@ -280,6 +313,8 @@ def test_options_that_cannot_be(name, key, value, told):
         ({}, "roi_logits", r"roi_logits has 4 channels in the student and 7 in the teacher \(background included\)\."),
         ({"SOURCES": ["mask"]}, "mask_logits", "mask_logits has 3 channels in the student and 7"),
         ({"SOURCES": ["dense"]}, "dense_logits", "dense_logits has 3 channels in the student and 7"),
+        ({"SOURCES": ["sem_seg"]}, "sem_seg_logits", "sem_seg_logits has 3 channels in the student and 7"),
+        ({"SOURCES": ["keypoint"]}, "keypoint_logits", "keypoint_logits has 2 channels in the student and 7"),
         ({"BOX_REGRESSION": True}, "roi_deltas", "roi_deltas has 12 channels in the student and 7"),
     ],
 )
