@@ -11,9 +11,13 @@ from kd_det.heads.build import (
     freeze_pretrained,
 )
 from kd_det.heads.channel_wise import ChannelWiseHead
+from kd_det.heads.decoupled_feature import DecoupledFeatureHead
 from kd_det.heads.factor_transfer import FactorTransferHead
+from kd_det.heads.fine_grained import FineGrainedHead
+from kd_det.heads.focal_global import FocalGlobalHead
 from kd_det.heads.hint import HintHead
 from kd_det.heads.inherit_explore import InheritExploreHead
+from kd_det.heads.instance_graph import InstanceGraphHead
 from kd_det.heads.masked_generation import MaskedGenerationHead
 from kd_det.heads.overhaul import OverhaulHead
 from kd_det.heads.pearson import PearsonHead
@@ -27,9 +31,13 @@ __all__ = [
     "AttentionTransferHead",
     "BornAgainHead",
     "ChannelWiseHead",
+    "DecoupledFeatureHead",
     "FactorTransferHead",
+    "FineGrainedHead",
+    "FocalGlobalHead",
     "HintHead",
     "InheritExploreHead",
+    "InstanceGraphHead",
     "MaskedGenerationHead",
     "OverhaulHead",
     "PearsonHead",

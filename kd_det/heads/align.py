@@ -11,6 +11,7 @@ from kd_det.signals import Signals
 
 # Pixels of the images for which the weights of summed losses were published: a short side of 800, padded.
 PUBLISHED_PIXELS = 800 * 1344
+SCALES = ("map_invariant", "code")
 
 
 class Aligners(nn.ModuleDict):

@@ -1,14 +1,61 @@
-"""Marks the cells of feature maps that belong to objects, from the objects' boxes.
+"""Reads the boxes of a batch's objects, and marks the cells of feature maps that belong to them.
 
 Boxes are x0, y0, x1, y1 in pixels of the network's input. Images are padded at the right and bottom only, so a position
 divided by the stride is a position on the map. No function has a gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from detectron2.layers import ShapeSpec
 from torch import Tensor
 from torchvision.ops import box_iou
+
+from kd_det.errors import InputError
+from kd_det.losses.numerics import cast_up
+from kd_det.signals import Batch
+
+
+def check_detector(head: str, student_spec: Mapping[str, ShapeSpec]) -> None:
+    """Checks that the student is not an image classifier, whose images have no boxes.
+
+    Args:
+        head: Name of the head that needs them, for the message.
+
+    Raises:
+        InputError: If it is.
+    """
+    if "logits" in student_spec:
+        raise InputError(f"KD.HEADS: {head} needs the boxes of objects, which images of a classifier do not have.")
+
+
+def object_boxes(head: str, batch: Batch, like: Tensor) -> list[Tensor]:
+    """Returns the boxes of each image's objects, (n, 4), from the data loader.
+
+    Args:
+        head: Name of the head that needs them, for the message.
+        like: A feature map, on whose device the boxes will be, in its precision or float32.
+
+    Raises:
+        InputError: If an image comes without them; one without objects has an empty list.
+    """
+    for x in batch.inputs:
+        if "instances" not in x or not x["instances"].has("gt_boxes"):
+            name = x.get("file_name", "an image")
+            raise InputError(f"KD.HEADS: {head} needs the boxes of objects, but {name} comes without instances.")
+    boxes = [x["instances"].gt_boxes.tensor.to(cast_up(like).dtype) for x in batch.inputs]
+    # All of them go to the device in one copy.
+    return list(torch.cat(boxes).to(like.device, non_blocking=True).split([len(x) for x in boxes]))
+
+
+def finest_first(names: Sequence[str], spec: Mapping[str, ShapeSpec]) -> list[str]:
+    """Sorts the names of a pyramid's maps by their strides."""
+    return sorted(names, key=lambda name: spec[name].stride)
+
+
+def valid_region(mask: Tensor, valid: Tensor | None) -> Tensor:
+    """Leaves out the cells of a region that lie in the padding; None leaves out none."""
+    return mask if valid is None else mask & valid
 
 
 @torch.no_grad()

@@ -177,3 +177,17 @@ def check_class_counts(key: str, name: str, student_spec, teacher_spec) -> None:
             f"{key}: student and teacher must know the same classes, but {name} has {channels[0]} channels in the "
             f"student and {channels[1]} in the teacher{' (background included)' if name == 'roi_logits' else ''}."
         )
+
+
+def check_pooled_sizes(key: str, student_spec: Mapping[str, ShapeSpec], teacher_spec: Mapping[str, ShapeSpec]) -> None:
+    """Checks that both networks pool the features of a box to equally many cells.
+
+    Raises:
+        InputError: If they do not; the message names both sizes.
+    """
+    sizes = [(spec["roi_features"].height, spec["roi_features"].width) for spec in (student_spec, teacher_spec)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"{key}: roi_features have {sizes[0]} cells in the student but {sizes[1]} in the teacher "
+            "(MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION); the sizes must be equal."
+        )

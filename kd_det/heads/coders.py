@@ -10,7 +10,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from kd_det.errors import InputError, check_choice
-from kd_det.heads.build import check_signals
+from kd_det.heads.build import check_pooled_sizes, check_signals
 from kd_det.heads.norms import build_norm
 from kd_det.losses.numerics import cast_up, masked_mean
 from kd_det.signals import Batch, Signals
@@ -83,12 +83,8 @@ def check_factor_options(
     for name in node.IN_FEATURES:
         if name not in allowed:
             raise InputError(f"{key}.IN_FEATURES: {name!r} is not a feature map; allowed are {', '.join(allowed)}.")
-        sizes = [(spec[name].height, spec[name].width) for spec in (student_spec, teacher_spec)]
-        if name == BOXES and sizes[0] != sizes[1]:
-            raise InputError(
-                f"{key}.IN_FEATURES: roi_features have {sizes[0]} cells in the student but {sizes[1]} in the teacher "
-                "(MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION); the sizes must be equal."
-            )
+        if name == BOXES:
+            check_pooled_sizes(f"{key}.IN_FEATURES", student_spec, teacher_spec)
     check_choice(f"{key}.SCALE", node.SCALE, SCALES)
     check_choice(f"{key}.RECONSTRUCTION", node.RECONSTRUCTION, RECONSTRUCTIONS)
     if node.BOXES < 0:

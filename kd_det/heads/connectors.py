@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from fvcore.nn import weight_init
 from torch import Tensor
@@ -32,3 +34,15 @@ def build_connector(
     if msra:
         weight_init.c2_msra_fill(connector)
     return connector
+
+
+def build_faint_conv(channels: int, teacher_channels: int, *, rectified: bool = False) -> Conv2d:
+    """Builds the adapter of FGFI and DeFeat: a 3x3 convolution whose weights begin at 2e-4 at most.
+
+    Args:
+        rectified: Whether a ReLU follows it.
+    """
+    conv = Conv2d(channels, teacher_channels, kernel_size=3, padding=1, activation=F.relu if rectified else None)
+    with torch.no_grad():
+        conv.weight.normal_().fmod_(2).mul_(1e-4)
+    return conv

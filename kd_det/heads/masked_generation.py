@@ -10,14 +10,12 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from kd_det.errors import InputError, check_choice
-from kd_det.heads.align import Aligners, sum_scale
+from kd_det.heads.align import SCALES, Aligners, sum_scale
 from kd_det.heads.build import check_feature_maps
 from kd_det.losses import masked_generation_loss
 from kd_det.losses.numerics import cast_for_layers
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
-
-SCALES = ("map_invariant", "code")
 
 
 @KD_HEAD_REGISTRY.register()

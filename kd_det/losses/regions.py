@@ -69,7 +69,7 @@ def focal_loss(s: Tensor, t: Tensor, *, weight: Tensor, temperature: float = 0.5
 
 
 @in_float32
-def attention_loss(s: Tensor, t: Tensor, *, temperature: float = 0.5) -> Tensor:
+def attention_loss(s: Tensor, t: Tensor, *, temperature: float = 0.5, spatial_scale: float = 1.0) -> Tensor:
     """Sums the absolute differences between the attention of student and teacher.
 
     The attention part of FGD: Yang et al., 2021, https://arxiv.org/abs/2111.11837: both `feature_attention` masks, the
@@ -79,6 +79,7 @@ def attention_loss(s: Tensor, t: Tensor, *, temperature: float = 0.5) -> Tensor:
         s: (N, C, H, W) features of the student.
         t: features of the teacher, of the same shape; no gradient flows into them.
         temperature: T of the attention, above 0.
+        spatial_scale: factor of the spatial part, which grows with the map, unlike the channel part.
 
     Returns:
         Scalar; 0 without samples.
@@ -97,7 +98,7 @@ def attention_loss(s: Tensor, t: Tensor, *, temperature: float = 0.5) -> Tensor:
         strict=True,
     )
     spatial, channel = (sum_per_sample((of_s - of_t).abs()) for of_s, of_t in pairs)
-    return spatial + channel
+    return spatial_scale * spatial + channel
 
 
 @in_float32

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from torch import nn
 
 from kd_det import KD_HEAD_REGISTRY, build_kd_heads
@@ -47,6 +48,30 @@ VARIANTS = {
     "MaskedGenerationHead": {
         "fpn": {},
         "classifier": {"IN_FEATURES": ["res4"], "SCALE": "code", "MASK_RATIO": 0.65},
+    },
+    "FocalGlobalHead": {
+        "fpn": {},
+        "bottom_up": {"IN_FEATURES": ["res3", "res4"], "SCALE": "code"},
+        "weights": {
+            "FOREGROUND_WEIGHT": 1e-3,
+            "BACKGROUND_WEIGHT": 5e-4,
+            "ATTENTION_WEIGHT": 5e-4,
+            "RELATION_WEIGHT": 5e-6,
+        },
+    },
+    "FineGrainedHead": {
+        # All objects of the batch belong to the first map of a pyramid.
+        "pyramid": {"IN_FEATURES": ["p3"]},
+        "map": {"IN_FEATURES": ["res4"], "KIND": "map"},
+        "maps": {"IN_FEATURES": ["p5", "p4"], "KIND": "map"},
+    },
+    "DecoupledFeatureHead": {
+        "fpn": {},
+        "bottom_up": {"IN_FEATURES": ["res4", "res3"], "FOREGROUND_WEIGHT": 1.0, "BACKGROUND_WEIGHT": 2.0},
+    },
+    "InstanceGraphHead": {
+        "default": {},
+        "weights": {"FOREGROUND_WEIGHT": 1.0, "BACKGROUND_WEIGHT": 0.25, "EDGE_WEIGHT": 2.0},
     },
     "RelationHead": {
         "rkd": {},
@@ -136,6 +161,9 @@ NORMALISED = {
     "FactorTransferHead": {"FACTOR_RATE": 1.0},
     "InheritExploreHead": {"FACTOR_RATE": 1.0},
 }
+# Heads that need the boxes of objects, which image classifiers do not have.
+OF_DETECTORS = {"FocalGlobalHead", "FineGrainedHead", "DecoupledFeatureHead"}
+Specs = dict[str, ShapeSpec]
 Case = tuple[str, str, dict]  # A head's name, a variant's, and its options.
 
 
@@ -147,10 +175,17 @@ def make_cfg(name: str, options: dict) -> CfgNode:
     return cfg
 
 
+def build(name: str, options: dict, student: Specs = STUDENT, teacher: Specs = TEACHER) -> nn.Module:
+    """Builds a head for networks that are everything in one, unless it is for detectors alone."""
+    hidden = {"logits"} if name in OF_DETECTORS else set()
+    specs = [{key: shape for key, shape in spec.items() if key not in hidden} for spec in (student, teacher)]
+    return build_kd_heads(make_cfg(name, options), *specs)[name]
+
+
 def make_head(name: str, options: dict, seed: int = 0) -> nn.Module:
     """Builds a head as the stage before a run has it."""
     torch.manual_seed(seed)
-    return build_kd_heads(make_cfg(name, options), STUDENT, TEACHER)[name].train()
+    return build(name, options).train()
 
 
 def each(cases: list[Case]) -> pytest.MarkDecorator:

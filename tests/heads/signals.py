@@ -4,6 +4,7 @@ import math
 
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.structures import Boxes, Instances
 
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
 CLASSES = 3
@@ -61,7 +62,7 @@ def norm_names(stage: int) -> list[str]:
 
 
 def make_signals(spec: dict[str, ShapeSpec], *, seed: int, size=(64, 128), dtype=torch.float32) -> dict:
-    """Noise of the shapes that two images of a size give; half of the boxes are labelled background."""
+    """Noise of the shapes that two images of a size give; each has boxes of objects and of the background."""
     generator = torch.Generator().manual_seed(seed)
     cells = {name: (-(-size[0] // stride), -(-size[1] // stride)) for name, stride in STRIDES.items()}
     counts = [ANCHORS * math.prod(cells[level]) for level in ANCHOR_LEVELS]
@@ -96,12 +97,13 @@ def make_signals(spec: dict[str, ShapeSpec], *, seed: int, size=(64, 128), dtype
         if shape.stride:
             shapes[name] = (2, shape.channels, -(-size[0] // shape.stride), -(-size[1] // shape.stride))
     signals = {name: torch.randn(shapes[name], generator=generator).to(dtype) for name in spec}
-    signals["roi_classes"] = torch.tensor([0, 1, 2, CLASSES, CLASSES, CLASSES])
+    signals["roi_classes"] = torch.tensor([0, 1, CLASSES, 2, CLASSES, CLASSES])
     signals["labels"] = torch.tensor([0, CLASSES - 1])
-    signals["mask_classes"] = signals["roi_classes"][:FOREGROUND]
+    foreground = signals["roi_classes"] < CLASSES
+    signals["mask_classes"] = signals["roi_classes"][foreground]
     signals["roi_boxes"] = torch.tensor([[2 * i // BOXES, 4.0, 4.0, 40.0, 40.0] for i in range(BOXES)])
     signals["roi_gt_boxes"] = signals["roi_boxes"][:, 1:] + 2.0
-    signals["mask_boxes"] = signals["keypoint_boxes"] = signals["roi_boxes"][:FOREGROUND]
+    signals["mask_boxes"] = signals["keypoint_boxes"] = signals["roi_boxes"][foreground]
     signals["keypoint_labels"] = torch.tensor([[5, -1], [63, 0], [-1, 7]])
     signals["sem_seg_labels"] = torch.arange(2 * math.prod(size)).reshape(2, *size) // 50 % (CLASSES + 1) - 1
     for kind, classes in (("rpn", [-1, 0, 1]), ("dense", [CLASSES, -1, 0, CLASSES, 1, 2])):
@@ -109,3 +111,9 @@ def make_signals(spec: dict[str, ShapeSpec], *, seed: int, size=(64, 128), dtype
         signals[f"{kind}_anchors"] = torch.tensor([[4.0 * i, 4.0, 4.0 * i + 32, 40.0] for i in range(sum(counts))])
         signals[f"{kind}_labels"] = torch.tensor(classes).repeat(sum(counts))[: 2 * sum(counts)].reshape(2, -1)
     return signals
+
+
+def make_input(height: int, width: int, *boxes) -> dict:
+    """An image with objects, as the data loader gives it; boxes are x0, y0, x1, y1."""
+    objects = Instances((height, width), gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).view(-1, 4)))
+    return {"image": torch.zeros(3, height, width), "instances": objects}
