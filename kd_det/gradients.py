@@ -56,7 +56,8 @@ class GradientShares:
         """
         storage = get_event_storage()
         self.last[suffix] = storage.iter
-        shares = {f"{name}{suffix}": share for name, share in gradient_shares(student.backbone, groups).items()}
+        measured = gradient_shares(student.get_submodule("backbone"), groups)
+        shares = {f"{name}{suffix}": share for name, share in measured.items()}
         storage.put_scalars(smoothing_hint=False, **{f"kd/gradient/{name}": share for name, share in shares.items()})
         message = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
         logger.info("Shares of the gradient in the backbone at iteration %d: %s", storage.iter, message)
@@ -83,7 +84,7 @@ def gradient_norm(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> flo
     losses = [loss.float() for loss in losses if loss.requires_grad]
     if not losses:
         return 0.0
-    gradients = torch.autograd.grad(SCALE * sum(losses), parameters, retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(SCALE * torch.stack(losses).sum(), parameters, retain_graph=True, allow_unused=True)
     return float(nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]))
 
 
@@ -96,6 +97,7 @@ def build_gradient_shares(cfg: CfgNode, *students: nn.Module) -> GradientShares:
     period = cfg.KD.GRADIENT_SHARES
     if period < 0:
         raise InputError(f"KD.GRADIENT_SHARES: must be 0 (never) or a number of iterations, got {period}.")
-    if period and not all(any(p.requires_grad for p in student.backbone.parameters()) for student in students):
+    backbones = [student.get_submodule("backbone") for student in students] if period else []
+    if not all(any(p.requires_grad for p in backbone.parameters()) for backbone in backbones):
         raise InputError(f"KD.GRADIENT_SHARES: got {period}, but a student's backbone is frozen; 0 is allowed.")
     return GradientShares(period)

@@ -35,14 +35,15 @@ class WeightSchedule:
     decay: str = "constant"
 
     def __call__(self, iteration: int) -> float:
-        if iteration < self.start or (self.stop is not None and iteration >= self.stop):
+        stop = math.inf if self.stop is None else self.stop
+        if not self.start <= iteration < stop:
             return 0.0
         since = iteration - self.start
         if since < self.warmup:
             return self.weight * (since + 1) / (self.warmup + 1)
         if self.decay == "constant":
             return self.weight
-        progress = (since - self.warmup) / (self.stop - self.start - self.warmup)
+        progress = (since - self.warmup) / (stop - self.start - self.warmup)
         share = 1.0 - progress if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
         return self.weight * share
 

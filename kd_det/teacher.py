@@ -76,7 +76,7 @@ class Teacher:
             model.to(memory_format=torch.channels_last)
         if compiled:
             # Only the method is compiled: the hooks on the module, which the tap sets at each step, stay outside.
-            network = getattr(model.backbone, "bottom_up", model.backbone)
+            network = self.tap.bottom_up
             network.forward = torch.compile(network.forward, dynamic=True)
 
     @property
@@ -169,7 +169,7 @@ class Teacher:
 
     def _by_student_input(self, gradient: Tensor) -> Tensor:
         """Converts a gradient, by the chain rule, to the student's normalisation of the image (N, C, H, W)."""
-        std = self.model.pixel_std
+        std = self.model.get_buffer("pixel_std")
         if self.flip_channels:
             gradient, std = gradient.flip(1), std.flip(0)
         if self.student_std is None:

@@ -1,7 +1,7 @@
 """Implements activation boundaries: in a stage before the run, the student learns where the teacher's neurons fire."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
@@ -42,7 +42,7 @@ class ActivationBoundaryHead(nn.Module):
         scale: "map_invariant" or "code".
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         # Weighs the loss of the pre-training stage; SCHEDULE is not used.
         "WEIGHT": 0.003,
         # Stages of the backbone, from the finest to the coarsest.

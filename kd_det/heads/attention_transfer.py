@@ -1,7 +1,7 @@
 """Implements attention transfer: the student learns to attend to the same places as the teacher."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from detectron2.config import configurable
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_feature_maps
 from kd_det.losses import attention_transfer_loss, input_gradient_loss
+from kd_det.losses.numerics import add_up
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -35,7 +36,7 @@ class AttentionTransferHead(nn.Module):
         reduction: "sum_hw", "mean" or "norm".
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 15.0,
         # "activation", or "gradient": compares input gradients, for classifiers only, and ignores the keys below.
         "KIND": "activation",
@@ -93,4 +94,4 @@ class AttentionTransferHead(nn.Module):
             )
             for name, stride in self.strides.items()
         ]
-        return {"loss_kd_attention_transfer": sum(losses)}
+        return {"loss_kd_attention_transfer": add_up(losses)}

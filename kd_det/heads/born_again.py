@@ -1,6 +1,6 @@
 """Implements born-again networks: a student learns from the class probabilities of a teacher of the same kind."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class BornAgainHead(nn.Module):
         labels: Whether the student's own ``loss_cls`` is kept.
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 1.0,
         # "ban": cross-entropy with the teacher's probabilities. "dkpp": the same, with all classes except its most
         # probable one permuted. "cwtm": cross-entropy with the labels, weighted by the teacher's confidence.

@@ -1,7 +1,7 @@
 """Implements CWD: each channel of the student's maps learns to be active where the teacher's is."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
@@ -11,6 +11,7 @@ from kd_det.errors import InputError
 from kd_det.heads.align import Aligners
 from kd_det.heads.build import check_feature_maps
 from kd_det.losses import channel_wise_loss
+from kd_det.losses.numerics import add_up
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -30,7 +31,7 @@ class ChannelWiseHead(nn.Module):
         temperature: T.
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 10.0,
         # Feature maps of the backbone.
         "IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
@@ -74,4 +75,4 @@ class ChannelWiseHead(nn.Module):
             )
             for name, stride in self.strides.items()
         ]
-        return {"loss_kd_channel_wise": sum(losses)}
+        return {"loss_kd_channel_wise": add_up(losses)}

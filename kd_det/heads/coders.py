@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_pooled_sizes, check_signals
 from kd_det.heads.norms import build_norm
-from kd_det.losses.numerics import cast_up, masked_mean
+from kd_det.losses.numerics import add_up, cast_up, masked_mean
 from kd_det.signals import Batch, Signals
 
 SCALES = ("map_invariant", "code")
@@ -49,10 +49,11 @@ def build_coder(
     Args:
         before: Number of input channels.
         after: Number of output channels.
-        norm: Normalisation between convolution and leaky ReLU; see :func:`kd_det.heads.norms.build_norm`.
+        norm: Normalisation between convolution and leaky ReLU; see :func:`kd_det.heads.norms.build_norm`; "" for
+            none.
         convolution: Builds a convolution from the arguments of ``nn.Conv2d``.
     """
-    layers = []
+    layers: list[nn.Module] = []
     for channels in pairwise([before, before, after, after]):
         layers.append(convolution(*channels, kernel_size=3, padding=1, bias=not norm))
         if norm:
@@ -134,7 +135,7 @@ def encode(encoder: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def reconstruction_loss(
-    auto_encoders: Mapping[str, AutoEncoder],
+    auto_encoders: nn.ModuleDict,
     features: Mapping[str, Feature],
     teacher: Signals,
     batch: Batch,
@@ -144,6 +145,7 @@ def reconstruction_loss(
     """Measures the reconstruction error of the teacher's features: the mean over elements, summed over features.
 
     Args:
+        auto_encoders: An :class:`AutoEncoder` for each feature.
         kind: "l1" (absolute differences) or "l2" (squared ones).
     """
     losses = []
@@ -152,7 +154,7 @@ def reconstruction_loss(
         x = zero_padding(cast_up(teacher[name].detach()), mask)
         rebuilt = cast_up(auto_encoders[name](x))
         losses.append(masked_mean((F.l1_loss if kind == "l1" else F.mse_loss)(rebuilt, x, reduction="none"), mask))
-    return sum(losses)
+    return add_up(losses)
 
 
 def rescale(loss: Tensor, factor: Tensor, mask: Tensor | None, *, kind: str, scale: str, p: float = 1) -> Tensor:

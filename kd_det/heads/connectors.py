@@ -24,12 +24,12 @@ def build_connector(
     Args:
         student_channels: Number of input channels.
         teacher_channels: Number of output channels.
-        norm: Normalisation after the convolution; see :func:`kd_det.heads.norms.build_norm`.
+        norm: Normalisation after the convolution; see :func:`kd_det.heads.norms.build_norm`; "" for none.
         activation: Function that is applied last.
         msra: Whether the convolution has no bias, and initial weights that keep the variance through a ReLU (He et
             al., 2015); otherwise it is initialised as torch does.
     """
-    layer = build_norm(norm, teacher_channels)
+    layer = build_norm(norm, teacher_channels) if norm else None
     connector = Conv2d(student_channels, teacher_channels, 1, bias=not msra, norm=layer, activation=activation)
     if msra:
         weight_init.c2_msra_fill(connector)

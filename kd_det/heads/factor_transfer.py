@@ -1,7 +1,7 @@
 """Implements factor transfer: the student's translated features learn to resemble a paraphrase of the teacher's."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from detectron2.config import configurable
@@ -20,6 +20,7 @@ from kd_det.heads.coders import (
 )
 from kd_det.heads.norms import NORMS, check_norm
 from kd_det.losses import factor_transfer_loss
+from kd_det.losses.numerics import add_up
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -47,7 +48,7 @@ class FactorTransferHead(nn.Module):
         reconstruction: Loss of the paraphraser in the stage before the run: "l1" (published code) or "l2" (paper).
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 11.0,
         # Feature maps of the backbone, or roi_features, the features of the sampled boxes.
         "IN_FEATURES": ["roi_features"],
@@ -118,7 +119,7 @@ class FactorTransferHead(nn.Module):
         for name, feature in self.features.items():
             mask = valid_cells(batch, student[name], feature.stride)
             with torch.no_grad():
-                target = encode(self.paraphrasers[name].encoder, teacher[name], mask)
+                target = encode(self.paraphrasers.get_submodule(f"{name}.encoder"), teacher[name], mask)
             factor = encode(self.translators[name], student[name], mask)
             losses.append(rescale(factor_transfer_loss(factor, target), factor, mask, kind="ft", scale=self.scale))
-        return {"loss_kd_factor_transfer": sum(losses)}
+        return {"loss_kd_factor_transfer": add_up(losses)}

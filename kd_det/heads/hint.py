@@ -1,7 +1,7 @@
 """Implements hints: the student's features, through a regressor, learn to resemble the teacher's."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from detectron2.config import configurable
@@ -13,7 +13,7 @@ from kd_det.heads.build import check_feature_maps
 from kd_det.heads.connectors import build_connector
 from kd_det.heads.norms import check_norm
 from kd_det.losses import hint_loss
-from kd_det.losses.numerics import cast_for_layers
+from kd_det.losses.numerics import add_up, cast_for_layers
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -42,7 +42,7 @@ class HintHead(nn.Module):
         weight: Factor of the loss in the stage before the run.
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         # With STAGES 2 this weighs the loss of the pre-training stage, and SCHEDULE is not used.
         "WEIGHT": 1.0,
         # Feature maps of the backbone.
@@ -76,7 +76,7 @@ class HintHead(nn.Module):
         self.signals = () if stages == 2 else tuple(student_spec)
         self.pretrain_signals = self.pretrain_teacher_signals = tuple(student_spec) if stages == 2 else ()
         self.strides = {name: shape.stride for name, shape in student_spec.items()}
-        options = {"norm": norm, "activation": F.relu} if regressor == "rectified" else {}
+        options: dict[str, Any] = {"norm": norm, "activation": F.relu} if regressor == "rectified" else {}
         self.regressors = nn.ModuleDict(
             {
                 name: build_connector(shape.channels, teacher_spec[name].channels, **options)
@@ -116,4 +116,4 @@ class HintHead(nn.Module):
             )
             for name, stride in self.strides.items()
         ]
-        return sum(losses)
+        return add_up(losses)

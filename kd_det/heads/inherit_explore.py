@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,13 @@ from kd_det.heads.coders import (
 )
 from kd_det.heads.norms import check_norm
 from kd_det.losses import exploration_loss, inheritance_loss
-from kd_det.losses.numerics import cast_up, mean
+from kd_det.losses.numerics import add_up, cast_up, mean
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
 KINDS = ("ft", "at", "od")
 # Maps each distance to the options of the losses.
-DISTANCES = {"l1": {"p": 1}, "l2": {"p": 2}, "cosine": {"cosine": True}}
+DISTANCES: dict[str, dict[str, Any]] = {"l1": {"p": 1}, "l2": {"p": 2}, "cosine": {"cosine": True}}
 DIVISIONS = ("natural", "random")
 
 
@@ -82,7 +82,7 @@ class InheritExploreHead(nn.Module):
         reconstruction: Loss of the auto-encoder in the stage before the run: "l2" (paper) or "l1" (published code).
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 1.1,
         # "ft" (factors), "at" (attention maps, which need no stage) or "od" (rectified factors).
         "KIND": "ft",
@@ -143,15 +143,16 @@ class InheritExploreHead(nn.Module):
         self.pretrain_signals = ()
         self.pretrain_teacher_signals = self.signals
         self.auto_encoders = nn.ModuleDict()
-        self.encoders = nn.ModuleDict({part: nn.ModuleDict() for part in self.weights})
+        encoders = {part: nn.ModuleDict() for part in self.weights}
         generator = torch.Generator().manual_seed(seed)
         for name, (student, teacher, factor, _) in features.items():
             order = torch.randperm(student, generator=generator) if divide == "random" else None
             self.register_buffer(f"order_{name}", order)
             if kind != "at":
                 self.auto_encoders[name] = AutoEncoder(coder(teacher, factor, norm), coder(factor, teacher, norm))
-            for encoders in self.encoders.values():
-                encoders[name] = nn.Identity() if kind == "at" else coder(student // 2, factor, norm)
+            for halves in encoders.values():
+                halves[name] = nn.Identity() if kind == "at" else coder(student // 2, factor, norm)
+        self.encoders = nn.ModuleDict(encoders)
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
@@ -199,10 +200,10 @@ class InheritExploreHead(nn.Module):
 
     def compare(self, student: Signals, targets: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Computes the losses on all boxes, with the teacher's factors as :meth:`teacher_factors` returns them."""
-        losses = {}
+        losses: dict[str, Tensor] = {}
         for part, halves in self.halves(student, batch).items():
             distances = [self._distance(part, halves[name], targets[name], name, batch) for name in self.features]
-            losses[f"loss_kd_inherit_explore_{part}"] = self.weights[part] * sum(distances)
+            losses[f"loss_kd_inherit_explore_{part}"] = self.weights[part] * add_up(distances)
         return losses
 
     def halves(self, student: Signals, batch: Batch) -> dict[str, dict[str, Tensor]]:
@@ -212,14 +213,14 @@ class InheritExploreHead(nn.Module):
             Maps "inherit" and "explore" to the factor of that half of each feature, (N, m, H, W), by the feature's
             name; for the kind "at" to the half itself, (N, C / 2, H, W).
         """
-        factors = {part: {} for part in self.weights}
+        factors: dict[str, dict[str, Tensor]] = {part: {} for part in self.weights}
         for name, feature in self.features.items():
             x, order = student[name], self.get_buffer(f"order_{name}")
             mask = valid_cells(batch, x, feature.stride)
             halves = (x if order is None else x[:, order]).chunk(2, dim=1)
             for part, half in zip(("inherit", "explore"), halves, strict=True):
                 if part in factors:
-                    factors[part][name] = encode(self.encoders[part][name], half, mask)
+                    factors[part][name] = encode(self.encoders.get_submodule(f"{part}.{name}"), half, mask)
         return factors
 
     @torch.no_grad()
@@ -227,7 +228,7 @@ class InheritExploreHead(nn.Module):
         """Maps each feature's name to the teacher's factor, (N, m, H, W); for the kind "at" to the feature itself."""
         return {
             name: encode(
-                self.auto_encoders[name].encoder if self.pretrained else nn.Identity(),
+                self.auto_encoders.get_submodule(f"{name}.encoder") if self.pretrained else nn.Identity(),
                 teacher[name],
                 valid_cells(batch, teacher[name], feature.stride),
             )
@@ -260,7 +261,7 @@ def coder(before: int, after: int, norm: str = "BN") -> nn.Sequential:
     return nn.Sequential(nn.LeakyReLU(0.1), *build_coder(before, after, norm=norm, convolution=msra_convolution))
 
 
-def msra_convolution(*args: int, **kwargs: int) -> nn.Conv2d:
+def msra_convolution(*args: Any, **kwargs: Any) -> nn.Conv2d:
     """Builds a convolution whose initial weights preserve the variance through ReLUs (He et al., 2015)."""
     layer = nn.Conv2d(*args, **kwargs)
     weight_init.c2_msra_fill(layer)

@@ -1,7 +1,7 @@
 """Implements MGD: from a part of the student's map, two convolutions generate the teacher's whole map."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from detectron2.config import configurable
@@ -13,7 +13,7 @@ from kd_det.errors import InputError, check_choice
 from kd_det.heads.align import SCALES, Aligners, sum_scale
 from kd_det.heads.build import check_feature_maps
 from kd_det.losses import masked_generation_loss
-from kd_det.losses.numerics import cast_for_layers
+from kd_det.losses.numerics import add_up, cast_for_layers
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -39,7 +39,7 @@ class MaskedGenerationHead(nn.Module):
         scale: "map_invariant" or "code", see :func:`kd_det.heads.align.sum_scale`.
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 5e-7,
         # Feature maps of the backbone.
         "IN_FEATURES": ["p2", "p3", "p4", "p5"],
@@ -103,7 +103,7 @@ class MaskedGenerationHead(nn.Module):
             mask = batch.valid_mask(x, stride)
             loss = masked_generation_loss(generated, teacher[name], mask=mask)
             losses.append(loss * sum_scale(x, stride, scale=self.scale, mask=mask))
-        return {"loss_kd_masked_generation": sum(losses)}
+        return {"loss_kd_masked_generation": add_up(losses)}
 
 
 def build_generator(channels: int) -> nn.Sequential:

@@ -38,8 +38,8 @@ def check_norm(cfg: CfgNode, node: str, channels: Iterable[int], *, allowed: Seq
         raise InputError(f"{key}: SyncBN of several processes needs GPUs; on CPUs there are BN, GN and LN.")
 
 
-class RunningStatistics:
-    """Normalises a channel with fewer than two values as in evaluation; a mixin for batch norms.
+class RunningStatistics(nn.modules.batchnorm._BatchNorm):
+    """Normalises a channel with fewer than two values as in evaluation; a base of batch norms.
 
     In training, torch's layers raise ValueError for a batch with one value per channel, such as a map of one cell of
     one image.
@@ -71,11 +71,11 @@ class GroupNorm(nn.GroupNorm):
 LAYERS = {"BN": BatchNorm2d, "SyncBN": SyncBatchNorm, "GN": partial(GroupNorm, 32)}
 
 
-def build_norm(norm: str, channels: int) -> nn.Module | None:
+def build_norm(norm: str, channels: int) -> nn.Module:
     """Builds a normalisation that accepts any number of values, such as a map of one cell of one image, or no boxes.
 
     Args:
-        norm: One of :data:`NORMS`, or "" for no normalisation, which gives None.
+        norm: One of :data:`NORMS`.
         channels: Number of channels to normalise.
     """
     return get_norm(LAYERS.get(norm, norm), channels)

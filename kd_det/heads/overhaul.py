@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,7 @@ class OverhaulHead(nn.Module):
         scale: "map_invariant" or "code".
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 0.001,
         # Stages of the backbone, from the finest to the coarsest.
         "IN_FEATURES": ["res2", "res3", "res4", "res5"],
@@ -67,6 +67,8 @@ class OverhaulHead(nn.Module):
         # "map_invariant": equally strong at every map size, as on CIFAR. "code": the published sum over cells.
         "SCALE": "map_invariant",
     }
+
+    batches: Tensor
 
     @configurable
     def __init__(

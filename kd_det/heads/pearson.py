@@ -1,7 +1,7 @@
 """Implements PKD: the channels of the student's maps learn to correlate with the teacher's."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kd_det.heads.align import Aligners
 from kd_det.heads.build import check_feature_maps
 from kd_det.losses import pearson_loss
+from kd_det.losses.numerics import add_up
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -32,7 +33,7 @@ class PearsonHead(nn.Module):
         teacher_spec: Maps the same names to the shapes in the teacher.
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 6.0,
         # Feature maps of the backbone.
         "IN_FEATURES": ["p2", "p3", "p4", "p5"],
@@ -59,4 +60,4 @@ class PearsonHead(nn.Module):
             pearson_loss(self.align(student, name), teacher[name], mask=batch.valid_mask(student[name], stride))
             for name, stride in self.strides.items()
         ]
-        return {"loss_kd_pearson": sum(losses)}
+        return {"loss_kd_pearson": add_up(losses)}

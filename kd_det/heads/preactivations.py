@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_feature_maps, without_relu
-from kd_det.losses.numerics import cast_up
+from kd_det.losses.numerics import add_up, cast_up
 
 SCALES = ("map_invariant", "code")
 # Number of cells in the deepest map of a CIFAR network, for which the published code's factors were chosen.
@@ -84,7 +84,7 @@ def sum_over_stages(losses: Sequence[Tensor], deepest: Tensor, mask: Tensor | No
             deepest map, so that images of any size give the strength that the loss has on CIFAR, where the two are
             equal.
     """
-    total = sum(loss / 2 ** (len(losses) - 1 - i) for i, loss in enumerate(losses))
+    total = add_up(loss / 2 ** (len(losses) - 1 - i) for i, loss in enumerate(losses))
     if scale == "code":
         return total
     if mask is None:

@@ -1,6 +1,6 @@
 """Implements relational distillation: rows that are alike for the teacher shall be alike for the student."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from detectron2.config import configurable
@@ -40,7 +40,7 @@ class RelationHead(nn.Module):
         angle_weight: Factor of the angles of "rkd".
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 1.0,
         # Feature whose rows are compared: roi_box_features or roi_features of boxes, pooled or a map of a classifier.
         "IN_FEATURE": "roi_box_features",

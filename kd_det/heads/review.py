@@ -1,7 +1,7 @@
 """Implements ReviewKD: each student level, fused with the deeper ones, learns to resemble the teacher's level."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from detectron2.config import configurable
@@ -13,7 +13,7 @@ from kd_det.errors import InputError
 from kd_det.heads.build import check_feature_maps, check_signals, without_relu
 from kd_det.heads.norms import build_norm, check_norm
 from kd_det.losses import hierarchical_context_loss
-from kd_det.losses.numerics import cast_for_layers
+from kd_det.losses.numerics import add_up, cast_for_layers
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -45,7 +45,7 @@ class AttentionFusion(nn.Module):
             (N, mid, H, W).
         """
         x = self.reduce(x)
-        if self.attention is not None:
+        if self.attention is not None and deeper is not None:
             # This equals a 1x1 convolution of the concatenated maps, but each map is convolved at its own resolution.
             x_weight, deeper_weight = self.attention.weight.split([x.shape[1], deeper.shape[1]], dim=1)
             attention = F.conv2d(x, x_weight, self.attention.bias)
@@ -78,7 +78,7 @@ class ReviewKDHead(nn.Module):
         norm: "BN" (published code), "SyncBN", "GN" or "LN".
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 1.0,
         # Feature maps, from the finest level to the coarsest; in a classifier the last one may be "pooled".
         "IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
@@ -149,7 +149,7 @@ class ReviewKDHead(nn.Module):
             fused, residual = self.fusions[name](cast_for_layers(as_map(student[name])), residual)
             mask = batch.valid_mask(fused, self.strides[name]) if self.strides[name] else None
             losses.append(hierarchical_context_loss(fused, as_map(teacher[teacher_name]), mask=mask))
-        return {"loss_kd_review": sum(losses)}
+        return {"loss_kd_review": add_up(losses)}
 
 
 def as_map(x: Tensor) -> Tensor:

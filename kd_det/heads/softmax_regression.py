@@ -1,7 +1,7 @@
 """Implements softmax regression: the teacher's classifier gives the same logits for the features of both networks."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ class SoftmaxRegressionHead(nn.Module):
         logit_weight: Factor of the logits' loss.
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 1.0,
         # The student's feature: roi_box_features in an R-CNN; the last map, such as res5, in an image classifier.
         "IN_FEATURE": "roi_box_features",

@@ -6,6 +6,8 @@ Log-probabilities serve as logits: probabilities p that were derived from a teac
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -275,7 +277,7 @@ def permute_dark_knowledge(
     others += others >= t_probs.argmax(dim=1, keepdim=True)
     if permutations is None:
         # torch.compile cannot trace the argument `generator`, not even if it is None.
-        source = {} if generator is None else {"generator": generator}
+        source: dict[str, Any] = {} if generator is None else {"generator": generator}
         keys = torch.rand(n, k - 1, device=t_probs.device, dtype=torch.float64, **source)
         permutations = others.gather(1, keys.argsort(dim=1))
     else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -18,12 +19,12 @@ def in_float32(function: Callable[P, R]) -> Callable[P, R]:
     """Runs a function in float32 or wider: half precision is cast up, float64 stays, and autocast is off inside."""
 
     @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        args = [cast_up(value) for value in args]
-        kwargs = {key: cast_up(value) for key, value in kwargs.items()}
+    def wrapper(*args: Any, **kwargs: Any) -> R:
+        cast_args = [cast_up(value) for value in args]
+        cast_kwargs = {key: cast_up(value) for key, value in kwargs.items()}
         device = next((v.device.type for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), "cpu")
         with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
+            return function(*cast_args, **cast_kwargs)
 
     return wrapper
 
@@ -38,6 +39,11 @@ def cast_up(value: Any) -> Any:
 def cast_for_layers(x: Tensor) -> Tensor:
     """Casts up the input of float32 layers, except under autocast, where the layers cast by themselves."""
     return x if torch.is_autocast_enabled(x.device.type) else cast_up(x)
+
+
+def add_up(losses: Iterable[Tensor]) -> Tensor:
+    """Adds up one loss or more, from the first to the last."""
+    return functools.reduce(operator.add, losses)
 
 
 def mean(x: Tensor) -> Tensor:
