@@ -1,6 +1,7 @@
 """Compares class logits by other divergences than that of soft targets: DKD, NKD, GDKD and DIST."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,9 +63,7 @@ class DividedTargets:
         self.top_weight = top_weight
         self.top_k = top_k
 
-    def __call__(
-        self, s_logits: Tensor, t_logits: Tensor, labels: Tensor | None, rows: Tensor, weights: Tensor
-    ) -> Tensor:
+    def __call__(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         """Computes the weighted sum of the terms, each a mean over rows.
 
         Args:
@@ -78,7 +77,7 @@ class DividedTargets:
 
     def _dkd(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         others = not_labelled(s_logits, labels)
-        options = {"temperature": self.temperature, "weights": weights}
+        options: dict[str, Any] = {"temperature": self.temperature, "weights": weights}
         target = between_groups_loss(s_logits, t_logits, others.long(), **options)
         return self.scale * (
             self.target_weight * target + self.other_weight * within_group_loss(s_logits, t_logits, others, **options)
@@ -90,17 +89,17 @@ class DividedTargets:
         other = within_group_loss(s_logits, t_logits, others, temperature=self.temperature)
         return self.target_weight * target + self.scale * self.other_weight * other
 
-    def _gdkd(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor | None, weights: Tensor) -> Tensor:
+    def _gdkd(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         top = torch.zeros_like(t_logits, dtype=torch.bool)
         top.scatter_(1, t_logits.detach().topk(self.top_k, dim=1).indices, True)
-        options = {"temperature": self.temperature, "weights": weights}
+        options: dict[str, Any] = {"temperature": self.temperature, "weights": weights}
         return self.scale * (
             self.target_weight * between_groups_loss(s_logits, t_logits, top.long(), **options)
             + self.top_weight * within_group_loss(s_logits, t_logits, top, **options)
             + self.other_weight * within_group_loss(s_logits, t_logits, ~top, **options)
         )
 
-    def _dist(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor | None, weights: Tensor) -> Tensor:
+    def _dist(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         s_probs, t_probs = ((x / self.temperature).softmax(dim=1) for x in (s_logits, t_logits.detach()))
         return self.scale * self.temperature**2 * self._correlate(s_probs, t_probs)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ class SoftTargetHead(nn.Module):
         sem_seg: Softmax of "sem_seg": "pixel" or "channel".
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 1.0,
         # Any of roi (classes of the sampled boxes), rpn (objectness), mask (of foreground boxes), dense (RetinaNet),
         # cls (image classifiers), keypoint (heatmaps), sem_seg (semantic segmentation).
@@ -238,7 +238,7 @@ class SoftTargetHead(nn.Module):
         return losses
 
     def _images(self, student: Signals, teacher: Signals, name: str) -> Tensor:
-        s_logits, t_logits, labels = student[name], teacher[name], student.get("labels")
+        s_logits, t_logits, labels = student[name], teacher[name], student["labels"]
         weights = torch.ones(len(s_logits), dtype=cast_up(s_logits).dtype, device=s_logits.device)
         return self._compare(s_logits, t_logits, labels, rows=weights.bool(), weights=weights)
 
@@ -254,10 +254,10 @@ class SoftTargetHead(nn.Module):
         weights = weights.masked_fill(foreground, 1.0)
         return self._compare(s_logits, t_logits, classes, rows=foreground, weights=weights)
 
-    def _compare(self, s_logits: Tensor, t_logits: Tensor, *args: Tensor | None, **kwargs: Tensor) -> Tensor:
+    def _compare(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, *, rows: Tensor, weights: Tensor) -> Tensor:
         if self.standardize:
             s_logits, t_logits = standardize_logits(s_logits), standardize_logits(t_logits)
-        return self.compare_classes(s_logits, t_logits, *args, **kwargs)
+        return self.compare_classes(s_logits, t_logits, labels, rows, weights)
 
     def _rpn(self, student: Signals, teacher: Signals, name: str) -> Tensor:
         s_logits, t_logits = student[name], teacher[name]

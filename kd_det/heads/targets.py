@@ -61,9 +61,7 @@ class ClassTargets:
         self.beta = beta
         self.gamma = gamma
 
-    def __call__(
-        self, s_logits: Tensor, t_logits: Tensor, labels: Tensor | None, rows: Tensor, weights: Tensor
-    ) -> Tensor:
+    def __call__(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         """Computes the divergence of the student from the teacher, by default times T^2, mean over rows.
 
         Args:
