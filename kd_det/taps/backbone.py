@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
-from detectron2.modeling import ResNet, build_backbone
+from detectron2.modeling import Backbone, ResNet, build_backbone
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.signals import BOX_SIGNALS, Signals
+from kd_det.taps.preprocessing import ImageModel
 
 
 class BackboneTap:
@@ -74,21 +76,26 @@ class BackboneTap:
         return spec
 
     @property
-    def bottom_up(self) -> nn.Module:
+    def backbone(self) -> Backbone:
+        """Returns the model's backbone."""
+        return self.model.get_submodule("backbone")
+
+    @property
+    def bottom_up(self) -> Backbone:
         """Returns the network below the FPN, or the whole backbone if it has none."""
-        return getattr(self.model.backbone, "bottom_up", self.model.backbone)
+        return getattr(self.backbone, "bottom_up", self.backbone)
 
     def class_layers(self) -> list[nn.Module]:
         """Lists the modules whose weights mean nothing to a model of other classes.
 
         By default these are all modules outside the backbone that hold weights.
         """
-        return [x for x in self.model.children() if x is not self.model.backbone and x.state_dict()]
+        return [x for x in self.model.children() if x is not self.backbone and x.state_dict()]
 
     @property
-    def _backbones(self) -> list[nn.Module]:
+    def _backbones(self) -> list[Backbone]:
         """Lists the bottom-up network, if there is one, and the backbone."""
-        return list(dict.fromkeys([self.bottom_up, self.model.backbone]))
+        return list(dict.fromkeys([self.bottom_up, self.backbone]))
 
     @contextmanager
     def record(self, names: Collection[str]) -> Iterator[Signals]:
@@ -120,7 +127,7 @@ class BackboneTap:
     @property
     def features(self) -> list[str]:
         """Lists the names of the backbone's outputs."""
-        return list(self.model.backbone.output_shape())
+        return list(self.backbone.output_shape())
 
     def recompute(self, signals: Signals, names: Collection[str], student: Signals) -> Signals:
         """Computes signals of the parts after the backbone once more, on other boxes.
@@ -145,7 +152,7 @@ class BackboneTap:
             InputError: If they do not, for example because the anchors differ.
         """
         maps = [name for name in names if not name.startswith(BOX_SIGNALS)]
-        sizes = [tap.model.backbone.size_divisibility for tap in (self, teacher)]
+        sizes = [tap.backbone.size_divisibility for tap in (self, teacher)]
         if maps and sizes[0] != sizes[1]:
             raise InputError(
                 f"KD.HEADS: the student pads images to multiples of {sizes[0]} pixels, the teacher of {sizes[1]} "
@@ -170,10 +177,10 @@ class BackboneTap:
         for module in self._backbones:
             wanted = names.intersection(module.output_shape())
             if wanted:
-                hook(stack, module, lambda _, output, wanted=wanted: signals.update({k: output[k] for k in wanted}))
+                hook(stack, module, partial(store_outputs, signals, wanted))
             for name, source in preactivations(module).items():
                 if f"{name}_preact" in names:
-                    hook_preactivation(stack, source, lambda x, name=f"{name}_preact": signals.update({name: x}))
+                    hook_preactivation(stack, source, partial(signals.__setitem__, f"{name}_preact"))
                 vectors = {f"{name}_norm_{key}": x for key, x in norm_parameters(source).items()}
                 signals.update({key: x for key, x in vectors.items() if key in names})
 
@@ -187,11 +194,11 @@ class BackboneTap:
         """
         images = self.preprocess(batched_inputs)
         if not self.run_bottom_up(images.tensor, names):
-            self.run(self.model.backbone(images.tensor), names, student)
+            self.run(self.backbone(images.tensor), names, student)
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises and pads the images of a batch as the model's own forward does."""
-        return self.model.preprocess_image(batched_inputs)
+        return cast(ImageModel, self.model).preprocess_image(batched_inputs)
 
     def run_bottom_up(self, images: Tensor, names: set[str]) -> bool:
         """Runs only the bottom-up network if all named signals come from it, and returns whether they do."""
@@ -212,6 +219,11 @@ class BackboneTap:
         """
 
 
+def store_outputs(signals: Signals, names: set[str], _: tuple, outputs: dict[str, Tensor]) -> None:
+    """Adds a backbone's outputs of the given names to the signals, as a function for :func:`hook`."""
+    signals.update({name: outputs[name] for name in names})
+
+
 def preactivations(backbone: nn.Module) -> dict[str, nn.Module]:
     """Maps each stage to the module that feeds its final ReLU: a residual block, or a module whose output it is.
 
@@ -227,8 +239,9 @@ def preactivations(backbone: nn.Module) -> dict[str, nn.Module]:
 def norm_parameters(source: nn.Module) -> dict[str, Tensor]:
     """Returns weight and bias (C,) of the batch norm before the ReLU after a module of :func:`preactivations`."""
     norm = last_norm(source)
-    batch_norm = isinstance(norm, FrozenBatchNorm2d | nn.modules.batchnorm._BatchNorm)
-    return {"weight": norm.weight, "bias": norm.bias} if batch_norm else {}
+    if isinstance(norm, FrozenBatchNorm2d | nn.modules.batchnorm._BatchNorm):
+        return {"weight": norm.weight, "bias": norm.bias}
+    return {}
 
 
 def last_norm(source: nn.Module) -> nn.Module:
@@ -248,13 +261,13 @@ def is_folded(norm: nn.Module) -> bool:
     return not norm.running_mean.any() and torch.allclose(norm.running_var + norm.eps, torch.ones(()).to(norm.weight))
 
 
-def hook_preactivation(stack: ExitStack, source: nn.Module, function: Callable[[Tensor], None]) -> None:
+def hook_preactivation(stack: ExitStack, source: nn.Module, function: Callable[[Tensor], object]) -> None:
     """Calls `function(x)` with the input of the ReLU after a module of :func:`preactivations`, until `stack` closes."""
     if not isinstance(source, BasicBlock | BottleneckBlock):
         hook(stack, source, lambda _, output: function(output))
         return
     # The block adds the shortcut to the branch and rectifies the sum, both in place.
-    parts = {}
+    parts: dict[str, Tensor] = {}
     branch = source.conv3 if isinstance(source, BottleneckBlock) else source.conv2
     hook(stack, branch, lambda _, output: parts.update(branch=output.clone()))
     if source.shortcut is not None:
@@ -262,7 +275,7 @@ def hook_preactivation(stack: ExitStack, source: nn.Module, function: Callable[[
     hook(stack, source, lambda inputs, _: function(parts.pop("branch") + parts.pop("shortcut", inputs[0])))
 
 
-def hook(stack: ExitStack, module: nn.Module, function: Callable[[tuple, object], None]) -> None:
+def hook(stack: ExitStack, module: nn.Module, function: Callable[[tuple, Any], object]) -> None:
     """Calls `function(inputs, output)` after each forward of a module, until `stack` closes."""
 
     def call(_, inputs, output):
@@ -271,7 +284,7 @@ def hook(stack: ExitStack, module: nn.Module, function: Callable[[tuple, object]
     stack.callback(module.register_forward_hook(call).remove)
 
 
-def wrap(stack: ExitStack, owner: nn.Module, method: str, function: Callable[[tuple, object], None]) -> None:
+def wrap(stack: ExitStack, owner: nn.Module, method: str, function: Callable[[tuple, Any], object]) -> None:
     """Calls `function(args, result)` after each call of a bound method, until `stack` closes."""
     shadowed = vars(owner).get(method)
     original = getattr(owner, method)

@@ -1,17 +1,34 @@
 """Implements the tap of image classifiers."""
 
 from contextlib import ExitStack, nullcontext
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from kd_det.registry import TAP_REGISTRY
 from kd_det.signals import Signals
 from kd_det.taps.backbone import BackboneTap, hook, wrap
+
+
+class Classifier(Protocol):
+    """Describes what the tap uses of an ``ImageClassifier``."""
+
+    backbone: Backbone
+    linear: nn.Linear
+    pixel_mean: Tensor
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> Tensor: ...
+
+    def labels(self, batched_inputs: list[dict]) -> Tensor: ...
+
+    def classify(self, features: dict[str, Tensor]) -> Tensor: ...
+
+    def losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]: ...
 
 
 @TAP_REGISTRY.register()
@@ -30,22 +47,27 @@ class ImageClassifierTap(BackboneTap):
             "IN_FEATURE": max(*cls.feature_levels(cfg), *cfg.MODEL.RESNETS.OUT_FEATURES),
         }
 
+    @property
+    def classifier(self) -> Classifier:
+        """Returns the model."""
+        return cast(Classifier, self.model)
+
     def spec(self) -> dict[str, ShapeSpec]:
-        linear = self.model.linear
+        linear = self.classifier.linear
         return super().spec() | {
             "pooled": ShapeSpec(channels=linear.in_features, height=1, width=1),
             "logits": ShapeSpec(channels=linear.out_features),
             "logits_weight": ShapeSpec(channels=linear.in_features),
             "logits_bias": ShapeSpec(channels=linear.out_features),
-            "input_gradient": ShapeSpec(channels=len(self.model.pixel_mean)),
+            "input_gradient": ShapeSpec(channels=len(self.classifier.pixel_mean)),
         }
 
     def class_layers(self) -> list[nn.Module]:
-        return [self.model.linear]
+        return [self.classifier.linear]
 
     def attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
         super().attach(stack, signals, names - {"pooled"})
-        linear = self.model.linear
+        linear = self.classifier.linear
 
         def store(args: tuple, logits: Tensor) -> None:
             values = {"pooled": args[0], "logits": logits, "logits_weight": linear.weight, "logits_bias": linear.bias}
@@ -54,30 +76,31 @@ class ImageClassifierTap(BackboneTap):
         hook(stack, linear, store)
         wrap(stack, self.model, "losses", lambda args, _: signals.update(labels=args[1]))
         if "input_gradient" in names:
-            images = []
+            images: list[Tensor] = []
 
             def track(_, args: tuple) -> Tensor:
                 images.append(args[0].detach().requires_grad_())
                 return images[0]
 
-            stack.callback(self.model.backbone.register_forward_pre_hook(track).remove)
+            stack.callback(self.backbone.register_forward_pre_hook(track).remove)
             wrap(
                 stack,
                 self.model,
                 "losses",
                 lambda args, _: signals.update(
-                    input_gradient=input_gradient(*args, images[0], create_graph=self.model.training)
+                    input_gradient=input_gradient(args[0], args[1], images[0], create_graph=self.model.training)
                 ),
             )
 
     def forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
-        images = self.model.preprocess_image(batched_inputs)
+        model = self.classifier
+        images = model.preprocess_image(batched_inputs)
         with torch.enable_grad() if "input_gradient" in names else nullcontext():
-            features = self.model.backbone(images)
+            features = model.backbone(images)
             if names & {"pooled", "logits", "logits_weight", "logits_bias", "input_gradient"}:
-                logits = self.model.classify(features)
+                logits = model.classify(features)
             if "input_gradient" in names:
-                self.model.losses(logits, self.model.labels(batched_inputs))
+                model.losses(logits, model.labels(batched_inputs))
 
 
 def input_gradient(logits: Tensor, labels: Tensor, images: Tensor, *, create_graph: bool) -> Tensor:

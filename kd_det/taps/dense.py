@@ -6,7 +6,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 from torch import Tensor, nn
 
 from kd_det.registry import TAP_REGISTRY
@@ -23,6 +23,8 @@ class RetinaNetTap(BackboneTap):
     and a predictor. The branch's hidden maps are what enters its last convolution. They are signals, and so are the
     parameters of the two layers that follow, unless the branches have norms.
     """
+
+    model: RetinaNet
 
     @classmethod
     def feature_levels(cls, cfg: CfgNode) -> list[str]:
@@ -47,7 +49,7 @@ class RetinaNetTap(BackboneTap):
     def check_alignment(self, teacher: BackboneTap, names) -> None:
         super().check_alignment(teacher, names)
         if any(name.startswith("dense_") for name in names):
-            check_anchors(self.model.anchor_generator, teacher.model.anchor_generator)
+            check_anchors(self.model.anchor_generator, teacher.model.get_submodule("anchor_generator"))
         if "dense_deltas" in names:
             check_box_weights("MODEL.RETINANET.BBOX_REG_WEIGHTS", self.model, teacher.model)
 
@@ -95,7 +97,7 @@ class RetinaNetTap(BackboneTap):
             if names.intersection(self._hidden_names(branch)):
                 self._attach_hidden(stack, signals, names, branch, convolution)
         for name, layer in self._last_layers.items():
-            parameters = {f"{name}_weight": layer.weight, f"{name}_bias": layer.bias}
+            parameters = {f"{name}_{key}": x for key, x in layer.named_parameters()}
             signals.update({key: x for key, x in parameters.items() if key in names})
         if any(name.startswith("dense_") for name in names):
             record_anchors(stack, self.model, "dense", signals)

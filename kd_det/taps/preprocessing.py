@@ -1,9 +1,20 @@
 """Shares preprocessed images between models that preprocess them alike."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol, cast
 
-from torch import nn
+from detectron2.modeling import Backbone
+from torch import Tensor, nn
+
+
+class ImageModel(Protocol):
+    """Describes what the models of Detectron2 have in common that preprocess images for a backbone."""
+
+    backbone: Backbone
+    pixel_mean: Tensor
+    pixel_std: Tensor
+    preprocess_image: Callable[[list[dict]], Any]
 
 
 def preprocess_alike(one: nn.Module, other: nn.Module) -> bool:
@@ -14,14 +25,15 @@ def preprocess_alike(one: nn.Module, other: nn.Module) -> bool:
     # A method from another package may depend on anything.
     if methods[0].__module__.partition(".")[0] not in ("detectron2", "kd_det"):
         return False
-    return _statistics(one) == _statistics(other) and _padding(one) == _padding(other)
+    models = [cast(ImageModel, model) for model in (one, other)]
+    return _statistics(models[0]) == _statistics(models[1]) and _padding(models[0]) == _padding(models[1])
 
 
-def _statistics(model: nn.Module) -> tuple[list[float], list[float]]:
+def _statistics(model: ImageModel) -> tuple[list[float], list[float]]:
     return model.pixel_mean.flatten().tolist(), model.pixel_std.flatten().tolist()
 
 
-def _padding(model: nn.Module) -> tuple[int, dict[str, int]]:
+def _padding(model: ImageModel) -> tuple[int, dict[str, int]]:
     return model.backbone.size_divisibility, model.backbone.padding_constraints
 
 
@@ -33,11 +45,12 @@ def shared_images(models: Sequence[nn.Module], batched_inputs: list[dict]) -> It
         models: Models that :func:`preprocess_alike`, on one device.
         batched_inputs: The batch that all of them are given.
     """
-    images = models[0].preprocess_image(batched_inputs)
-    for model in models:
+    sharing = [cast(ImageModel, model) for model in models]
+    images = sharing[0].preprocess_image(batched_inputs)
+    for model in sharing:
         model.preprocess_image = lambda _: images
     try:
         yield
     finally:
-        for model in models:
+        for model in sharing:
             del model.preprocess_image

@@ -2,11 +2,16 @@
 
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from typing import TypeAlias
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec, cat
+from detectron2.modeling import GeneralizedRCNN, RetinaNet
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads, StandardROIHeads
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.keypoint_head import BaseKeypointRCNNHead
@@ -19,6 +24,9 @@ from kd_det.registry import TAP_REGISTRY
 from kd_det.signals import Signals
 from kd_det.taps.backbone import BackboneTap, hook, wrap
 
+# Predictors of box deltas.
+BoxPredictor: TypeAlias = RPN | RetinaNet | FastRCNNOutputLayers
+
 
 @TAP_REGISTRY.register()
 class GeneralizedRCNNTap(BackboneTap):
@@ -29,6 +37,7 @@ class GeneralizedRCNNTap(BackboneTap):
     receives them to compute its losses, the one place that all these heads share.
     """
 
+    model: GeneralizedRCNN
     box_features = ("roi_features",)
 
     @classmethod
@@ -68,21 +77,25 @@ class GeneralizedRCNNTap(BackboneTap):
         super().check_alignment(teacher, names)
         if any(name.startswith("rpn_") for name in names):
             check_anchors(
-                self.model.proposal_generator.anchor_generator, teacher.model.proposal_generator.anchor_generator
+                self.model.proposal_generator.anchor_generator,
+                teacher.model.get_submodule("proposal_generator.anchor_generator"),
             )
-        if "roi_logits" in names and any(tap._predictor.use_sigmoid_ce for tap in (self, teacher)):
+        taps = [tap for tap in (self, teacher) if isinstance(tap, GeneralizedRCNNTap)]
+        if "roi_logits" in names and any(tap._predictor.use_sigmoid_ce for tap in taps):
             raise InputError(
                 "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE: must be False in all networks whose class predictions of boxes are "
                 "compared, since these are taken for those of a softmax."
             )
         if "rpn_deltas" in names:
             check_box_weights(
-                "MODEL.RPN.BBOX_REG_WEIGHTS", self.model.proposal_generator, teacher.model.proposal_generator
+                "MODEL.RPN.BBOX_REG_WEIGHTS",
+                self.model.proposal_generator,
+                teacher.model.get_submodule("proposal_generator"),
             )
         if "roi_deltas" in names:
-            check_box_weights("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", self._predictor, teacher._predictor)
+            check_box_weights("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", *(tap._predictor for tap in taps))
         if "keypoint_logits" in names:
-            sizes = [tap.model.roi_heads.keypoint_pooler.output_size[0] for tap in (self, teacher)]
+            sizes = [tap.model.roi_heads.keypoint_pooler.output_size[0] for tap in taps]
             check_equal("MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION", "heatmaps", sizes)
 
     def class_layers(self) -> list[nn.Module]:
@@ -121,19 +134,19 @@ class GeneralizedRCNNTap(BackboneTap):
         return self._has_boxes and isinstance(head, BaseKeypointRCNNHead)
 
     @property
-    def _predictor(self) -> nn.Module:
+    def _predictor(self) -> FastRCNNOutputLayers:
         predictor = self.model.roi_heads.box_predictor
         return predictor[-1] if isinstance(self.model.roi_heads, CascadeROIHeads) else predictor
 
     @property
-    def _last_fc(self) -> nn.Module | None:
+    def _last_fc(self) -> nn.Linear | None:
         """Returns the last linear layer of the box head, which is followed by a ReLU."""
-        head = getattr(self.model.roi_heads, "box_head", None)
-        head = head[-1] if isinstance(self.model.roi_heads, CascadeROIHeads) else head
+        heads = self.model.roi_heads
+        head = heads.box_head[-1] if isinstance(heads, CascadeROIHeads) else getattr(heads, "box_head", None)
         return head.fcs[-1] if self._has_boxes and isinstance(head, FastRCNNConvFCHead) and head.fcs else None
 
     @property
-    def _pooler(self) -> nn.Module:
+    def _pooler(self) -> ROIPooler:
         heads = self.model.roi_heads
         return heads.pooler if isinstance(heads, Res5ROIHeads) else heads.box_pooler
 
@@ -146,7 +159,7 @@ class GeneralizedRCNNTap(BackboneTap):
         if names & {"rpn_logits", "rpn_deltas"}:
             hook(stack, self.model.proposal_generator.rpn_head, lambda _, out: store(**flatten_rpn(*out)))
             record_anchors(stack, self.model.proposal_generator, "rpn", signals)
-        if "roi_box_preact" in names:
+        if "roi_box_preact" in names and self._last_fc is not None:
             hook(stack, self._last_fc, lambda _, out: store(roi_box_preact=out))
         if "roi_features" in names:
             hook(stack, self._pooler, lambda _, out: store(roi_features=out))
@@ -266,7 +279,7 @@ def flatten_rpn(logits: list[Tensor], deltas: list[Tensor]) -> Signals:
     }
 
 
-def check_anchors(student: nn.Module, teacher: nn.Module) -> None:
+def check_anchors(student: DefaultAnchorGenerator, teacher: DefaultAnchorGenerator) -> None:
     """Checks that two anchor generators make the same anchors, to within a hundredth of a pixel.
 
     Raises:
@@ -288,7 +301,7 @@ def check_anchors(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
-def check_box_weights(key: str, student: nn.Module, teacher: nn.Module) -> None:
+def check_box_weights(key: str, student: BoxPredictor, teacher: BoxPredictor) -> None:
     """Checks that the box deltas of two predictors are scaled alike.
 
     Args:

@@ -5,6 +5,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import PanopticFPN, SemanticSegmentor
+from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ from kd_det.taps.rcnn import GeneralizedRCNNTap, check_equal
 
 class SegmentationTap(BackboneTap):
     """Taps the ``sem_seg_head`` of a model: a ``SemSegFPNHead``, or one with the same methods and predictor."""
+
+    model: SemanticSegmentor | PanopticFPN
 
     def spec(self) -> dict[str, ShapeSpec]:
         spec = super().spec()
@@ -30,7 +34,7 @@ class SegmentationTap(BackboneTap):
             check_equal("MODEL.SEM_SEG_HEAD.COMMON_STRIDE", "segmentations", strides)
 
     @property
-    def _head(self) -> nn.Module:
+    def _head(self) -> SemSegFPNHead:
         return self.model.sem_seg_head
 
     @property
@@ -75,7 +79,7 @@ class SemanticSegmentorTap(SegmentationTap):
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         # The model has no method for it.
-        model, backbone = self.model, self.model.backbone
+        model, backbone = self.model, self.backbone
         images = [(x["image"].to(model.device) - model.pixel_mean) / model.pixel_std for x in batched_inputs]
         return ImageList.from_tensors(
             images, backbone.size_divisibility, padding_constraints=backbone.padding_constraints
