@@ -32,6 +32,14 @@ REMEDIES = {
     ("float", "int"): "write it with a point, such as 1.0",
     ("int", "float"): "write a whole number without a point or an exponent",
 }
+# Maps keys that were removed to the only value that files may still give them, which asks for nothing, and to advice.
+REMOVED = {
+    "KD.SOFT_TARGET.BOX_REGRESSION": (
+        False,
+        "was removed; write KD.HEADS: [..., BoxTargetHead] instead and, with the WEIGHT that KD.SOFT_TARGET has, "
+        "KD.BOX_TARGET: {WEIGHT: ...}",
+    )
+}
 # Longest error of another library, in characters, that a message quotes in full.
 LONGEST = 600
 # Keys that the node of every distillation head has; a head may have other defaults.
@@ -243,7 +251,9 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         InputError: If the file does not exist, is not YAML, or has a key or a value that the config does not accept.
     """
     try:
-        _merge_versioned(cfg, _SafeReader(_SafeReader.load_yaml_with_base(path)))
+        loaded = _SafeReader(_SafeReader.load_yaml_with_base(path))
+        _drop_removed(loaded, check=not cfg.KD.is_new_allowed())
+        _merge_versioned(cfg, loaded)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name}, line {mark.line + 1}" if mark else path
@@ -274,6 +284,24 @@ def _merge_versioned(cfg: CfgNode, loaded: CfgNode) -> None:
     new = upgrade_config(old)
     cfg.clear()
     cfg.update(new)
+
+
+def _drop_removed(loaded: CfgNode, *, check: bool) -> None:
+    """Deletes the keys of a file that were removed.
+
+    Args:
+        check: Refuse values that asked for something.
+
+    Raises:
+        InputError: If one has such a value.
+    """
+    for key, (value, advice) in REMOVED.items():
+        *parents, name = key.split(".")
+        node = functools.reduce(
+            lambda node, parent: node.get(parent) if isinstance(node, dict) else None, parents, loaded
+        )
+        if isinstance(node, dict) and node.pop(name, value) != value and check:
+            raise InputError(f"{key} {advice}.")
 
 
 def _check_merged(cfg: CfgNode, source: str) -> None:
@@ -358,6 +386,8 @@ def merge_list(cfg: CfgNode, options: Sequence, key: str) -> None:
     names = list(options)[::2]
     if not all(isinstance(name, str) for name in names):
         raise InputError(f"{key}: must be KEY VALUE KEY VALUE ..., got {show(list(options))}.")
+    for name in REMOVED.keys() & set(names):
+        raise InputError(f"{key}: {name} {REMOVED[name][1]}.")
     try:
         cfg.merge_from_list(list(options))
     except (AssertionError, KeyError, TypeError, ValueError) as error:

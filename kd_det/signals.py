@@ -37,13 +37,15 @@ ROI signals come with their boxes, row by row: ``roi_boxes`` (R, 5) as (image, x
 network's input, and ``roi_classes`` (R,), K for background; likewise ``mask_boxes`` and ``mask_classes``, and
 ``keypoint_boxes`` with ``keypoint_labels`` (V, P), the cell of the heatmap in which a keypoint lies, or -1 if it is not
 visible. The ``roi_`` signals of a student in training also come with ``roi_gt_boxes`` (R, 4), the objects that the
-boxes are matched with, which mean nothing for background.
+boxes are matched with, which mean nothing for background, and with ``roi_scales`` (4,), the factors of the box deltas,
+on the CPU.
 
 The ``dense_`` signals of a student in training come with ``dense_anchors`` (anchors, 4) as (x0, y0, x1, y1),
-``dense_labels`` (N, anchors), K for background and -1 where the student's losses leave an anchor out, and
-``dense_counts`` (levels,), the number of anchors of each level. The ``rpn_`` signals come with the same, where the
-label of an object is 1 and of background 0. ``sem_seg_logits`` come with ``sem_seg_labels``, which have the size of the
-network's input and are -1 for pixels that the student's losses ignore, such as padding.
+``dense_labels`` (N, anchors), K for background and -1 where the student's losses leave an anchor out,
+``dense_counts`` (levels,), the number of anchors of each level, and ``dense_scales`` (4,), the factors of the box
+deltas; the last two are on the CPU. The ``rpn_`` signals come with the same, where the label of an object is 1 and of
+background 0. ``sem_seg_logits`` come with ``sem_seg_labels``, which have the size of the network's input and are -1 for
+pixels that the student's losses ignore, such as padding.
 
 The signals of a student classifier come with its ``labels`` (N,).
 """

@@ -275,8 +275,8 @@ def test_image_that_is_corrupt(run, own_data):
 def test_images_without_objects_train_on(teacher, own_data, tmp_path):
     """Every second image has none: with two images per batch, every batch has one."""
     root = own_data(lambda data: data.update(annotations=[x for x in data["annotations"] if x["image_id"] % 2]))
-    heads = ["ReviewKDHead", "AttentionTransferHead", "HintHead", "SoftTargetHead"]
-    options = {"KD.SOFT_TARGET.SOURCES": ["roi", "rpn", "mask"], "KD.SOFT_TARGET.BOX_REGRESSION": True}
+    heads = ["ReviewKDHead", "AttentionTransferHead", "HintHead", "SoftTargetHead", "BoxTargetHead"]
+    options = {"KD.SOFT_TARGET.SOURCES": ["roi", "rpn", "mask"], "KD.BOX_TARGET.SOURCES": ["roi", "rpn"]}
     cfg = with_data(distilled_cfg(teacher, heads, options), root, tmp_path / "output")
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     train_net("--config-file", write_yaml(tmp_path / "config.yaml", cfg))

@@ -8,7 +8,7 @@ from detectron2.config import get_cfg
 from torch import nn
 
 from kd_det import KD_HEAD_REGISTRY, InputError, add_kd_config
-from kd_det.config import merge_file, merge_list, student_config
+from kd_det.config import merge_file, merge_list, read_config, student_config
 from kd_det.config_files import find_config
 from kd_det.registry import config_key
 
@@ -212,6 +212,27 @@ def test_configs_beside_the_file_that_names_them_are_found(cfg, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     merge_file(cfg, path)
     assert cfg.KD.MUTUAL.PEERS[0] == "peer.yaml"  # As it is, where it is found so.
+
+
+# ---- Keys that were removed ----
+BOXES = "KD: {{SOFT_TARGET: {{WEIGHT: 2.0, BOX_REGRESSION: {}}}}}"
+ADVICE = r"KD.SOFT_TARGET.BOX_REGRESSION was removed; write KD.HEADS: \[..., BoxTargetHead\] instead"
+
+
+def test_a_removed_key_that_asked_for_nothing_is_read(cfg, tmp_path):
+    before = cfg.KD.SOFT_TARGET.clone()
+    write(tmp_path, BOXES.format(False), "base.yaml")
+    merge_file(cfg, write(tmp_path, "_BASE_: base.yaml"))
+    assert before | {"WEIGHT": 2.0} == cfg.KD.SOFT_TARGET
+
+
+def test_a_removed_key_that_asked_for_something_says_what_to_write(cfg, tmp_path):
+    path = write(tmp_path, BOXES.format(True))
+    with pytest.raises(InputError, match=f"^{path}: {ADVICE}"):
+        merge_file(cfg, path)
+    with pytest.raises(InputError, match=f"^command line: {ADVICE}"):  # Even False would change a recipe with the head.
+        merge_list(cfg, ["KD.SOFT_TARGET.BOX_REGRESSION", "False"], "command line")
+    assert "BOX_REGRESSION" not in read_config(path, other_heads=True).KD.SOFT_TARGET  # Such as that of a teacher.
 
 
 def test_home_is_expanded(cfg, tmp_path, monkeypatch):

@@ -93,9 +93,12 @@ STUDENTS = [name for name in FILES if load(name).KD.TEACHER.CONFIG_FILE and not 
 # Files of students beside their teachers, and the students alone.
 PAIRS = [name for name in FILES if is_taught(load(name))]
 BASELINES = {name: next(file for file in ancestors(name) if file in FILES) for name in PAIRS}
+DETECTORS = [name for name in STUDENTS if load(name).MODEL.META_ARCHITECTURE != "ImageClassifier"]
+CIFAR10 = "CIFAR10/student.yaml"
 CIFAR = [name for name in STUDENTS if "Base-CIFAR.yaml" in ancestors(name)]
-# Recipes with what is published for one kind of data.
+# Recipes for one kind of model, or with what is published for one kind of data.
 SPECIAL = {
+    "recipes/soft_target_boxes.yaml": DETECTORS,
     "recipes/hint_two_stage_cifar.yaml": CIFAR,
     "recipes/soft_target_cifar.yaml": CIFAR,
     "recipes/soft_target_imagenet.yaml": [name for name in STUDENTS if "imagenet" in name],
@@ -133,7 +136,7 @@ def join(student, recipe):
 
 # Every file, every command of a comment, and every recipe with a small classifier.
 RUNS = [(name,) for name in FILES] + COMMANDS
-RUNS += [join("CIFAR10/student.yaml", recipe) for recipe in RECIPES if "imagenet" not in recipe]
+RUNS += [join(CIFAR10, recipe) for recipe in RECIPES if CIFAR10 in SPECIAL.get(recipe, STUDENTS)]
 RUNS = list(dict.fromkeys(RUNS))
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from kd_det import InputError, Teacher, TeacherStudent
 from kd_det.registry import config_key
 
-HEADS = ["ReviewKDHead", "AttentionTransferHead", "HintHead", "SoftTargetHead"]
-ALL_SOURCES = {"KD.SOFT_TARGET.SOURCES": ["roi", "rpn", "mask"], "KD.SOFT_TARGET.BOX_REGRESSION": True}
+HEADS = ["ReviewKDHead", "AttentionTransferHead", "HintHead", "SoftTargetHead", "BoxTargetHead"]
+ALL_SOURCES = {"KD.SOFT_TARGET.SOURCES": ["roi", "rpn", "mask"]}
 
 
 @pytest.fixture
@@ -207,4 +207,4 @@ def test_images_without_objects_train_on(model, empty):
     sum(losses.values()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     if len(empty) == 2:
-        assert losses["loss_kd_soft_target_mask"] == losses["loss_kd_soft_target_box"] == 0
+        assert losses["loss_kd_soft_target_mask"] == losses["loss_kd_box_target_roi"] == 0

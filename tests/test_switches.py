@@ -17,9 +17,15 @@ from kd_det.engine import Trainer
 from kd_det.engine.step_trainer import build_step_trainer
 from kd_det.taps import build_tap, preprocess_alike
 
-HEADS = ["ReviewKDHead", "FactorTransferHead", "SoftmaxRegressionHead", "OverhaulHead", "SoftTargetHead"]
-SOURCES = {"KD.SOFT_TARGET.SOURCES": ["roi", "rpn", "mask"], "KD.SOFT_TARGET.BOX_REGRESSION": True}
-SOURCES |= {"KD.OVERHAUL.IN_FEATURES": ["res3", "res4"]}
+HEADS = [
+    "ReviewKDHead",
+    "FactorTransferHead",
+    "SoftmaxRegressionHead",
+    "OverhaulHead",
+    "SoftTargetHead",
+    "BoxTargetHead",
+]
+SOURCES = {"KD.SOFT_TARGET.SOURCES": ["roi", "rpn", "mask"], "KD.OVERHAUL.IN_FEATURES": ["res3", "res4"]}
 NAMES = ["p2", "p5", "res4", "rpn_logits", "roi_logits", "roi_features", "mask_logits"]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

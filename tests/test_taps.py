@@ -15,7 +15,7 @@ from helpers import FAMILIES, WIDE, attached, build, distilled_cfg, save_teacher
 from torch import nn
 
 from kd_det import InputError, Teacher, TeacherStudent
-from kd_det.heads import SoftTargetHead
+from kd_det.heads import BoxTargetHead, SoftTargetHead
 from kd_det.signals import SOURCES
 from kd_det.taps import BackboneTap, GeneralizedRCNNTap, RetinaNetTap, build_tap
 
@@ -34,6 +34,7 @@ DENSE |= {
 COMPANIONS = {"roi_boxes", "roi_classes", "roi_gt_boxes", "mask_boxes", "mask_classes", "sem_seg_labels"}
 COMPANIONS |= {"keypoint_boxes", "keypoint_labels"}
 COMPANIONS |= {f"{kind}_{what}" for kind in ("rpn", "dense") for what in ("anchors", "labels", "counts")}
+COMPANIONS |= {"roi_scales", "rpn_scales", "dense_scales"}
 SIGNALS = {
     "mask_rcnn": MAPS | RPN | ROI | {"roi_box_preact", "mask_logits"},
     "c4": {*(f"res4{suffix}" for suffix in STAGE), "mask_logits"} | RPN | ROI,
@@ -140,11 +141,11 @@ def test_a_teacher_with_the_students_weights_gives_the_students_signals(family, 
 def test_soft_targets_of_a_copy_are_zero(family, inputs):
     model = make(family)
     sources = [source for source, signal in SOURCES.items() if signal.logits in SIGNALS[family]]
-    boxes = "roi" in sources
-    head = SoftTargetHead(sources=sources, box_regression=boxes)
-    wrapped = TeacherStudent(student=model, teacher=Teacher(copy.deepcopy(model)), heads={"a": head}).train()
+    boxes = [source for source in sources if source in ("roi", "rpn", "dense")]
+    heads = {"classes": SoftTargetHead(sources=sources)} | ({"boxes": BoxTargetHead(sources=boxes)} if boxes else {})
+    wrapped = TeacherStudent(student=model, teacher=Teacher(copy.deepcopy(model)), heads=heads).train()
     losses = {key: loss for key, loss in step(wrapped, inputs).items() if key.startswith("loss_kd")}
-    assert len(losses) == len(sources) + boxes
+    assert len(losses) == len(sources) + len(boxes)
     assert all(loss.item() == pytest.approx(0, abs=1e-6) for loss in losses.values())
 
 
@@ -353,9 +354,7 @@ def test_images_without_objects():
 )
 def test_anchors_that_differ(tmp_path, options, source, told):
     named = save_teacher(tmp_path, tiny_cfg(options=WIDE | options))
-    with pytest.raises(
-        InputError, match=f"^KD.SOFT_TARGET.SOURCES: student and teacher have different anchors.*{told}"
-    ):
+    with pytest.raises(InputError, match=f"^MODEL.ANCHOR_GENERATOR: must be equal in student and teacher, .*{told}"):
         build(distilled_cfg(named, ["SoftTargetHead"], {"KD.SOFT_TARGET.SOURCES": [source]}))
     build(distilled_cfg(named, ["SoftTargetHead"], {"KD.SOFT_TARGET.SOURCES": ["roi"]}))  # needs no anchors
 
@@ -379,14 +378,14 @@ def test_maps_of_other_sizes(family, key, value, signal):
 
 def test_anchors_of_dense_detectors_that_differ(tmp_path):
     named = save_teacher(tmp_path, tiny_cfg("retinanet", {"MODEL.ANCHOR_GENERATOR.SIZES": [[9], [16], [32], [64]]}))
-    with pytest.raises(InputError, match=r"^KD.SOFT_TARGET.SOURCES: student and teacher have different anchors"):
+    with pytest.raises(InputError, match=r"^MODEL.ANCHOR_GENERATOR: must be equal in student and teacher"):
         build(distilled_cfg(named, ["SoftTargetHead"], {"KD.SOFT_TARGET.SOURCES": ["dense"]}, "retinanet"))
 
 
 def test_box_deltas_of_another_scale(tmp_path):
     named = save_teacher(tmp_path, tiny_cfg(options={"MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0)}))
     with pytest.raises(InputError, match=r"BBOX_REG_WEIGHTS: .*; got \(10.0, 10.0, 5.0, 5.0\) and \(1.0, 1.0, "):
-        build(distilled_cfg(named, ["SoftTargetHead"], {"KD.SOFT_TARGET.BOX_REGRESSION": True}))
+        build(distilled_cfg(named, ["BoxTargetHead"]))
 
 
 @pytest.mark.parametrize(("family", "node"), [("retinanet", "RETINANET"), ("mask_rcnn", "RPN")])

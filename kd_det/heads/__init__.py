@@ -3,6 +3,7 @@
 from kd_det.heads.activation_boundary import ActivationBoundaryHead
 from kd_det.heads.attention_transfer import AttentionTransferHead
 from kd_det.heads.born_again import BornAgainHead
+from kd_det.heads.box_target import BoxTargetHead
 from kd_det.heads.build import (
     build_kd_heads,
     check_class_counts,
@@ -30,6 +31,7 @@ __all__ = [
     "ActivationBoundaryHead",
     "AttentionTransferHead",
     "BornAgainHead",
+    "BoxTargetHead",
     "ChannelWiseHead",
     "DecoupledFeatureHead",
     "FactorTransferHead",

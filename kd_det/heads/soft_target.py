@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from kd_det.heads.divided_targets import DividedTargets, check_divergence
 from kd_det.heads.map_targets import SEM_SEG, heatmap_loss, segmentation_loss
 from kd_det.heads.targets import ClassTargets, check_class_targets
 from kd_det.losses import binary_soft_target_loss, focal_soft_target_loss, standardize_logits
-from kd_det.losses.numerics import cast_up
+from kd_det.losses.numerics import cast_up, select_class
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import SOURCES, Batch, Signals
 
@@ -41,8 +40,9 @@ class SoftTargetHead(nn.Module):
       (``dense``), or those in which the teacher sees an object (``rpn``);
     * ``keypoint``: T^2 KL of the softmax over the cells of a keypoint's heatmap, mean over the visible keypoints;
     * ``sem_seg``: T^2 KL of the softmax over the classes of a pixel, mean over pixels, or of the softmax over the
-      pixels of a class, mean over images and classes; pixels with an ignored label, such as padding, are left out;
-    * box regression, if enabled: smooth L1 between the deltas of the labelled class, mean over foreground boxes.
+      pixels of a class, mean over images and classes; pixels with an ignored label, such as padding, are left out.
+
+    Boxes are compared by :class:`kd_det.heads.BoxTargetHead`.
 
     ``cls`` and ``roi`` have more options: knowledge adjustment and dynamic temperatures, which on boxes apply to those
     labelled foreground, see :class:`kd_det.heads.targets.ClassTargets`; other divergences than KL, see
@@ -57,7 +57,6 @@ class SoftTargetHead(nn.Module):
         rois: Boxes whose classes are compared: "all" or "foreground" (as labelled).
         background_weight: Weight of the boxes labelled background. (Chen et al., NeurIPS 2017, instead weigh the
             background class's term of every box.)
-        box_regression: Whether box deltas are compared.
         adjust: Correction of the teacher's mistakes: "none", "probability_shift" or "label_smoothing".
         correct_prob: Probability of the label in a smoothed label.
         dynamic_temperature: Rule that gives each row its own temperature: "none", "flsw" or "cwsm".
@@ -86,8 +85,6 @@ class SoftTargetHead(nn.Module):
         "ROIS": "all",
         # Weight of the boxes that are labelled background.
         "BACKGROUND_WEIGHT": 1.0,
-        # Also compare the box deltas of the labelled class on foreground boxes (smooth L1).
-        "BOX_REGRESSION": False,
         # Correction of the teacher's mistakes, for roi (foreground boxes) and cls (Wen et al., 2019): "none";
         # "probability_shift" swaps its answer's probability with the label's; "label_smoothing" replaces its
         # probabilities by a smoothed label.
@@ -135,7 +132,6 @@ class SoftTargetHead(nn.Module):
         squared_temperature: bool = config["SQUARED_TEMPERATURE"],
         rois: str = config["ROIS"],
         background_weight: float = config["BACKGROUND_WEIGHT"],
-        box_regression: bool = config["BOX_REGRESSION"],
         adjust: str = config["ADJUST"],
         correct_prob: float = config["CORRECT_PROB"],
         dynamic_temperature: str = config["DYNAMIC_TEMPERATURE"],
@@ -181,16 +177,13 @@ class SoftTargetHead(nn.Module):
         self.sem_seg = sem_seg
         self.rois = rois
         self.background_weight = background_weight
-        self.box_regression = box_regression
-        # The index of the background class follows from the number of ROI logits.
-        box_signals = ("roi_logits", "roi_deltas") if box_regression else ()
-        self.signals = tuple(dict.fromkeys([*(SOURCES[source].logits for source in sources), *box_signals]))
+        self.signals = tuple(SOURCES[source].logits for source in sources)
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         node = cfg.KD.SOFT_TARGET
         unknown = [source for source in node.SOURCES if source not in SOURCES]
-        if unknown or not (node.SOURCES or node.BOX_REGRESSION):
+        if unknown or not node.SOURCES:
             raise InputError(f"KD.SOFT_TARGET.SOURCES: got {node.SOURCES}; allowed are {', '.join(SOURCES)}.")
         check_choice("KD.SOFT_TARGET.ROIS", node.ROIS, ROIS)
         if node.TEMPERATURE <= 0:
@@ -202,8 +195,6 @@ class SoftTargetHead(nn.Module):
         check_choice("KD.SOFT_TARGET.SEM_SEG", node.SEM_SEG, SEM_SEG)
         for source in node.SOURCES:
             check_class_counts("KD.SOFT_TARGET.SOURCES", SOURCES[source].logits, student_spec, teacher_spec)
-        if node.BOX_REGRESSION:
-            check_class_counts("KD.SOFT_TARGET.BOX_REGRESSION", "roi_deltas", student_spec, teacher_spec)
         check_choice("KD.SOFT_TARGET.ANCHORS", node.ANCHORS, ANCHORS)
         softmaxes = [name for name in node.SOURCES if SOURCES[name].softmax]
         return {
@@ -212,7 +203,6 @@ class SoftTargetHead(nn.Module):
             "squared_temperature": node.SQUARED_TEMPERATURE,
             "rois": node.ROIS,
             "background_weight": node.BACKGROUND_WEIGHT,
-            "box_regression": node.BOX_REGRESSION,
             "sem_seg": node.SEM_SEG,
             **check_class_targets(node, softmaxes),
             "anchors": node.ANCHORS,
@@ -229,13 +219,10 @@ class SoftTargetHead(nn.Module):
             "keypoint": self._heatmaps,
             "sem_seg": self._segmentation,
         }
-        losses = {
+        return {
             f"loss_kd_soft_target_{source}": compare[source](student, teacher, SOURCES[source].logits)
             for source in self.sources
         }
-        if self.box_regression:
-            losses["loss_kd_soft_target_box"] = self._box(student, teacher)
-        return losses
 
     def _images(self, student: Signals, teacher: Signals, name: str) -> Tensor:
         s_logits, t_logits, labels = student[name], teacher[name], student["labels"]
@@ -294,24 +281,8 @@ class SoftTargetHead(nn.Module):
             student[name], teacher[name], labels, kind=self.sem_seg, temperature=self.temperature
         )
 
-    def _box(self, student: Signals, teacher: Signals) -> Tensor:
-        classes = student["roi_classes"]
-        foreground = classes < student["roi_logits"].shape[1] - 1
-        s_deltas, t_deltas = cast_up(student["roi_deltas"]), cast_up(teacher["roi_deltas"].detach())
-        s_deltas = select_class(s_deltas[foreground], classes[foreground], per_class=4)
-        t_deltas = select_class(t_deltas[foreground], classes[foreground], per_class=4)
-        return F.smooth_l1_loss(s_deltas, t_deltas, reduction="sum") / max(s_deltas.numel(), 1)
-
 
 def weighted_anchors(s_logits: Tensor, t_logits: Tensor) -> Tensor:
     """Averages the binary divergence over anchors and classes, weighted by the larger one of both probabilities."""
     weights = torch.maximum(s_logits.detach().sigmoid(), t_logits.detach().sigmoid())
     return binary_soft_target_loss(s_logits, t_logits, weights=weights)
-
-
-def select_class(x: Tensor, classes: Tensor, *, per_class: int) -> Tensor:
-    """Selects channels of each row's class, (R, K * per_class, ...) to (R, per_class, ...); returns x if K is 1."""
-    if x.shape[1] == per_class:
-        return x
-    x = x.unflatten(1, (-1, per_class))
-    return x[torch.arange(len(x), device=x.device), classes]

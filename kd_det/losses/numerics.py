@@ -90,6 +90,14 @@ def standardize(x: Tensor, dims: tuple[int, ...], *, eps: float, mask: Tensor | 
     return centred / (deviation + eps)
 
 
+def select_class(x: Tensor, classes: Tensor, *, per_class: int) -> Tensor:
+    """Selects the channels of each row's class, (R, K * per_class, ...) to (R, per_class, ...); returns x if K is 1."""
+    if x.shape[1] == per_class:
+        return x
+    x = x.unflatten(1, (-1, per_class))
+    return x[torch.arange(len(x), device=x.device), classes]
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """Scales the last axis to unit length, except rows shorter than 1e-12, whose gradient would be huge or NaN."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

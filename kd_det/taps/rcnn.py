@@ -185,6 +185,7 @@ class GeneralizedRCNNTap(BackboneTap):
                     roi_boxes=join_boxes(args[1]),
                     roi_classes=join_classes(args[1]),
                     roi_gt_boxes=join_targets(args[1]),
+                    roi_scales=box_scales(self._predictor),
                 ),
             )
         if "mask_logits" in names:
@@ -295,9 +296,9 @@ def check_anchors(student: DefaultAnchorGenerator, teacher: DefaultAnchorGenerat
         )
     ):
         raise InputError(
-            "KD.SOFT_TARGET.SOURCES: student and teacher have different anchors (MODEL.ANCHOR_GENERATOR): "
-            f"strides {list(student.strides)} and {list(teacher.strides)}, "
-            f"anchors per cell {cells[0]} and {cells[1]}."
+            "MODEL.ANCHOR_GENERATOR: must be equal in student and teacher, since their predictions for anchors are "
+            f"compared; got strides {list(student.strides)} and {list(teacher.strides)}, anchors per cell {cells[0]} "
+            f"and {cells[1]}."
         )
 
 
@@ -332,13 +333,14 @@ def check_equal(key: str, what: str, values: Sequence[object]) -> None:
 
 
 def record_anchors(stack: ExitStack, model: nn.Module, prefix: str, signals: Signals) -> None:
-    """Records the anchors that a model trains on, their labels and their numbers per level, until `stack` closes.
+    """Records the anchors that a model trains on, with their labels, until `stack` closes.
 
     Args:
         stack: Detaches the hook when it closes.
         model: An RPN or a RetinaNet, whose ``losses`` receive the anchors and their labels.
         prefix: First part of the names of the signals.
-        signals: The dict that receives ``<prefix>_anchors``, ``<prefix>_labels`` and ``<prefix>_counts``.
+        signals: The dict that receives ``<prefix>_anchors``, ``<prefix>_labels``, ``<prefix>_counts`` and
+            ``<prefix>_scales``.
     """
 
     def store(args: tuple, _) -> None:
@@ -346,8 +348,14 @@ def record_anchors(stack: ExitStack, model: nn.Module, prefix: str, signals: Sig
         signals[f"{prefix}_anchors"] = cat(levels)
         signals[f"{prefix}_labels"] = torch.stack(args[2])
         signals[f"{prefix}_counts"] = torch.tensor([len(level) for level in levels])
+        signals[f"{prefix}_scales"] = box_scales(model)
 
     wrap(stack, model, "losses", store)
+
+
+def box_scales(predictor: nn.Module) -> Tensor:
+    """Returns the factors (4,) by which the box deltas of a predictor are multiplied, on the CPU."""
+    return torch.tensor(predictor.box2box_transform.weights)
 
 
 def join_boxes(instances) -> Tensor:

@@ -114,10 +114,9 @@ VARIANTS = {
     },
     "SoftTargetHead": {
         "default": {},
-        "everything": {"SOURCES": ["roi", "rpn", "mask", "dense"], "TEMPERATURE": 3.0, "BOX_REGRESSION": True},
+        "everything": {"SOURCES": ["roi", "rpn", "mask", "dense"], "TEMPERATURE": 3.0},
         "foreground": {"ROIS": "foreground"},
         "background": {"BACKGROUND_WEIGHT": 1.5},
-        "boxes": {"SOURCES": [], "BOX_REGRESSION": True},
         "classifier": {"SOURCES": ["cls"], "TEMPERATURE": 4.0},
         "maps": {"SOURCES": ["keypoint", "sem_seg"], "TEMPERATURE": 2.0},
         "channels": {"SOURCES": ["sem_seg"], "SEM_SEG": "channel", "SQUARED_TEMPERATURE": False},
@@ -138,6 +137,11 @@ VARIANTS = {
         "focal": {"ANCHORS": "focal", "SOURCES": ["rpn", "dense"]},
         "standardized": {"STANDARDIZE": True, "TEMPERATURE": 2.0, "SOURCES": ["cls"]},
         "classifier_lessons": {"SOURCES": ["cls"], "ADJUST": "label_smoothing", "DYNAMIC_TEMPERATURE": "flsw"},
+    },
+    "BoxTargetHead": {
+        "smooth_l1": {"SOURCES": ["roi", "rpn", "dense"]},
+        "giou": {"SOURCES": ["roi", "rpn", "dense"], "KIND": "giou"},
+        "bounded": {"KIND": "bounded", "MARGIN": 0.2},
     },
     "SoftmaxRegressionHead": {
         "BN": {},

@@ -103,11 +103,13 @@ def make_signals(spec: dict[str, ShapeSpec], *, seed: int, size=(64, 128), dtype
     signals["mask_classes"] = signals["roi_classes"][foreground]
     signals["roi_boxes"] = torch.tensor([[2 * i // BOXES, 4.0, 4.0, 40.0, 40.0] for i in range(BOXES)])
     signals["roi_gt_boxes"] = signals["roi_boxes"][:, 1:] + 2.0
+    signals["roi_scales"] = torch.tensor([10.0, 10.0, 5.0, 5.0])
     signals["mask_boxes"] = signals["keypoint_boxes"] = signals["roi_boxes"][foreground]
     signals["keypoint_labels"] = torch.tensor([[5, -1], [63, 0], [-1, 7]])
     signals["sem_seg_labels"] = torch.arange(2 * math.prod(size)).reshape(2, *size) // 50 % (CLASSES + 1) - 1
     for kind, classes in (("rpn", [-1, 0, 1]), ("dense", [CLASSES, -1, 0, CLASSES, 1, 2])):
         signals[f"{kind}_counts"] = torch.tensor(counts)
+        signals[f"{kind}_scales"] = torch.ones(4)
         signals[f"{kind}_anchors"] = torch.tensor([[4.0 * i, 4.0, 4.0 * i + 32, 40.0] for i in range(sum(counts))])
         signals[f"{kind}_labels"] = torch.tensor(classes).repeat(sum(counts))[: 2 * sum(counts)].reshape(2, -1)
     return signals

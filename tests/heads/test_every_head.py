@@ -18,8 +18,9 @@ from .signals import make_input, make_signals
 
 # Parameters of a layer: they have no row per box, and are not large where activations are.
 LAYERS = {name for name in STUDENT if name.endswith(("_weight", "_bias"))}
-# These have no row per image or per box either.
-ANCHORS = {f"{kind}_{what}" for kind in ("rpn", "dense") for what in ("anchors", "counts")}
+# Neither these nor layers have a row per image or per box.
+NO_ROWS = LAYERS | {f"{kind}_{what}" for kind in ("rpn", "dense") for what in ("anchors", "counts")}
+NO_ROWS |= {f"{kind}_scales" for kind in ("roi", "rpn", "dense")}
 
 
 def make(name, options, seed=0):
@@ -34,7 +35,7 @@ def pair(dtype=torch.float32):
     sides = [make_signals(spec, seed=seed, dtype=dtype) for seed, spec in enumerate((STUDENT, TEACHER))]
     for signals in sides:
         for name, x in signals.items():
-            x.requires_grad_(x.is_floating_point() and not name.endswith(("_boxes", "_anchors")))
+            x.requires_grad_(x.is_floating_point() and not name.endswith(("_boxes", "_anchors", "_scales")))
     return sides
 
 
@@ -44,7 +45,7 @@ ONE_CELL = Batch.from_inputs([make_input(4, 4, [0, 0, 3, 2])])
 def one_cell():
     """Signals of both sides for that one image, whose maps have one cell, and of one box."""
     sides = [make_signals(spec, seed=seed, size=(4, 4)) for seed, spec in enumerate((STUDENT, TEACHER))]
-    sides = [{key: x if key in LAYERS | ANCHORS else x[:1] for key, x in signals.items()} for signals in sides]
+    sides = [{key: x if key in NO_ROWS else x[:1] for key, x in signals.items()} for signals in sides]
     for x in sides[0].values():
         x.requires_grad_(x.is_floating_point())
     return sides
@@ -101,7 +102,7 @@ def test_gradients(name, options, batch):
     trained = {key: p for key, p in head.named_parameters() if p.requires_grad}
     assert [key for key, p in trained.items() if p.grad is None or not p.grad.any()] == []
     for signal in head.signals:
-        if (name, signal) != ("SoftTargetHead", "roi_logits") or "roi" in options.get("SOURCES", ["roi"]):
+        if name != "BoxTargetHead" or signal.endswith("_deltas"):  # Classes only weight the boxes.
             assert student[signal].grad.abs().sum() > 0, signal
     assert [key for key, x in teacher.items() if x.grad is not None] == []
 
@@ -111,7 +112,7 @@ def test_needs_no_more_than_its_signals(name, options, batch):
     """It takes what it has named, and the boxes and classes that come with it."""
     head, (student, teacher) = make(name, options), pair()
     families = {signal.split("_")[0] for signal in head.signals} | {"sem_seg"}
-    kinds = ("boxes", "classes", "gt_boxes", "anchors", "labels", "counts")
+    kinds = ("boxes", "classes", "gt_boxes", "anchors", "labels", "counts", "scales")
     companions = {f"{family}_{kind}" for family in families for kind in kinds} | {"labels"}
     own = {key: x for key, x in student.items() if key in {*head.signals, *companions}}
     other = {key: x for key, x in teacher.items() if key in teacher_signals(head)}
@@ -189,7 +190,7 @@ def test_masking_of_padding_keeps_the_gradients(name, options, batch):
 def test_batch_without_boxes_and_objects(name, options):
     head, batch = make(name, options), Batch.from_inputs([make_input(64, 128), make_input(40, 96)])
     sides = [
-        {key: x[:0] if key.startswith(BOX_SIGNALS) and key not in LAYERS else x for key, x in signals.items()}
+        {key: x[:0] if key.startswith(BOX_SIGNALS) and key not in NO_ROWS else x for key, x in signals.items()}
         for signals in pair()
     ]
     losses = head(*sides, batch)

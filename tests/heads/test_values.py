@@ -260,21 +260,6 @@ def test_soft_targets_of_segments_by_hand(kind, squared, logits, expected):
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("agnostic", [False, True])
-def test_box_regression_by_hand(agnostic):
-    """Two classes. Box 0 of class 1 is off by (0.5, 2, 0, 0): smooth L1 0.5^2 / 2 and 2 - 1/2. Box 1 is background."""
-    deltas = torch.zeros(2, 4) if agnostic else torch.full((2, 8), 9.0)
-    other = deltas.clone() + (0 if agnostic else 5)
-    own_class = slice(0, 4) if agnostic else slice(4, 8)
-    other[0, own_class] = deltas[0, own_class] + torch.tensor([0.5, -2.0, 0.0, 0.0])
-    other[1] += 100
-    student = roi_signals([[0.0] * 3] * 2, [1, 2], roi_deltas=deltas)
-    teacher = {"roi_logits": student["roi_logits"], "roi_deltas": other}
-    head = SoftTargetHead(sources=[], box_regression=True)
-    loss = head(student, teacher, NO_BATCH)["loss_kd_soft_target_box"]
-    assert loss.item() == pytest.approx((0.125 + 1.5) / 4)  # the mean over the box's four deltas
-
-
 # ---- Options that cannot be ----
 @pytest.mark.parametrize(
     ("name", "key", "value", "told"),
@@ -315,7 +300,6 @@ def test_options_that_cannot_be(name, key, value, told):
         ({"SOURCES": ["dense"]}, "dense_logits", "dense_logits has 3 channels in the student and 7"),
         ({"SOURCES": ["sem_seg"]}, "sem_seg_logits", "sem_seg_logits has 3 channels in the student and 7"),
         ({"SOURCES": ["keypoint"]}, "keypoint_logits", "keypoint_logits has 2 channels in the student and 7"),
-        ({"BOX_REGRESSION": True}, "roi_deltas", "roi_deltas has 12 channels in the student and 7"),
     ],
 )
 def test_class_counts_that_differ(options, signal, told):
