@@ -15,20 +15,23 @@ if TYPE_CHECKING:
     from kd_det.heads import build_kd_heads
     from kd_det.meta_arch import TeacherStudent
     from kd_det.mutual import MutualStudents
-    from kd_det.registry import KD_HEAD_REGISTRY, TAP_REGISTRY
+    from kd_det.registry import KD_HEAD_REGISTRY, TAP_REGISTRY, WRAPPER_REGISTRY
     from kd_det.signals import Batch, Signals
     from kd_det.teacher import Teacher, build_teacher
+    from kd_det.wrapper import StudentWrapper
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KD_HEAD_REGISTRY",
     "TAP_REGISTRY",
+    "WRAPPER_REGISTRY",
     "Batch",
     "ImageClassifier",
     "InputError",
     "MutualStudents",
     "Signals",
+    "StudentWrapper",
     "Teacher",
     "TeacherStudent",
     "add_kd_config",
@@ -49,5 +52,6 @@ __getattr__, __dir__ = lazy_names(
         "registry",
         "signals",
         "teacher",
+        "wrapper",
     ),
 )

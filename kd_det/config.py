@@ -17,10 +17,9 @@ from kd_det.config_kinds import check_kinds, show
 from kd_det.errors import InputError, one_line, reason
 from kd_det.fetching import fetch, is_url
 from kd_det.files import write_whole
-from kd_det.registry import KD_HEAD_REGISTRY, config_key
+from kd_det.registry import KD_HEAD_REGISTRY, WRAPPER_REGISTRY, config_key
 
 # Meta-architectures that wrap a student; KD.STUDENT_ARCHITECTURE names the student's own one.
-DISTILLED = ("TeacherStudent", "MutualStudents")
 # Keys that name a file or a folder.
 PATHS = ("MODEL.WEIGHTS", "OUTPUT_DIR", "KD.TEACHER.WEIGHTS", "KD.PRETRAIN.WEIGHTS")
 # Largest number of values in a YAML file: with aliases, a few lines can stand for billions.
@@ -428,7 +427,7 @@ def read_config(
     cfg.KD.set_new_allowed(other_heads)
     cfg.OUTPUT_DIR = output_dir or default_output_dir(paths)
     for i, path in enumerate(paths):
-        if i > 0 and cfg.MODEL.META_ARCHITECTURE not in DISTILLED:
+        if i > 0 and not is_wrapped(cfg):
             cfg.KD.STUDENT_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
         merge_file(cfg, path)
     merge_list(cfg, options, options_key)
@@ -459,11 +458,26 @@ def yacs_message(error: Exception) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
+def is_wrapped(cfg: CfgNode) -> bool:
+    """Returns whether a config describes a wrapper of students, such as ``TeacherStudent``, not a plain model."""
+    return cfg.MODEL.META_ARCHITECTURE in WRAPPER_REGISTRY
+
+
+def has_teacher(cfg: CfgNode) -> bool:
+    """Returns whether a config describes a student that may have a teacher."""
+    return is_wrapped(cfg) and WRAPPER_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).has_teacher
+
+
+def has_peers(cfg: CfgNode) -> bool:
+    """Returns whether a config describes several students."""
+    return is_wrapped(cfg) and WRAPPER_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).has_peers
+
+
 def student_config(cfg: CfgNode) -> CfgNode:
     """Returns the config of the student alone: that of a plain detector, without a teacher or heads."""
     cfg = cfg.clone()
     cfg.defrost()
-    if cfg.MODEL.META_ARCHITECTURE in DISTILLED:
+    if is_wrapped(cfg):
         cfg.MODEL.META_ARCHITECTURE = cfg.KD.STUDENT_ARCHITECTURE
     return cfg
 

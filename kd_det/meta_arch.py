@@ -10,20 +10,23 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from kd_det.config import DISTILLED, student_config
+from kd_det.config import student_config
 from kd_det.construction import build_network
 from kd_det.errors import InputError
 from kd_det.gradients import GradientShares, build_gradient_shares
 from kd_det.heads.build import build_kd_heads, freeze_pretrained, teacher_signals
-from kd_det.registry import config_key
+from kd_det.heads.head_table import head_table
+from kd_det.registry import WRAPPER_REGISTRY, config_key
 from kd_det.schedules import build_schedule
 from kd_det.signals import Batch, Signals
 from kd_det.taps import build_tap, preprocess_alike, shared_images
-from kd_det.teacher import Teacher, build_teacher
+from kd_det.teacher import Teacher, build_teacher, load_teacher_config
+from kd_det.wrapper import Network, StudentWrapper
 
 
 @META_ARCH_REGISTRY.register()
-class TeacherStudent(nn.Module):
+@WRAPPER_REGISTRY.register()
+class TeacherStudent(StudentWrapper):
     """Trains an unmodified student, and adds the losses of distillation heads to its loss dict.
 
     In training the student's own forward runs once while its tap records. The teacher computes the same signals on the
@@ -42,6 +45,7 @@ class TeacherStudent(nn.Module):
         gradient_shares: Measures the gradients of the losses; None measures nothing.
     """
 
+    has_teacher = True
     # Freeze the head parts that were trained in the stage before the run.
     frozen_adapters = True
 
@@ -59,6 +63,7 @@ class TeacherStudent(nn.Module):
     ):
         super().__init__()
         self.student = student
+        self.students = [student]
         self.teacher = teacher
         self.heads = nn.ModuleDict(heads)
         self.schedules = dict(schedules or {})
@@ -101,8 +106,25 @@ class TeacherStudent(nn.Module):
 
     @property
     def checkpointables(self) -> dict[str, object]:
-        """Returns the objects that a checkpoint holds alongside the student."""
         return {"kd_heads": self.heads}
+
+    @property
+    def named_heads(self) -> dict[str, nn.Module]:
+        return dict(self.heads.items())
+
+    def networks(self, cfg: CfgNode) -> list[Network]:
+        networks = super().networks(cfg)
+        if self.teacher is not None:
+            teacher, (teacher_cfg, weights) = self.teacher, load_teacher_config(cfg)
+            networks.append(
+                Network("teacher", teacher.model, teacher_cfg, teacher.flip_channels, weights, teacher.dtype)
+            )
+        return networks
+
+    def describe(self, cfg: CfgNode) -> list[str]:
+        if self.teacher is None or not self.heads:
+            return []
+        return [head_table(self.named_heads, self.schedules, self.tap.spec(), self.teacher.tap.spec())]
 
     def forward(self, batched_inputs: list[dict]):
         """Runs the student; in training, adds the heads' weighted losses to the student's.
@@ -177,7 +199,7 @@ def build_student(cfg: CfgNode) -> nn.Module:
         InputError: If ``KD.STUDENT_ARCHITECTURE`` does not name a student's meta-architecture.
     """
     name = cfg.KD.STUDENT_ARCHITECTURE
-    known = sorted(known for known, _ in META_ARCH_REGISTRY if known not in DISTILLED)
+    known = sorted(known for known, _ in META_ARCH_REGISTRY if known not in WRAPPER_REGISTRY)
     if name not in known:
         raise InputError(
             f"KD.STUDENT_ARCHITECTURE: {name!r} is not a student's meta-architecture; registered: {', '.join(known)}."

@@ -1,7 +1,7 @@
 """Implements the meta-architecture that trains students which teach each other."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -19,15 +19,18 @@ from kd_det.heads.coders import first_boxes
 from kd_det.losses import mutual_loss
 from kd_det.meta_arch import build_student, check_finite, check_task_weight
 from kd_det.peers import build_heads, check_classes, load_peer_configs
+from kd_det.registry import WRAPPER_REGISTRY
 from kd_det.schedules import build_schedule
 from kd_det.signals import SOFTMAX_SOURCES, SOURCES, Batch, Signals, flipped
 from kd_det.taps import build_tap
+from kd_det.wrapper import Network, StudentWrapper
 
 METHODS = ("dml", "ie_dml")
 
 
 @META_ARCH_REGISTRY.register()
-class MutualStudents(nn.Module):
+@WRAPPER_REGISTRY.register()
+class MutualStudents(StudentWrapper):
     """Trains two or more unmodified students together, so that they teach each other; in inference the first one runs.
 
     Deep mutual learning (DML, Zhang et al., CVPR 2018, https://arxiv.org/abs/1706.00384) adds to each student's losses
@@ -58,9 +61,11 @@ class MutualStudents(nn.Module):
         flip_channels: Whether each student takes its images in reverse channel order; None if none does.
         mask_padding: Whether the heads leave out padding.
         task_weight: Factor of the students' own losses.
-        configs: Plain config of each student, for code that evaluates or saves it.
+        configs: Plain config of each student; see :meth:`StudentWrapper.student_configs`.
         gradient_shares: Measures the gradients of the losses; None measures nothing.
     """
+
+    has_peers = True
 
     @configurable
     def __init__(
@@ -139,14 +144,28 @@ class MutualStudents(nn.Module):
 
     @property
     def turns(self) -> int:
-        """Returns the number of updates in an iteration."""
         return len(self.students) if self.sequential else 1
 
     @property
     def checkpointables(self) -> dict[str, object]:
-        """Returns the objects that a checkpoint holds alongside the first student."""
         peers = {f"peer_{i}": student for i, student in enumerate(self.students, 1) if i > 1}
         return peers | ({"kd_heads": self.heads} if self.heads else {})
+
+    @property
+    def compared(self) -> Collection[str]:
+        return self.signals
+
+    def student_configs(self, cfg: CfgNode) -> list[CfgNode]:
+        return self.configs
+
+    def networks(self, cfg: CfgNode) -> list[Network]:
+        columns = zip(self.students, self.student_configs(cfg), self.flip_channels, strict=True)
+        return [Network(f"student {i}", *column) for i, column in enumerate(columns, 1)]
+
+    def describe(self, cfg: CfgNode) -> list[str]:
+        turns = ", one after the other" if self.sequential else ""
+        method = cfg.KD.MUTUAL.METHOD
+        return [f"They teach each other {self.logits}{turns}, weight {self.weight:g} ({method})."]
 
     def forward(self, batched_inputs: list[dict], turn: int | None = None):
         """Runs the first student; in training, runs all of them and returns the losses of all, or of one.

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from detectron2.utils.registry import Registry
 
@@ -11,7 +12,7 @@ from kd_det.lazy import import_names
 class CompleteRegistry(Registry):
     """Registers classes as its base does, and imports all of this package's classes before it looks one up."""
 
-    def get(self, name: str) -> type:
+    def get(self, name: str) -> Any:
         import_names("kd_det")
         return super().get(name)
 
@@ -63,6 +64,13 @@ TAP_REGISTRY.__doc__ = """
 Registry of taps: ``XTap`` reads the signals of the meta-architecture ``X`` and of its subclasses.
 
 The registered object will be called with ``obj(model)`` and is expected to be a :class:`kd_det.taps.BackboneTap`.
+"""
+
+WRAPPER_REGISTRY = CompleteRegistry("WRAPPER")
+WRAPPER_REGISTRY.__doc__ = """
+Registry of wrappers: the meta-architectures that train unmodified students, which ``KD.STUDENT_ARCHITECTURE`` names.
+
+The registered object is expected to be a :class:`kd_det.StudentWrapper`.
 """
 
 

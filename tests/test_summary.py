@@ -13,7 +13,8 @@ from kd_det.data import register_datasets
 from kd_det.engine import Trainer, summary
 from kd_det.engine.flops import count_gflops
 from kd_det.engine.stages import train
-from kd_det.engine.summary import describe_schedule, image_side, log_summary
+from kd_det.engine.summary import image_side, log_summary
+from kd_det.heads.head_table import describe_schedule
 from kd_det.schedules import WeightSchedule
 
 pytestmark = pytest.mark.usefixtures("in_process")

@@ -222,8 +222,10 @@ def test_pictures_on_a_gpu(teacher, coco_folder, tmp_path):
 def watch(hook) -> dict[str, torch.Tensor]:
     """The first image of each network's next batch."""
     seen = {}
-    for title, (tap, _) in hook.networks.items():
-        tap.model.register_forward_pre_hook(lambda _, args, title=title: seen.update({title: args[0][0]["image"]}))
+    for network in hook.networks:
+        network.model.register_forward_pre_hook(
+            lambda _, args, title=network.title: seen.update({title: args[0][0]["image"]})
+        )
     return seen
 
 

@@ -32,15 +32,15 @@ def has_teacher(configs: Sequence[str], options: Sequence[str], key: str) -> boo
     Raises:
         InputError: If there is no such config, or a key or value is wrong in it or in the overrides.
     """
+    from kd_det.config import has_teacher
     from kd_det.config_files import find_config
     from kd_det.engine import check_run
     from kd_det.engine.run_config import make_config
-    from kd_det.meta_arch import TeacherStudent
 
     files = [find_config(config, key) for config in configs]
     cfg = make_config(training_parser(None).parse_args(["--config-file", *files, *options]))
     check_run(cfg, " with ".join(configs))
-    return TeacherStudent.__name__ == cfg.MODEL.META_ARCHITECTURE
+    return has_teacher(cfg)
 
 
 def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:

@@ -4,7 +4,7 @@ import importlib.util
 
 from detectron2.config import CfgNode
 
-from kd_det.config import look_up, student_config
+from kd_det.config import has_peers, look_up, student_config
 from kd_det.errors import InputError
 
 
@@ -61,9 +61,7 @@ def check_augmentation(cfg: CfgNode) -> None:
 
 def check_tta(cfg: CfgNode) -> None:
     """Checks that Detectron2 supports test-time augmentation of this model, if it is enabled."""
-    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
-    if cfg.MODEL.META_ARCHITECTURE == "MutualStudents":
-        architecture = cfg.MODEL.META_ARCHITECTURE
+    architecture = (cfg if has_peers(cfg) else student_config(cfg)).MODEL.META_ARCHITECTURE
     if cfg.TEST.AUG.ENABLED and (
         architecture != "GeneralizedRCNN" or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS
     ):

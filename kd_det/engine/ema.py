@@ -8,6 +8,7 @@ from detectron2.engine import hooks
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from kd_det.config import has_peers
 from kd_det.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,10 @@ def build_ema(cfg: CfgNode, student: nn.Module) -> AveragedModel | None:
         raise InputError(f"SOLVER.EMA_DECAY: must be 0 or more and below 1, got {decay}.")
     if not decay:
         return None
-    if cfg.MODEL.META_ARCHITECTURE == "MutualStudents":
-        raise InputError(f"SOLVER.EMA_DECAY: got {decay}, but MutualStudents have no averages; allowed is 0.")
+    if has_peers(cfg):
+        raise InputError(
+            f"SOLVER.EMA_DECAY: got {decay}, but {cfg.MODEL.META_ARCHITECTURE} have no averages; allowed is 0."
+        )
 
     def average(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
         # As in TensorFlow, the decay grows: after n updates the average spans at most n / 9 of them, so even a short

@@ -11,14 +11,13 @@ from detectron2.utils import comm
 from torch import nn
 
 from kd_det.classification.evaluator import MAX_LISTED, ClassificationEvaluator
-from kd_det.config import student_config
+from kd_det.config import has_peers, student_config
 from kd_det.config_kinds import show
 from kd_det.data import CocoEvaluator, class_names
 from kd_det.data.coco_evaluator import distinct
 from kd_det.data.coco_masks import are_numbers
 from kd_det.data.voc_evaluator import VocEvaluator
 from kd_det.errors import InputError
-from kd_det.mutual import MutualStudents
 from kd_det.peers import load_peer_configs
 
 KINDS = ("coco", "pascal_voc", "classification")
@@ -111,8 +110,7 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
 
 def metric_names(cfg: CfgNode) -> list[str]:
     """Returns the names of all metrics of a run's evaluation; [] if its architecture comes from a plugin."""
-    mutual = MutualStudents.__name__ == cfg.MODEL.META_ARCHITECTURE
-    students = load_peer_configs(cfg) if mutual else [student_config(cfg)]
+    students = load_peer_configs(cfg) if has_peers(cfg) else [student_config(cfg)]
     metrics = [_student_metrics(student) for student in students]
     if not all(metrics):
         return []

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from kd_det.config import DISTILLED, default_config, merge_list, read_config
+from kd_det.config import default_config, has_peers, is_wrapped, merge_list, read_config
 from kd_det.config_checks import check_parts, check_run_values
 from kd_det.config_files import default_output_dir, find_config
 from kd_det.data import (
@@ -30,7 +30,6 @@ from kd_det.engine.output_folder import claim
 from kd_det.engine.run_log import deferring_log, log_again, start_logging
 from kd_det.errors import InputError
 from kd_det.files import write_whole
-from kd_det.mutual import MutualStudents
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
 from kd_det.taps import find_tap
 
@@ -125,7 +124,7 @@ def check_run(cfg: CfgNode, source: str) -> None:
 
 def warn_of_idle_heads(cfg: CfgNode) -> None:
     """Warns about heads without a teacher, and about heads that never reach their full weight before the run ends."""
-    if cfg.KD.HEADS and cfg.MODEL.META_ARCHITECTURE not in DISTILLED:
+    if cfg.KD.HEADS and not is_wrapped(cfg):
         logger.warning(
             "KD.HEADS: the run does not use %s, because MODEL.META_ARCHITECTURE is %s; name a student's config before "
             "the recipe, or a teacher with --teacher.",
@@ -176,11 +175,11 @@ def make_config(args: argparse.Namespace) -> CfgNode:
     if heads is not None:
         cfg.KD.HEADS = heads
     merge_list(cfg, args.opts, "command line")
-    if len(files) > 1 and MutualStudents.__name__ == cfg.MODEL.META_ARCHITECTURE and not cfg.KD.MUTUAL.PEERS:
+    if len(files) > 1 and has_peers(cfg) and not cfg.KD.MUTUAL.PEERS:
         cfg.KD.MUTUAL.PEERS = files[:1]  # A recipe does not know the student, two of which teach each other.
     by_arguments = args.teacher or args.teacher_weights or heads
     by_recipe = (len(files) > 1 and cfg.KD.HEADS) or cfg.KD.INHERIT
-    if cfg.MODEL.META_ARCHITECTURE not in DISTILLED and (by_arguments or by_recipe):
+    if not is_wrapped(cfg) and (by_arguments or by_recipe):
         add_teacher(cfg, describe_files(files))
     return cfg
 

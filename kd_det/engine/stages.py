@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kd_det.checkpoint import KDCheckpointer, loading_checkpoint
 from kd_det.checkpoint_folder import FINAL, TAG, finished_iterations, read_tag
-from kd_det.config import save_config, student_config
+from kd_det.config import has_teacher, save_config, student_config
 from kd_det.construction import naming_config
 from kd_det.engine.event_writers import last_iteration, metrics_path
 from kd_det.engine.output_folder import claiming
@@ -28,6 +28,7 @@ from kd_det.heads.build import has_stage
 from kd_det.meta_arch import TeacherStudent, check_finite
 from kd_det.signals import Batch
 from kd_det.teacher import Teacher, load_teacher_config
+from kd_det.wrapper import StudentWrapper
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def train(cfg: CfgNode, *, resume: bool, begin: Callable[[], None] | None = None
     """
     begin = begin or functools.cache(lambda: open_folder(cfg, resume=resume))
     asked = cfg.KD.PRETRAIN.WEIGHTS or cfg.KD.PRETRAIN.MAX_ITER
-    if asked and TeacherStudent.__name__ != cfg.MODEL.META_ARCHITECTURE:
+    if asked and not has_teacher(cfg):
         raise InputError(
             f"KD.PRETRAIN: got {asked}, but MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; only "
             f"{TeacherStudent.__name__} has a pre-training stage."
@@ -63,12 +64,10 @@ def train(cfg: CfgNode, *, resume: bool, begin: Callable[[], None] | None = None
     weights = pretrain(cfg, resume=resume, begin=begin) if staged else cfg.KD.PRETRAIN.WEIGHTS
     seed(cfg)
     trainer = Trainer(cfg)
-    model = trainer.plain_model
-    if isinstance(model, TeacherStudent):
-        check_stage(cfg, model.heads)
+    check_stage(cfg, trainer.wrapper.named_heads)
     trainer.resume_or_load(resume=resume)
-    if isinstance(model, TeacherStudent) and weights:
-        load_stage(model, weights, check_only=trainer.start_iter > 0)
+    if weights:
+        load_stage(trainer.wrapper, weights, check_only=trainer.start_iter > 0)
     begin()
     log_summary(trainer, stage=weights)
     trainer.train()
@@ -270,7 +269,7 @@ def stage_config(cfg: CfgNode, folder: Path) -> CfgNode:
     return cfg
 
 
-def load_stage(model: TeacherStudent, path: str, *, check_only: bool = False) -> None:
+def load_stage(model: StudentWrapper, path: str, *, check_only: bool = False) -> None:
     """Loads what the stage trained: the heads, and the student if a head trained it.
 
     Args:
@@ -280,9 +279,10 @@ def load_stage(model: TeacherStudent, path: str, *, check_only: bool = False) ->
         InputError: If the file cannot be read, belongs to another teacher, or lacks keys of a student that it trained.
     """
     assert model.teacher is not None
-    trained = any(getattr(head, "pretrains_student", False) for head in model.heads.values()) and not check_only
+    student = model.students[0]
+    trained = any(getattr(head, "pretrains_student", False) for head in model.named_heads.values()) and not check_only
     parts = {"kd_teacher": TeacherIdentity(model.teacher), **({} if check_only else model.checkpointables)}
-    checkpointer = KDCheckpointer(model.student if trained else copy.deepcopy(model.student), **parts)
+    checkpointer = KDCheckpointer(student if trained else copy.deepcopy(student), **parts)
     try:
         with loading_checkpoint("KD.PRETRAIN.WEIGHTS", path):
             checkpointer.load(find_file(path, "KD.PRETRAIN.WEIGHTS"))
@@ -310,7 +310,7 @@ def train_generations(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) 
     Raises:
         InputError: If the config does not describe a student with a teacher.
     """
-    if TeacherStudent.__name__ != cfg.MODEL.META_ARCHITECTURE or not cfg.KD.HEADS:
+    if not (has_teacher(cfg) and cfg.KD.HEADS):
         raise InputError(
             f"KD.GENERATIONS: got {cfg.KD.GENERATIONS}, but there is no teacher: MODEL.META_ARCHITECTURE is "
             f"{cfg.MODEL.META_ARCHITECTURE}, KD.HEADS {list(cfg.KD.HEADS)}; TeacherStudent and a head are needed."

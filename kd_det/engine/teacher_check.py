@@ -12,12 +12,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 from torch import nn
 
+from kd_det.config import has_teacher
 from kd_det.data import choose_images, class_names, known_class_names
 from kd_det.engine.evaluation import build_evaluator
 from kd_det.engine.loaders import build_test_loader
 from kd_det.errors import InputError
 from kd_det.heads.build import student_signals
-from kd_det.meta_arch import TeacherStudent
 from kd_det.taps import count_classes
 from kd_det.teacher import build_teacher, load_teacher_config
 
@@ -77,7 +77,7 @@ def check_teacher(cfg: CfgNode) -> None:
     count = cfg.KD.TEACHER.SANITY_CHECK
     if count < 0:
         raise InputError(f"KD.TEACHER.SANITY_CHECK: must be 0 (no check) or a number of images, got {count}.")
-    if not count or TeacherStudent.__name__ != cfg.MODEL.META_ARCHITECTURE or not cfg.KD.HEADS:
+    if not (count and has_teacher(cfg) and cfg.KD.HEADS):
         return
     if not cfg.DATASETS.TEST:
         raise InputError(f"KD.TEACHER.SANITY_CHECK: got {count}, but DATASETS.TEST names no data set.")

@@ -3,7 +3,6 @@
 import logging
 import uuid
 import weakref
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -36,10 +35,9 @@ from kd_det.engine.tta import TTAEvaluation
 from kd_det.engine.visualization import build_visualization
 from kd_det.errors import InputError
 from kd_det.inherit import Inheritance, inherit
-from kd_det.meta_arch import TeacherStudent
-from kd_det.mutual import MutualStudents
 from kd_det.peers import PeerWriter, load_peer_weights
 from kd_det.taps import build_tap
+from kd_det.wrapper import as_wrapper
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ class Trainer(DefaultTrainer):
     average of the student's weights, if one is kept.
 
     Args:
-        cfg: The whole config of a plain detector, a ``TeacherStudent`` or ``MutualStudents``.
+        cfg: The whole config of a plain detector or of a wrapper; see :class:`kd_det.StudentWrapper`.
     """
 
     iter: int
@@ -69,13 +67,11 @@ class Trainer(DefaultTrainer):
         self.run = uuid.uuid4().hex
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
-        if isinstance(model, TeacherStudent):
-            check_class_order(cfg, model.heads)
+        self.wrapper = as_wrapper(model)
+        check_class_order(cfg, self.wrapper.named_heads)
         if cfg.SOLVER.CHANNELS_LAST:
             model.to(memory_format=torch.channels_last)
-        self.student, parts = model, dict[str, object]()
-        if isinstance(model, TeacherStudent | MutualStudents):
-            self.student, parts = model.student, model.checkpointables
+        self.student, parts = self.wrapper.students[0], self.wrapper.checkpointables
         self.ema = build_ema(cfg, self.student)
         if self.ema is not None:
             parts |= {"ema": self.ema}
@@ -83,12 +79,12 @@ class Trainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)
         loader.batch_sampler.seed = self.seed
         devices = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
-        turns = model.turns if isinstance(model, MutualStudents) else 1
+        turns = self.wrapper.turns
         unused = self.find_unused_parameters or turns > 1
         wrapped = create_ddp_model(model, broadcast_buffers=False, find_unused_parameters=unused, **devices)
         self._trainer = build_step_trainer(cfg, wrapped, loader, optimizer, turns=turns)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        # This is the model without the DDP wrapper.
+        # This is the model without DDP around it.
         self.plain_model = model
         self.checkpointer = KDCheckpointer(self.student, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **parts)
         self.checkpointer.keep, self.checkpointer.run = cfg.SOLVER.CHECKPOINT_KEEP, self.run
@@ -142,11 +138,11 @@ class Trainer(DefaultTrainer):
             raise InputError(
                 f"--resume: the processes find different checkpoints in {self.cfg.OUTPUT_DIR}; they must share it."
             )
-        if isinstance(self.plain_model, MutualStudents) and self.start_iter == 0:
-            load_peer_weights(self.plain_model.students, self.plain_model.configs)
-        if self.cfg.KD.INHERIT and isinstance(self.plain_model, TeacherStudent) and self.start_iter == 0:
-            taps = build_tap(self.student), self.plain_model.teacher.tap
-            self.inheritance = inherit(*taps, same_classes=have_same_classes(self.cfg))
+        if self.start_iter == 0:
+            load_peer_weights(list(self.wrapper.students), self.wrapper.student_configs(self.cfg))
+            if self.cfg.KD.INHERIT and self.wrapper.teacher is not None:
+                taps = build_tap(self.student), self.wrapper.teacher.tap
+                self.inheritance = inherit(*taps, same_classes=have_same_classes(self.cfg))
         batches = self._trainer.data_loader.batch_sampler
         batches.seed, batches.start = self.seed, self.start_iter
         if self.start_iter > self.max_iter:
@@ -176,31 +172,29 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list:
         hooks = super().build_hooks()
         if comm.is_main_process():
-            hooks[-1:-1] = build_visualization(self.cfg, self.plain_model)  # The last hook writes the pictures.
+            hooks[-1:-1] = build_visualization(self.cfg, self.wrapper)  # The last hook writes the pictures.
         hooks = extend_hooks(hooks, self.cfg, self.ema)
-        peers: Sequence[CfgNode] = []
-        if isinstance(self.plain_model, MutualStudents):
-            peers = self.plain_model.configs[1:]
-            if comm.is_main_process():
-                hooks.insert(0, PeerWriter(list(self.plain_model.students), self.plain_model.configs))
+        students, configs = list(self.wrapper.students), self.wrapper.student_configs(self.cfg)
+        if len(students) > 1 and comm.is_main_process():
+            hooks.insert(0, PeerWriter(students, configs))
         if self.cfg.TEST.AUG.ENABLED and self.cfg.DATASETS.TEST:
             writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
             hooks.insert(min(writers, default=len(hooks)), TTAEvaluation(self.cfg, self.student))
         if comm.is_main_process():
             best = next((hook for hook in hooks if isinstance(hook, BestCheckpointer)), None)
-            hooks.append(ClosingTable([peer.OUTPUT_DIR for peer in peers], best))
+            hooks.append(ClosingTable([config.OUTPUT_DIR for config in configs[1:]], best))
         return hooks
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
-        """Evaluates a model as Detectron2 does, or all ``MutualStudents``, the later ones as ``peer_2`` and so on."""
+        """Evaluates a model as Detectron2 does; of several students the later ones as ``peer_2`` and so on."""
         plain = model.module if isinstance(model, DistributedDataParallel) else model
         share_buffers(plain)
-        if not isinstance(plain, MutualStudents):
-            return cls._test_one(cfg, model, evaluators)
+        wrapper = as_wrapper(plain)
         results: dict = {}
-        for i, (student, student_cfg) in enumerate(zip(plain.students, plain.configs, strict=True), 1):
-            logger.info("Student %d of %d:", i, len(plain.students))
+        for i, (student, student_cfg) in enumerate(zip(wrapper.students, wrapper.student_configs(cfg), strict=True), 1):
+            if len(wrapper.students) > 1:
+                logger.info("Student %d of %d:", i, len(wrapper.students))
             metrics = cls._test_one(student_cfg, student, evaluators)
             results |= metrics if i == 1 else {f"peer_{i}": metrics}
         return results

@@ -22,12 +22,11 @@ from kd_det.data.loader import own_random_numbers
 from kd_det.engine.matching import match, operating_point
 from kd_det.engine.picture_grid import as_pixels
 from kd_det.engine.pictures import Choice, draw_attention, draw_classifications, draw_detections
-from kd_det.heads.build import student_signals
 from kd_det.losses import attention_map
-from kd_det.meta_arch import TeacherStudent
-from kd_det.mutual import MutualStudents, evaluation_mode
+from kd_det.mutual import evaluation_mode
 from kd_det.signals import flipped
-from kd_det.taps import BackboneTap, describe_model
+from kd_det.taps import build_tap, describe_model
+from kd_det.wrapper import StudentWrapper, as_wrapper
 
 IMAGES = 2
 
@@ -52,14 +51,14 @@ class Visualization(HookBase):
         model: The run's model, without the DDP wrapper.
     """
 
-    def __init__(self, cfg: CfgNode, model: TeacherStudent | MutualStudents):
+    def __init__(self, cfg: CfgNode, model: StudentWrapper):
         self.period = cfg.VIS_PERIOD
         self.cfg = student_config(cfg)
         self.model = model
-        self.networks = find_networks(model)
-        specs = [tap.spec() for tap, _ in self.networks.values()]
+        self.networks = model.networks(cfg)
+        specs = [build_tap(network.model).spec() for network in self.networks]
         # The output of a ReLU is shown instead of its input.
-        compared = {name.removesuffix("_preact") for head in model.heads.children() for name in student_signals(head)}
+        compared = {name.removesuffix("_preact") for name in model.compared}
         maps = compared.intersection(*specs)
         self.strides = {name: shape.stride for name, shape in specs[0].items() if shape.stride and name in maps}
         self.dataset = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[0]
@@ -76,7 +75,7 @@ class Visualization(HookBase):
                 self.trainer.storage.put_image(name, as_pixels(picture).transpose(2, 0, 1))
 
     def _draw(self) -> dict[str, Figure]:
-        student = self.model.student
+        student = self.model.students[0]
         device = next(student.parameters()).device
         classifies = isinstance(student, ImageClassifier)
         kind = "scores" if classifies else "instances"
@@ -85,13 +84,13 @@ class Visualization(HookBase):
         images = [utils.convert_image_to_rgb(x["image"].permute(1, 2, 0), self.cfg.INPUT.FORMAT) for x in inputs]
         maps: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in self.strides}
         predictions = {}
-        for title, (tap, is_flipped) in self.networks.items():
-            with tap.record(maps) as signals:
-                outputs = tap.model.to(device)(flipped(inputs) if is_flipped else inputs)
+        for network in self.networks:
+            with build_tap(network.model).record(maps) as signals:
+                outputs = network.model.to(device)(flipped(inputs) if network.flip_channels else inputs)
             for name, stride in self.strides.items():
-                maps[name][title] = attention_maps(signals[name], stride, [image.shape[:2] for image in images])
-            if kind in outputs[0] and describe_model(tap.model) == describe_model(student):
-                predictions[title] = [x[kind].to("cpu") for x in outputs]
+                maps[name][network.title] = attention_maps(signals[name], stride, [image.shape[:2] for image in images])
+            if kind in outputs[0] and describe_model(network.model) == describe_model(student):
+                predictions[network.title] = [x[kind].to("cpu") for x in outputs]
         pictures = {f"attention/{name}": draw_attention(images, columns) for name, columns in maps.items()}
         if predictions:
             shown = self.records, class_names(self.dataset), predictions
@@ -109,21 +108,11 @@ class Visualization(HookBase):
 
 
 def build_visualization(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
-    """Builds the hook if VIS_PERIOD is set and the model has a student that is taught; returns no hook otherwise."""
-    if isinstance(model, TeacherStudent | MutualStudents) and cfg.VIS_PERIOD > 0 and find_networks(model):
-        return [Visualization(cfg, model)]
+    """Builds the hook if VIS_PERIOD is set and the model has several networks to compare; returns no hook otherwise."""
+    wrapper = as_wrapper(model)
+    if cfg.VIS_PERIOD > 0 and len(wrapper.networks(cfg)) > 1:
+        return [Visualization(cfg, wrapper)]
     return []
-
-
-def find_networks(model: nn.Module) -> dict[str, tuple[BackboneTap, bool]]:
-    """Maps each network's title to its tap and whether its channels are flipped; the student comes first."""
-    if isinstance(model, MutualStudents):
-        return {
-            f"student {i}": network for i, network in enumerate(zip(model.taps, model.flip_channels, strict=True), 1)
-        }
-    if isinstance(model, TeacherStudent) and model.teacher is not None:
-        return {"student": (model.tap, False), "teacher": (model.teacher.tap, model.teacher.flip_channels)}
-    return {}
 
 
 def attention_maps(feature: Tensor, stride: int, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
