@@ -59,7 +59,7 @@ def valid_region(mask: Tensor, valid: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def focal_masks(boxes: Tensor, size: tuple[int, int], stride: int) -> tuple[Tensor, Tensor]:
+def focal_masks(boxes: Tensor, size: Sequence[int], stride: int) -> tuple[Tensor, Tensor]:
     """Weights the cells of one image by the objects there, as in FGD.
 
     Yang et al., 2021, https://arxiv.org/abs/2111.11837. An object takes all cells from the floor of its first to the
@@ -92,7 +92,7 @@ def focal_masks(boxes: Tensor, size: tuple[int, int], stride: int) -> tuple[Tens
 
 
 @torch.no_grad()
-def fine_grained_mask(anchors: Tensor, boxes: Tensor, size: tuple[int, int], *, phi: float = 0.5) -> Tensor:
+def fine_grained_mask(anchors: Tensor, boxes: Tensor, size: Sequence[int], *, phi: float = 0.5) -> Tensor:
     """Marks the cells with an anchor that overlaps an object nearly as well as the best one, as in FGFI.
 
     Wang et al., 2019, https://arxiv.org/abs/1906.03609. An anchor counts if its IoU with an object is above phi times
@@ -118,7 +118,7 @@ def fine_grained_mask(anchors: Tensor, boxes: Tensor, size: tuple[int, int], *, 
 
 
 @torch.no_grad()
-def decoupled_masks(boxes: Tensor, sizes: Sequence[tuple[int, int]], strides: Sequence[int]) -> list[Tensor]:
+def decoupled_masks(boxes: Tensor, sizes: Sequence[Sequence[int]], strides: Sequence[int]) -> list[Tensor]:
     """Marks the cells of each object on one level of a pyramid, as in DeFeat.
 
     Guo et al., 2021, https://arxiv.org/abs/2103.14475. An object takes the cells from its first coordinate to its last,
@@ -169,7 +169,7 @@ def box_levels(boxes: Tensor, count: int) -> Tensor:
     return (sides.prod(dim=1).sqrt() / 56 + 1e-6).log2().floor().long().clamp(0, count - 1)
 
 
-def _rectangles(first: Tensor, last: Tensor, size: tuple[int, int]) -> Tensor:
+def _rectangles(first: Tensor, last: Tensor, size: Sequence[int]) -> Tensor:
     """Marks the cells from first (n, 2), included, to last (n, 2), not included, as (n, H, W); x comes before y."""
     rows, columns = (torch.arange(length, device=first.device) for length in size)
     in_row = (rows >= first[:, 1:]) & (rows < last[:, 1:])

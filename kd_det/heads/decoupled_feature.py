@@ -1,7 +1,7 @@
 """Implements DeFeat: objects and background are compared apart, since the student can learn from both."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from detectron2.config import configurable
@@ -36,7 +36,7 @@ class DecoupledFeatureHead(nn.Module):
         background_weight: Factor of the background.
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 1.0,
         # Feature maps of the backbone. Objects of up to 111 pixels count on the finest one, up to 223 on the next, and
         # so on.

@@ -1,7 +1,7 @@
 """Implements FGFI: the student's maps learn to resemble the teacher's where anchors nearly match an object."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -15,7 +15,7 @@ from kd_det.heads.boxes import box_levels, check_detector, fine_grained_mask, fi
 from kd_det.heads.build import check_feature_maps
 from kd_det.heads.connectors import build_faint_conv
 from kd_det.losses import region_loss
-from kd_det.losses.numerics import cast_for_layers
+from kd_det.losses.numerics import add_up, cast_for_layers
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -44,7 +44,7 @@ class FineGrainedHead(nn.Module):
         kind: "pyramid" or "map".
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 3.0,
         # Feature maps of the backbone. If MODEL.ANCHOR_GENERATOR has anchors for each map, these are as many maps.
         "IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
@@ -103,7 +103,7 @@ class FineGrainedHead(nn.Module):
             mask = torch.stack([fine_grained_mask(anchors.tensor, x, s.shape[2:]) for x in compared])[:, None]
             mask = valid_region(mask, batch.valid_mask(s, self.strides[name]))
             losses.append(region_loss(s, teacher[name], mask=mask, per_channel=self.kind == "pyramid"))
-        return {"loss_kd_fine_grained": sum(losses) / len(losses)}
+        return {"loss_kd_fine_grained": add_up(losses) / len(losses)}
 
 
 def check_anchor_lists(cfg: CfgNode, key: str, names: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Implements FGD: objects, background and the places of high attention are compared apart, and the global context."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from detectron2.config import configurable
@@ -13,7 +13,7 @@ from kd_det.heads.align import SCALES, Aligners, sum_scale
 from kd_det.heads.boxes import check_detector, focal_masks, object_boxes
 from kd_det.heads.build import check_feature_maps
 from kd_det.losses import attention_loss, focal_loss, relation_loss
-from kd_det.losses.numerics import cast_for_layers
+from kd_det.losses.numerics import add_up, cast_for_layers
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -52,7 +52,7 @@ class FocalGlobalHead(nn.Module):
             and the relation; the other sums do not grow with the map.
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 1.0,
         # Feature maps of the backbone.
         "IN_FEATURES": ["p2", "p3", "p4", "p5"],
@@ -112,8 +112,8 @@ class FocalGlobalHead(nn.Module):
             s, t = self.align(student, name), teacher[name].detach()
             parts = [self._compare(name, s[x], t[x], boxes[x[0]]) for x in compared_regions(batch, s, stride)]
             losses.append(torch.stack(parts).mean(dim=0))
-        parts = zip(self.weights.items(), sum(losses), strict=True)
-        return {f"loss_kd_focal_global_{part}": weight * loss for (part, weight), loss in parts}
+        weighted = zip(self.weights.items(), add_up(losses), strict=True)
+        return {f"loss_kd_focal_global_{part}": weight * loss for (part, weight), loss in weighted}
 
     def _compare(self, name: str, s: Tensor, t: Tensor, boxes: list[Tensor]) -> Tensor:
         """Computes the parts of the loss on one map, in the order of ``PARTS``."""
@@ -153,8 +153,8 @@ class ContextBlock(nn.Module):
             nn.Conv2d(hidden, channels, kernel_size=1),
         )
         nn.init.kaiming_normal_(self.attend.weight)
-        nn.init.zeros_(self.transform[-1].weight)
-        nn.init.zeros_(self.transform[-1].bias)
+        for parameter in self.transform[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a map of the shape of x (N, C, H, W)."""

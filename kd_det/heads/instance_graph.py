@@ -1,7 +1,7 @@
 """Implements DSIG: an image's boxes are nodes of a graph, whose nodes and edges resemble the teacher's."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class InstanceGraphHead(nn.Module):
         edge_weight: Factor of the edges.
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 1.0,
         # Factor of the differences between the features of objects' boxes.
         "FOREGROUND_WEIGHT": 0.5,

@@ -69,7 +69,7 @@ def focal_loss(s: Tensor, t: Tensor, *, weight: Tensor, temperature: float = 0.5
 
 
 @in_float32
-def attention_loss(s: Tensor, t: Tensor, *, temperature: float = 0.5, spatial_scale: float = 1.0) -> Tensor:
+def attention_loss(s: Tensor, t: Tensor, *, temperature: float = 0.5, spatial_scale: float | Tensor = 1.0) -> Tensor:
     """Sums the absolute differences between the attention of student and teacher.
 
     The attention part of FGD: Yang et al., 2021, https://arxiv.org/abs/2111.11837: both `feature_attention` masks, the
