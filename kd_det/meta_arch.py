@@ -14,7 +14,7 @@ from kd_det.config import student_config
 from kd_det.construction import build_network
 from kd_det.errors import InputError
 from kd_det.gradients import GradientShares, build_gradient_shares
-from kd_det.heads.build import build_kd_heads, freeze_pretrained, teacher_signals
+from kd_det.heads.build import build_kd_heads, freeze_pretrained, student_signals, teacher_signals
 from kd_det.heads.head_table import head_table
 from kd_det.registry import WRAPPER_REGISTRY, config_key
 from kd_det.schedules import build_schedule
@@ -74,8 +74,10 @@ class TeacherStudent(StudentWrapper):
             for head in self.heads.values():
                 freeze_pretrained(head)
         if self.heads:
+            assert teacher is not None
             self.tap = build_tap(student)
-            self.tap.check_alignment(teacher.tap, {name for head in self.heads.values() for name in head.signals})
+            names = {name for head in self.heads.values() for name in student_signals(head)}
+            self.tap.check_alignment(teacher.tap, names)
             teacher.check({name for head in self.heads.values() for name in teacher_signals(head)})
             for name, head in self.heads.items():
                 self.tap.check_replaced(name, getattr(head, "replaces", ()))
@@ -139,7 +141,7 @@ class TeacherStudent(StudentWrapper):
         weights = {name: self.schedules.get(name, lambda _: 1.0)(iteration) for name in self.heads}
         storage.put_scalars(smoothing_hint=False, **{f"kd/weight/{name}": weight for name, weight in weights.items()})
         active = [name for name in self.heads if weights[name] > 0]
-        names = {signal for name in active for signal in self.heads[name].signals}
+        names = {signal for name in active for signal in student_signals(self.heads[name])}
         teacher_names = {signal for name in active for signal in teacher_signals(self.heads[name])}
 
         losses, student, teacher = self._forwards(batched_inputs, names, teacher_names)
@@ -173,6 +175,7 @@ class TeacherStudent(StudentWrapper):
         if not teacher_names:
             with self.tap.record(names) as student:
                 return self.student(batched_inputs), student, {}
+        assert self.teacher is not None
         teacher = self.teacher.to(self.device)
         models = [self.student, teacher.model]
         with shared_images(models, batched_inputs) if self.shares_images else nullcontext():

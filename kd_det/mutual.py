@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -17,6 +18,7 @@ from kd_det.gradients import GradientShares, build_gradient_shares
 from kd_det.heads import InheritExploreHead
 from kd_det.heads.coders import first_boxes
 from kd_det.losses import mutual_loss
+from kd_det.losses.numerics import add_up
 from kd_det.meta_arch import build_student, check_finite, check_task_weight
 from kd_det.peers import build_heads, check_classes, load_peer_configs
 from kd_det.registry import WRAPPER_REGISTRY
@@ -148,7 +150,7 @@ class MutualStudents(StudentWrapper):
 
     @property
     def checkpointables(self) -> dict[str, object]:
-        peers = {f"peer_{i}": student for i, student in enumerate(self.students, 1) if i > 1}
+        peers: dict[str, object] = {f"peer_{i}": student for i, student in enumerate(self.students, 1) if i > 1}
         return peers | ({"kd_heads": self.heads} if self.heads else {})
 
     @property
@@ -182,7 +184,9 @@ class MutualStudents(StudentWrapper):
         learning = range(len(self.students)) if turn is None else [turn]
         storage = get_event_storage()
         batch = Batch.from_inputs(batched_inputs, mask_padding=self.mask_padding)
-        losses, recorded, groups = {}, [], {}
+        losses: dict[str, Tensor] = {}
+        recorded: list[Signals] = []
+        groups: dict[int, dict[str, list[Tensor]]] = {}
         for i, (student, tap) in enumerate(zip(self.students, self.taps, strict=True)):
             with ExitStack() as stack:
                 if i in learning:
@@ -197,8 +201,8 @@ class MutualStudents(StudentWrapper):
                 continue
             own_losses = {key: self.task_weight * loss for key, loss in own_losses.items()}
             groups[i] = {"task": list(own_losses.values())}
-            if self.heads and self.heads[i].pretrained:
-                own_losses |= self.heads[i].pretrain({}, first_boxes(self.heads[i].boxes, signals)[0], batch)
+            if self.heads and self._head(i).pretrained:
+                own_losses |= self._head(i).pretrain({}, first_boxes(self._head(i).boxes, signals)[0], batch)
             losses |= {f"{key}_peer_{i + 1}": loss for key, loss in own_losses.items()}
         weight = self.head_weight(storage.iter)
         if self.heads:
@@ -208,7 +212,7 @@ class MutualStudents(StudentWrapper):
             learner = recorded[i]
             peers = {j: self._on_boxes_of(learner, j, peer) for j, peer in enumerate(recorded) if j != i}
             divergences = [mutual_loss(learner[self.logits], peer[self.logits]) for peer in peers.values()]
-            peer_losses = {"loss_kd_mutual": self.weight * sum(divergences) / len(divergences)}
+            peer_losses = {"loss_kd_mutual": self.weight * add_up(divergences) / len(divergences)}
             groups[i]["mutual"] = list(peer_losses.values())
             if self.heads:
                 with storage.name_scope(f"peer_{i + 1}"):
@@ -222,6 +226,9 @@ class MutualStudents(StudentWrapper):
                 self.gradient_shares.measure(self.students[i], group, suffix)
         return losses
 
+    def _head(self, i: int) -> InheritExploreHead:
+        return cast(InheritExploreHead, self.heads[i])  # A ModuleList knows no more than that it holds modules.
+
     @torch.no_grad()
     def _on_boxes_of(self, student: Signals, j: int, peer: Signals) -> Signals:
         """Returns the signals of peer `j`, with box signals recomputed on the boxes that the student sampled."""
@@ -233,11 +240,11 @@ class MutualStudents(StudentWrapper):
     def _inherit_and_explore(
         self, i: int, student: Signals, peers: Mapping[int, Signals], batch: Batch, weight: float
     ) -> dict[str, Tensor]:
-        head = self.heads[i]
+        head = self._head(i)
         student, *limited = first_boxes(head.boxes, student, *peers.values())
-        targets = [self.heads[j].teacher_factors(peer, batch) for j, peer in zip(peers, limited, strict=True)]
+        targets = [self._head(j).teacher_factors(peer, batch) for j, peer in zip(peers, limited, strict=True)]
         per_peer = [head.compare(student, target, batch) for target in targets]
-        return {key: weight * sum(losses[key] for losses in per_peer) / len(per_peer) for key in per_peer[0]}
+        return {key: weight * add_up(losses[key] for losses in per_peer) / len(per_peer) for key in per_peer[0]}
 
 
 @contextmanager

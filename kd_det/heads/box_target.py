@@ -1,7 +1,7 @@
 """Implements box targets: the student's boxes are compared with the teacher's."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class BoxTargetHead(nn.Module):
         margin: How far the squared error of "bounded" must lie below the teacher's.
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 1.0,
         # Any of roi (foreground boxes), rpn (anchors of an R-CNN), dense (anchors of a RetinaNet).
         "SOURCES": ["roi"],

@@ -332,7 +332,7 @@ def check_equal(key: str, what: str, values: Sequence[object]) -> None:
         )
 
 
-def record_anchors(stack: ExitStack, model: nn.Module, prefix: str, signals: Signals) -> None:
+def record_anchors(stack: ExitStack, model: RPN | RetinaNet, prefix: str, signals: Signals) -> None:
     """Records the anchors that a model trains on, with their labels, until `stack` closes.
 
     Args:
@@ -353,7 +353,7 @@ def record_anchors(stack: ExitStack, model: nn.Module, prefix: str, signals: Sig
     wrap(stack, model, "losses", store)
 
 
-def box_scales(predictor: nn.Module) -> Tensor:
+def box_scales(predictor: BoxPredictor) -> Tensor:
     """Returns the factors (4,) by which the box deltas of a predictor are multiplied, on the CPU."""
     return torch.tensor(predictor.box2box_transform.weights)
 
