@@ -25,6 +25,7 @@ test-slow: .venv/.ready
 lint: .venv/.ready
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
 
 # Warnings, such as a link that leads nowhere, are errors.
 docs: .venv/.ready
