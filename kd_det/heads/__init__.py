@@ -12,6 +12,7 @@ from kd_det.heads.build import (
     freeze_pretrained,
 )
 from kd_det.heads.channel_wise import ChannelWiseHead
+from kd_det.heads.cross import CrossHead
 from kd_det.heads.decoupled_feature import DecoupledFeatureHead
 from kd_det.heads.factor_transfer import FactorTransferHead
 from kd_det.heads.fine_grained import FineGrainedHead
@@ -33,6 +34,7 @@ __all__ = [
     "BornAgainHead",
     "BoxTargetHead",
     "ChannelWiseHead",
+    "CrossHead",
     "DecoupledFeatureHead",
     "FactorTransferHead",
     "FineGrainedHead",

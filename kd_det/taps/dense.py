@@ -50,7 +50,7 @@ class RetinaNetTap(BackboneTap):
         super().check_alignment(teacher, names)
         if any(name.startswith("dense_") for name in names):
             check_anchors(self.model.anchor_generator, teacher.model.get_submodule("anchor_generator"))
-        if "dense_deltas" in names:
+        if any(name.startswith(("dense_deltas", "dense_box_")) for name in names):
             check_box_weights("MODEL.RETINANET.BBOX_REG_WEIGHTS", self.model, teacher.model)
 
     @property

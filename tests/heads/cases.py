@@ -143,6 +143,12 @@ VARIANTS = {
         "giou": {"SOURCES": ["roi", "rpn", "dense"], "KIND": "giou"},
         "bounded": {"KIND": "bounded", "MARGIN": 0.2},
     },
+    "CrossHead": {
+        "default": {},
+        "two_convolutions": {"HIDDEN": 1, "CLASS_WEIGHT": 2.0, "BOX_WEIGHT": 0.5},
+        "classes": {"BOX_WEIGHT": 0.0},
+        "boxes": {"CLASS_WEIGHT": 0.0},
+    },
     "SoftmaxRegressionHead": {
         "BN": {},
         "LN": {"NORM": "LN", "KIND": "ce"},

@@ -13,8 +13,10 @@ BOXES, FOREGROUND, KEYPOINTS = 6, 3, 2
 ANCHOR_LEVELS, ANCHORS, HIDDEN = ("p4", "p5"), 2, 8
 
 
-# Maps the last layers of a dense head to the numbers of their outputs.
+# Maps the last layers of dense heads, of two convolutions and of four, to the numbers of their outputs.
 DENSE_LAYERS = {
+    "dense_cls_conv2": HIDDEN,
+    "dense_box_conv2": HIDDEN,
     "dense_cls_conv4": HIDDEN,
     "dense_box_conv4": HIDDEN,
     "dense_cls_score": ANCHORS * CLASSES,
