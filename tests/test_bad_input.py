@@ -1,14 +1,11 @@
 """A user's mistakes end a run with status 1 and one line that names the key or the file, and no traceback."""
 
 import json
-import os
-import pickle
 import shutil
 
 import pytest
-import torch
 from children import Task
-from helpers import WIDE, distilled_cfg, run_train_net, save_teacher, tiny_cfg, train_net, with_data, write_yaml
+from helpers import distilled_cfg, run_train_net, save_teacher, tiny_cfg, train_net, with_data, write_yaml
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -51,53 +48,8 @@ def own_data(coco_folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "heads", "told"),
     [
-        ({}, ["RevewKDHead"], "KD.HEADS: 'RevewKDHead' is not a distillation head; registered are "),
-        ({}, ["HintHead", "HintHead"], "KD.HEADS: 'HintHead' is named twice"),
-        (
-            {"KD.HINT.IN_FEATURES": ["p2", "p7"]},
-            ["HintHead"],
-            "KD.HINT.IN_FEATURES: 'p7' is not a signal of the student",
-        ),
-        (
-            {"KD.HINT.IN_FEATURES": []},
-            ["HintHead"],
-            "KD.HINT.IN_FEATURES: no feature is named; the student's backbone has",
-        ),
-        (
-            {"KD.REVIEW.IN_FEATURES": ["p2", "roi_features"]},
-            ["ReviewKDHead"],
-            "KD.REVIEW.IN_FEATURES: 'roi_features' is not a feature map of the backbone, which has",
-        ),
-        (
-            {"KD.REVIEW.NORM": "GN", "KD.REVIEW.MID_CHANNELS": 24},
-            ["ReviewKDHead"],
-            "KD.REVIEW.NORM: GN has 32 groups, which do not divide",
-        ),
-        ({"KD.SOFT_TARGET.SOURCES": ["dense"]}, ["SoftTargetHead"], "'dense_logits' is not a signal of the student"),
-        ({"KD.HINT.SCHEDULE.DECAY": "steps"}, ["HintHead"], "KD.HINT.SCHEDULE.DECAY: got 'steps'; allowed are"),
         ({"KD.HINT.WEIGHT": -1.0}, ["HintHead"], "KD.HINT.WEIGHT: must be finite and 0 or more, got -1.0"),
         ({"KD.HINT.WEIGHT": 1e38}, ["HintHead"], "iteration 0: loss_kd_hint is inf"),
-        ({"SOLVER.MAX_ITER": 0}, [], "SOLVER.MAX_ITER: must be 1 or more, got 0."),
-        ({"SOLVER.IMS_PER_BATCH": 0}, [], "SOLVER.IMS_PER_BATCH: must be 1 or more, got 0."),
-        ({"SOLVER.CHECKPOINT_PERIOD": 0}, [], "SOLVER.CHECKPOINT_PERIOD: must be 1 or more, got 0."),
-        ({"DATALOADER.NUM_WORKERS": -1}, [], "DATALOADER.NUM_WORKERS: must be 0 or more, got -1."),
-        ({"SOLVER.LR_SCHEDULER_NAME": "Cosine"}, [], "SOLVER.LR_SCHEDULER_NAME: 'Cosine' is not one of WarmupMulti"),
-        ({"SOLVER.WARMUP_METHOD": "cosine"}, [], "SOLVER.WARMUP_METHOD: 'cosine' is not one of linear, constant."),
-        ({"SOLVER.STEPS": (9, 3)}, [], "SOLVER.STEPS: must be in increasing order, got [9, 3]."),
-        ({"SOLVER.BASE_LR": 0.0}, [], "SOLVER.BASE_LR: must be finite and above 0, got 0.0."),
-        ({"KD.PRETRAIN.BASE_LR": -0.1}, [], "KD.PRETRAIN.BASE_LR: must be finite and above 0, got -0.1."),
-        ({"KD.PRETRAIN.MAX_ITER": -1}, ["HintHead"], "KD.PRETRAIN.MAX_ITER: must be 0 or more, got -1."),
-        ({"KD.REVIEW.MID_CHANNELS": 0}, ["ReviewKDHead"], "KD.REVIEW.MID_CHANNELS: must be 1 or more, got 0."),
-        (
-            {"KD.REVIEW.TEACHER_PREACT": True},
-            ["ReviewKDHead"],
-            "KD.REVIEW.TEACHER_PREACT: there is no ReLU at the end of the teacher's p2, p3, p4, p5; set",
-        ),
-        (
-            {"KD.SOFT_TARGET.BACKGROUND_WEIGHT": -1.0},
-            ["SoftTargetHead"],
-            "KD.SOFT_TARGET.BACKGROUND_WEIGHT: must be finite and 0 or more, got -1.0.",
-        ),
         ({"KD.TEACHER.OPTS": [1, 2]}, ["HintHead"], "KD.TEACHER.OPTS: must be KEY VALUE KEY VALUE ..., got [1, 2]."),
         (
             {"KD.TEACHER.OPTS": ["MODEL.PIXEL_STD", [0.0, 1.0, 1.0]]},
@@ -135,7 +87,6 @@ def test_values_that_cannot_be(run, options, heads, told):
     [
         ("\nKD_HEADS: [HintHead]", [], "Non-existent config key: KD_HEADS"),
         ("", ["KD.HINT.WEIGTH", "2"], "command line: Non-existent key: KD.HINT.WEIGTH"),
-        ("\nX: !!python/object/apply:os.mkdir [canary]", [], "not a safe YAML file"),
         ("", ["OUTPUT_DIR", ""], "OUTPUT_DIR: must name a folder, got ''."),
         ("", ["--kd-heads", "HintHead, SoftHead"], "KD.HEADS: 'SoftHead' is not a distillation head"),
         ("", ["--plugin", "no_such.py"], "--plugin: there is no file no_such.py."),
@@ -150,7 +101,6 @@ def test_values_that_cannot_be(run, options, heads, told):
 def test_keys_and_files_that_cannot_be(run, tmp_path, monkeypatch, text, arguments, told):
     monkeypatch.chdir(tmp_path)
     assert told in run(text=text, arguments=arguments)
-    assert not (tmp_path / "canary").exists()
 
 
 def test_a_panoptic_model_without_segmentations(run):
@@ -185,12 +135,6 @@ def test_strides_that_differ(run, tmp_path):
     assert told.startswith("KD.HINT.IN_FEATURES: 'res5' has stride 32 in the student but 16 in the teacher")
 
 
-def test_class_counts_that_differ(run, tmp_path):
-    other = other_teacher(tmp_path, WIDE | {"MODEL.ROI_HEADS.NUM_CLASSES": 7})
-    told = run(other, heads=["SoftTargetHead"])
-    assert "roi_logits has 4 channels in the student and 8 in the teacher (background included)." in told
-
-
 def test_teacher_that_is_not_there(run):
     assert run({"KD.TEACHER.WEIGHTS": "/no/such.pth"}) == "KD.TEACHER.WEIGHTS: there is no file /no/such.pth."
 
@@ -210,25 +154,6 @@ def test_teacher_of_another_architecture(run, tmp_path):
     assert "does not fit the config's GeneralizedRCNN: " in told
     assert " missing: " in told
     assert " unexpected: " in told
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("canary",)
-
-
-@pytest.mark.parametrize("key", ["KD.TEACHER.WEIGHTS", "MODEL.WEIGHTS"])
-@pytest.mark.parametrize("name", ["a.pkl", "a.pth"])
-def test_weights_that_are_code(run, tmp_path, monkeypatch, key, name):
-    monkeypatch.chdir(tmp_path)
-    data = {"model": {"weight": Hostile()}, "__author__": "x"}
-    if name == "a.pkl":
-        (tmp_path / name).write_bytes(pickle.dumps(data))
-    else:
-        torch.save(data, tmp_path / name)
-    told = run({key: str(tmp_path / name)})
-    assert f"{name}: not a checkpoint that can be loaded safely: " in told
-    assert not (tmp_path / "canary").exists()
 
 
 # ---- The data ----

@@ -102,15 +102,7 @@ def test_a_config_runs_no_code(cfg, tmp_path, text):
     assert "\n" not in str(error.value)
 
 
-def test_nor_does_a_base_of_it(cfg, tmp_path):
-    canary = tmp_path / "canary"
-    write(tmp_path, f"OUTPUT_DIR: !!python/object/apply:os.mkdir [{canary}]", "base.yaml")
-    with pytest.raises(InputError, match="not a safe YAML file"):
-        merge_file(cfg, write(tmp_path, "_BASE_: base.yaml\nSEED: 1"))
-    assert not canary.exists()
-
-
-def test_nor_does_a_value_of_the_command_line(cfg, tmp_path):
+def test_a_value_of_the_command_line_runs_no_code(cfg, tmp_path):
     canary = tmp_path / "canary"
     merge_list(cfg, ["OUTPUT_DIR", f"!!python/object/apply:os.mkdir [{canary}]"], "command line")
     assert not canary.exists()
@@ -147,19 +139,28 @@ def test_files_that_cannot_be(cfg, tmp_path, text, told):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "start", "part"),
     [
-        (["KD.HINT.WEIGTH", "2"], "K: Non-existent key: KD.HINT.WEIGTH"),
-        (["KD.HINT.WEIGHT", "heavy"], "K: Type mismatch"),
-        (["KD.HINT.WEIGHT"], "K: Override list has odd length"),
-        (["KD", "2"], "K: KD: got 2 where a mapping of keys belongs"),
-        (["KD.HEADS.X", "2"], "K: Non-existent key: KD.HEADS.X"),
+        (["KD.HINT.WEIGTH", "2"], "K: Non-existent key: KD.HINT.WEIGTH", ""),
+        (["KD.HINT.WEIGHT", "heavy"], "K: Type mismatch", ""),
+        (["KD.HINT.WEIGHT"], "K: Override list has odd length", ""),
+        (["KD", "2"], "K: KD: got 2 where a mapping of keys belongs", ""),
+        (["KD.HEADS.X", "2"], "K: Non-existent key: KD.HEADS.X", ""),
+        (["DATASETS.TEST", "('x')"], "K: ", "a list of one is ['x'], or ('x',) with a comma"),
+        (["SOLVER.STEPS", "(5)"], "K: ", "a list of one is ['x'], or ('x',) with a comma"),
+        (["SOLVER.GAMMA", "1"], "K: ", "SOLVER.GAMMA; write it with a point, such as 1.0"),
+        (["SOLVER.MAX_ITER", "1e4"], "K: ", "SOLVER.MAX_ITER; write a whole number without a point or an exponent"),
+        (["MODEL.MASK_ON", "true"], "K: ", "MODEL.MASK_ON; write True or False"),
+        ([1, 2], "K: must be KEY VALUE KEY VALUE ..., got [1, 2].", ""),
+        (["OUTPUT_DIR", "-" * 200000 + "1"], "K: a value is nested too deeply.", ""),
+        (["OUTPUT_DIR", ["x"] * 9999], "K: Type mismatch", ""),
     ],
 )
-def test_options_that_cannot_be(cfg, options, told):
-    with pytest.raises(InputError, match=f"^{re.escape(told)}") as error:
+def test_overrides_that_do_not_fit_are_refused_in_one_short_line(cfg, options, start, part):
+    with pytest.raises(InputError, match=f"^{re.escape(start)}.*{re.escape(part)}") as error:
         merge_list(cfg, options, "K")
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
 
 
 # ---- Bases, versions and other files that a file names ----
@@ -242,22 +243,3 @@ def test_home_is_expanded(cfg, tmp_path, monkeypatch):
     assert (f"{tmp_path}/a.pth", f"{tmp_path}/output") == (cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
     assert f"{tmp_path}/b.pth" == cfg.KD.TEACHER.WEIGHTS
     assert find_config("~/config.yaml") == f"{tmp_path}/config.yaml"
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (["DATASETS.TEST", "('x')"], "a list of one is ['x'], or ('x',) with a comma"),
-        (["SOLVER.STEPS", "(5)"], "a list of one is ['x'], or ('x',) with a comma"),
-        (["SOLVER.GAMMA", "1"], "SOLVER.GAMMA; write it with a point, such as 1.0"),
-        (["SOLVER.MAX_ITER", "1e4"], "SOLVER.MAX_ITER; write a whole number without a point or an exponent"),
-        (["MODEL.MASK_ON", "true"], "MODEL.MASK_ON; write True or False"),
-        ([1, 2], "K: must be KEY VALUE KEY VALUE ..., got [1, 2]."),
-        (["OUTPUT_DIR", "-" * 200000 + "1"], "K: a value is nested too deeply."),
-        (["OUTPUT_DIR", ["x"] * 9999], "K: Type mismatch"),
-    ],
-)
-def test_more_options_that_cannot_be(cfg, options, told):
-    with pytest.raises(InputError, match=re.escape(told)) as error:
-        merge_list(cfg, options, "K")
-    assert len(str(error.value)) < 1000

@@ -137,7 +137,9 @@ def with_option(key, url):
     return cfg
 
 
-STAGED = SimpleNamespace(heads={}, student=torch.nn.Linear(1, 1), teacher=None, checkpointables={})
+STAGED = SimpleNamespace(
+    named_heads={}, students=[torch.nn.Linear(1, 1)], teacher=torch.nn.Linear(1, 1), checkpointables={}
+)
 # How the file that a key names is fetched.
 WAYS = {
     "MODEL.WEIGHTS": lambda key, url: KDCheckpointer(torch.nn.Linear(1, 1)).load(url),
@@ -219,7 +221,7 @@ def test_the_config_of_a_chain_runs_no_code(tmp_path, canary, content):
 def test_help_says_that_plugins_run(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
-    assert "Python file whose code is run first" in " ".join(capsys.readouterr().out.split())
+    assert "Python file to run first, with all your rights" in " ".join(capsys.readouterr().out.split())
 
 
 # ---- Weights ----

@@ -464,38 +464,6 @@ def test_masked_padding_of_activation_boundaries_equals_cropped_maps():
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("FACTOR_TRANSFER", {"IN_FEATURES": ["p2", "p3"]}),
-        ("INHERIT_EXPLORE", {"IN_FEATURES": ["p3"]}),
-        ("INHERIT_EXPLORE", {"IN_FEATURES": ["p3"], "KIND": "at"}),
-        ("INHERIT_EXPLORE", {"IN_FEATURES": ["p3"], "KIND": "od"}),
-        ("OVERHAUL", {"IN_FEATURES": ["res2", "res3"]}),
-        ("ACTIVATION_BOUNDARY", {"IN_FEATURES": ["res2", "res3"]}),
-    ],
-)
-def test_what_the_teacher_has_in_the_padding_does_not_matter(name, options):
-    """Neither in the stage nor in the run, although encoders look at neighbouring cells."""
-    specs = make_spec(6), make_spec(10)
-    student, teacher = (make_signals(spec, seed=i) for i, spec in enumerate(specs))
-    # the second image, 32 x 64 of 64 x 128 pixels, ends at a cell's edge
-    changed = {key: x.clone() for key, x in teacher.items()}
-    for level, stride in (("p2", 4), ("p3", 8), ("res2_preact", 4), ("res3_preact", 8)):
-        changed[level][1, :, 32 // stride :] = 1000.0
-        changed[level][1, :, :, 64 // stride :] = -1000.0
-    values = {}
-    for masks in (True, False):
-        batch = make_batch([(64, 128), (32, 64)], mask_padding=masks)
-        values[masks] = []
-        for signals in (teacher, changed):
-            head = from_options(name, options, specs)
-            losses = head.pretrain(student, signals, batch) if getattr(head, "pretrained", ()) else {}
-            values[masks].append([loss.item() for loss in [*losses.values(), *head(student, signals, batch).values()]])
-    assert values[True][0] == values[True][1]
-    assert all(a != b for a, b in zip(*values[False], strict=True))
-
-
 # ---- Options that cannot be ----
 def from_options(node, options, specs):
     names = {"ACTIVATION_BOUNDARY": "ActivationBoundaryHead", "FACTOR_TRANSFER": "FactorTransferHead"}

@@ -186,6 +186,35 @@ def test_masking_of_padding_keeps_the_gradients(name, options, batch):
     assert [key for key, p in head.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
+def change_padding(teacher):
+    """Changes what lies beyond the second image, of 32 x 64 in 64 x 128 pixels; at each stride it ends with a cell."""
+    changed = {key: x.detach().clone() for key, x in teacher.items()}
+    for name, shape in TEACHER.items():
+        if shape.stride and shape.stride <= 32:
+            changed[name][1, :, 32 // shape.stride :] = 1000.0
+            changed[name][1, :, :, 64 // shape.stride :] = -1000.0
+    return changed
+
+
+def depends_on_padding(compute, teacher, *, mask_padding):
+    """Reports whether any loss of ``compute(teacher, batch)`` depends on what the teacher has in the padding."""
+    inputs = [make_input(64, 128, [3, 9, 50, 33], [70, 2, 75, 60]), make_input(32, 64, [30, 10, 64, 32])]
+    batch = Batch.from_inputs(inputs, mask_padding=mask_padding)
+    losses = []
+    for signals in (teacher, change_padding(teacher)):
+        torch.manual_seed(0)
+        losses.append({key: loss.item() for key, loss in compute(signals, batch).items()})
+    return losses[0] != losses[1]
+
+
+@each([case for case in CASES if any(TEACHER[x].stride for x in teacher_signals(make(case[0], case[2])))])
+def test_what_the_teacher_has_in_masked_padding_does_not_matter(name, options):
+    """Although encoders look at neighbouring cells."""
+    student, teacher = pair()
+    assert depends_on_padding(lambda *x: make(name, options)(student, *x), teacher, mask_padding=False)
+    assert not depends_on_padding(lambda *x: make(name, options)(student, *x), teacher, mask_padding=True)
+
+
 @each(CASES)
 def test_batch_without_boxes_and_objects(name, options):
     head, batch = make(name, options), Batch.from_inputs([make_input(64, 128), make_input(40, 96)])

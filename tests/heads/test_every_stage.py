@@ -9,7 +9,17 @@ from kd_det.registry import config_key
 
 from .cases import ENDED_CASES, STAGE_CASES, STUDENT, TEACHER, each, make_cfg
 from .cases import make_head as make
-from .test_every_head import LAYERS, ONE_CELL, NoSinglePrecision, check_losses, lack_of, one_cell, pair, total
+from .test_every_head import (
+    LAYERS,
+    ONE_CELL,
+    NoSinglePrecision,
+    check_losses,
+    depends_on_padding,
+    lack_of,
+    one_cell,
+    pair,
+    total,
+)
 
 
 def trained_by_stage(head):
@@ -103,6 +113,13 @@ def test_state_dict_round_trip(name, options, batch):
     losses, again = (head.pretrain(student, teacher, batch) for head in (first, second))
     assert losses.keys() == again.keys()
     assert all(torch.equal(losses[key], again[key]) for key in losses)
+
+
+@each([case for case in STAGE_CASES if any(TEACHER[x].stride for x in make(case[0], case[2]).pretrain_teacher_signals)])
+def test_what_the_teacher_has_in_masked_padding_does_not_matter(name, options):
+    student, teacher = pair()
+    assert depends_on_padding(lambda *x: make(name, options).pretrain(student, *x), teacher, mask_padding=False)
+    assert not depends_on_padding(lambda *x: make(name, options).pretrain(student, *x), teacher, mask_padding=True)
 
 
 @each(STAGE_CASES)
