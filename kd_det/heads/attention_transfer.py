@@ -42,7 +42,7 @@ class AttentionTransferHead(nn.Module):
         "KIND": "activation",
         # Feature maps of the backbone.
         "IN_FEATURES": ["p2", "p3", "p4", "p5"],
-        # Exponent of the activations in the attention map.
+        # Exponent of the activations in the attention map; the paper takes 2.
         "POWER": 2,
         # "sum_hw": sum over cells, equally strong at every map size. "mean": the published code, which gets weaker with
         # the number of cells (weight 1000 on CIFAR). "norm": the paper's unsquared distance.

@@ -48,7 +48,7 @@ class BornAgainHead(nn.Module):
         "KIND": "ban",
         # roi (classes of the sampled boxes) or cls (image classifiers).
         "SOURCE": "roi",
-        # Keep the student's own loss_cls; otherwise this loss replaces it.
+        # Keep the student's own loss_cls (BAN+L in the paper); otherwise this loss replaces it.
         "LABELS": False,
     }
 

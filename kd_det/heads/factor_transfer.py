@@ -55,7 +55,7 @@ class FactorTransferHead(nn.Module):
         # Compare roi_features of at most this many sampled boxes per image, foreground first; 0 compares all of them,
         # which costs as much as a small student.
         "BOXES": 48,
-        # Channels of the factor, as a share of the teacher's channels.
+        # Channels of the factor, as a share of the teacher's channels: the paraphrase rate k of the paper.
         "FACTOR_RATE": 0.5,
         # Normalisation in paraphraser and translator: "" (published code), BN, SyncBN, GN or LN.
         "NORM": "",

@@ -59,9 +59,9 @@ class SoftmaxRegressionHead(nn.Module):
         "KIND": "mse",
         # Divides the logits of both networks, for "ce" only.
         "TEMPERATURE": 1.0,
-        # Factor of the comparison of features, before the teacher's classifier.
+        # Factor of the comparison of features, before the teacher's classifier: alpha of the paper.
         "FEATURE_WEIGHT": 1.0,
-        # Factor of the comparison of logits, after it.
+        # Factor of the comparison of logits, after it: beta of the paper.
         "LOGIT_WEIGHT": 1.0,
     }
 
