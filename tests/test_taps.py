@@ -395,6 +395,9 @@ def test_deltas_of_anchors_of_another_scale(family, node):
     taps[0].check_alignment(taps[1], {f"{name}_logits"})
     with pytest.raises(InputError, match=rf"^MODEL.{node}.BBOX_REG_WEIGHTS: must be equal in student and teacher"):
         taps[0].check_alignment(taps[1], {f"{name}_deltas"})
+    if name == "dense":
+        with pytest.raises(InputError, match=r"^MODEL.RETINANET.BBOX_REG_WEIGHTS: must be equal"):
+            taps[0].check_alignment(taps[1], {"dense_box_hidden_p2"})
 
 
 SIGMOID = {"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": True}

@@ -45,7 +45,7 @@ class CrossHead(nn.Module):
         box_weight: Factor of the loss of boxes; 0 leaves it out.
     """
 
-    config: ClassVar = {
+    config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 1.0,
         # Number of the student's convolutions before its maps enter the teacher's last one: MODEL.RETINANET.NUM_CONVS
         # of both networks less 1.
