@@ -221,7 +221,7 @@ def test_the_config_of_a_chain_runs_no_code(tmp_path, canary, content):
 def test_help_says_that_plugins_run(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
-    assert "Python file to run first, with all your rights" in " ".join(capsys.readouterr().out.split())
+    assert "Python file whose code is run first, with all your rights" in " ".join(capsys.readouterr().out.split())
 
 
 # ---- Weights ----

@@ -83,7 +83,7 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
     classes = {name: class_names(name) for _, name in _used(cfg, train)}
     classes = {name: names for name, names in classes.items() if names}
     for name, names in classes.items():
-        text = f"data set {name!r} has {len(names)} classes ({shorten(names)})"
+        text = f"data set {name!r} has {len(names)} classes ({shorten(names, 8)})"
         if len(names) > model_classes:
             raise InputError(f"{key}: {model_classes} found, but {text}; set {key} to {len(names)}.")
         if len(names) < model_classes:
@@ -91,7 +91,7 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
         first, expected = next(iter(classes.items()))
         if any(a != b for a, b in zip(names, expected, strict=False)):
             raise InputError(
-                f"DATASETS: {text}, but {first!r} has {shorten(expected)}: a class must have the same index in both."
+                f"DATASETS: {text}, but {first!r} has {shorten(expected, 8)}: a class must have the same index in both."
             )
 
 
@@ -160,12 +160,12 @@ def _check_keypoints(cfg: CfgNode, train: bool) -> None:
         if len(names) != count:
             raise InputError(
                 f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS: {count} found, but data set {name!r} has {len(names)} "
-                f"keypoints ({shorten(names)})."
+                f"keypoints ({shorten(names, 8)})."
             )
         if names != (expected := expected or names):
             raise InputError(
-                f"{place}: data set {name!r} has the keypoints {shorten(names)}, another one {shorten(expected)}: "
-                "all need the same ones in the same order."
+                f"{place}: data set {name!r} has the keypoints {shorten(names, 8)}, another one "
+                f"{shorten(expected, 8)}: all need the same ones in the same order."
             )
         if train and not _keypoint_pairs(name) and cfg.INPUT.RANDOM_FLIP == "horizontal":
             logger.warning("%s: %r has no FLIP_PAIRS; its keypoints keep their names in mirrored images.", place, name)
@@ -186,8 +186,8 @@ def _keypoint_names(place: str, name: str) -> list[str]:
     if len(known) > 1:
         first, second, *_ = known
         raise InputError(
-            f"{dataset.json_file}: its categories have different keypoints ({shorten(first)}; {shorten(second)}); "
-            "MODEL.KEYPOINT_ON needs the same ones."
+            f"{dataset.json_file}: its categories have different keypoints ({shorten(first, 8)}; "
+            f"{shorten(second, 8)}); MODEL.KEYPOINT_ON needs the same ones."
         )
     if not any(known):
         raise InputError(

@@ -109,6 +109,6 @@ def add_plugin_argument(parser: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="Python file to run first, with all your rights, so that it can register heads, backbones and the like; "
-        "repeat the option for several files",
+        help="Python file whose code is run first, with all your rights, so that it can register heads, backbones and "
+        "the like; repeat the option for several files",
     )

@@ -185,7 +185,8 @@ class SoftTargetHead(nn.Module):
         unknown = [source for source in node.SOURCES if source not in SOURCES]
         if unknown or not node.SOURCES:
             raise InputError(f"KD.SOFT_TARGET.SOURCES: got {node.SOURCES}; allowed are {', '.join(SOURCES)}.")
-        check_choice("KD.SOFT_TARGET.ROIS", node.ROIS, ROIS)
+        if node.ROIS not in ROIS:
+            raise InputError(f"KD.SOFT_TARGET.ROIS: got {node.ROIS!r}; allowed are {', '.join(ROIS)}.")
         if node.TEMPERATURE <= 0:
             raise InputError(f"KD.SOFT_TARGET.TEMPERATURE: must be above 0, got {node.TEMPERATURE}.")
         if not 0 <= node.BACKGROUND_WEIGHT < math.inf:

@@ -261,7 +261,7 @@ def test_soft_targets_of_segments_by_hand(kind, squared, logits, expected):
         ("SoftTargetHead", "SOFT_TARGET.SOURCES", ["roi", "box"], r"got \['roi', 'box'\]; allowed are roi, rpn"),
         ("SoftTargetHead", "SOFT_TARGET.SOURCES", [], r"got \[\]; allowed are roi, rpn, mask, dense"),
         ("HintHead", "HINT.REGRESSOR", "conv", "'conv' is not one of linear, rectified"),
-        ("SoftTargetHead", "SOFT_TARGET.ROIS", "fg", "'fg' is not one of all, foreground"),
+        ("SoftTargetHead", "SOFT_TARGET.ROIS", "fg", "got 'fg'; allowed are all, foreground"),
         ("SoftTargetHead", "SOFT_TARGET.SEM_SEG", "cwd", "SEM_SEG: 'cwd' is not one of pixel, channel"),
         ("SoftTargetHead", "SOFT_TARGET.TEMPERATURE", 0.0, "TEMPERATURE: must be above 0, got 0.0"),
         ("AttentionTransferHead", "ATTENTION_TRANSFER.POWER", 0, "POWER: must be at least 1, got 0"),
