@@ -57,10 +57,11 @@ class BrightnessHead(torch.nn.Module):
         super().__init__()
         self.signals = (cfg.KD.BRIGHTNESS.IN_FEATURE,)
         check_feature_maps("KD.BRIGHTNESS.IN_FEATURE", self.signals, student_spec, teacher_spec)
+        self.stride = student_spec[self.signals[0]].stride
 
     def forward(self, student, teacher, batch):
-        student, teacher = (x[self.signals[0]].mean(dim=1) for x in (student, teacher))
-        return {"loss_kd_brightness": hint_loss(student, teacher)}
+        student, teacher = (x[self.signals[0]].mean(dim=1, keepdim=True) for x in (student, teacher))
+        return {"loss_kd_brightness": hint_loss(student, teacher, mask=batch.valid_mask(student, self.stride))}
 '''
 
 
