@@ -48,7 +48,6 @@ NARROW = {
     "MODEL.FPN.OUT_CHANNELS": 32,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
     "MODEL.ROI_MASK_HEAD.CONV_DIM": 32,
-    "MODEL.RETINANET.NUM_CONVS": 1,
 }
 
 
@@ -94,11 +93,16 @@ STUDENTS = [name for name in FILES if load(name).KD.TEACHER.CONFIG_FILE and not 
 PAIRS = [name for name in FILES if is_taught(load(name))]
 BASELINES = {name: next(file for file in ancestors(name) if file in FILES) for name in PAIRS}
 DETECTORS = [name for name in STUDENTS if load(name).MODEL.META_ARCHITECTURE != "ImageClassifier"]
+RETINANET = "COCO-Detection/retinanet_R_50_FPN.yaml"
 CIFAR10 = "CIFAR10/student.yaml"
 CIFAR = [name for name in STUDENTS if "Base-CIFAR.yaml" in ancestors(name)]
 # Recipes for one kind of model, or with what is published for one kind of data.
 SPECIAL = {
     "recipes/soft_target_boxes.yaml": DETECTORS,
+    "recipes/focal_global.yaml": DETECTORS,
+    "recipes/decoupled_feature.yaml": DETECTORS,
+    "recipes/instance_graph.yaml": [name for name in DETECTORS if name != RETINANET],
+    "recipes/cross.yaml": [RETINANET],
     "recipes/hint_two_stage_cifar.yaml": CIFAR,
     "recipes/soft_target_cifar.yaml": CIFAR,
     "recipes/soft_target_imagenet.yaml": [name for name in STUDENTS if "imagenet" in name],
@@ -116,8 +120,9 @@ MISFITS = {
         for recipe in ("activation_boundary", "overhaul")
     },
     **{
-        ("COCO-Detection/retinanet_R_50_FPN.yaml", f"recipes/{recipe}.yaml"): reason
+        (RETINANET, f"recipes/{recipe}.yaml"): reason
         for recipe, reason in {
+            "dkd": r"KD.SOFT_TARGET.DIVERGENCE: 'dkd' is for the sources roi, cls",
             "born_again": r"KD.BORN_AGAIN.SOURCE: 'roi_logits' is not a signal",
             "dml": r"KD.MUTUAL.SOURCE: 'roi' needs roi_logits, which the student of .* does not have",
             "dynamic_temperature": r"KD.SOFT_TARGET.DYNAMIC_TEMPERATURE: 'flsw' is for the sources roi and cls",
@@ -387,6 +392,13 @@ PUBLISHED = {
     (CIFAR100, "overhaul"): {"OVERHAUL.MARGIN": "batch_norm", "OVERHAUL.SCALE": "code", "TASK_WEIGHT": 1.0},
     (CIFAR100, "activation_boundary"): {"ACTIVATION_BOUNDARY.SCALE": "code"},
     (CIFAR100, "softmax_regression"): {"SOFTMAX_REGRESSION.IN_FEATURE": "res4", "SOFTMAX_REGRESSION.WEIGHT": 1.0},
+    (CIFAR100, "dkd"): {"SOFT_TARGET.TEMPERATURE": 4.0, "SOFT_TARGET.OTHER_WEIGHT": 2.0, "TASK_WEIGHT": 1.0},
+    ("COCO-Detection/faster_rcnn_R_18_FPN.yaml", "dkd"): {"SOFT_TARGET.OTHER_WEIGHT": 0.25, "SOFT_TARGET.WEIGHT": 1.0},
+    ("COCO-Detection/faster_rcnn_R_50_FPN.yaml", "dist"): {"SOFT_TARGET.OTHER_WEIGHT": 1.0, "SOFT_TARGET.WEIGHT": 1.0},
+    ("COCO-Detection/faster_rcnn_R_50_FPN.yaml", "pearson"): {"PEARSON.WEIGHT": 6.0},
+    (RETINANET, "pearson"): {"PEARSON.WEIGHT": 10.0, "PEARSON.IN_FEATURES": ["p3", "p4", "p5", "p6"]},
+    (RETINANET, "masked_generation"): {"MASKED_GENERATION.WEIGHT": 2e-5, "MASKED_GENERATION.MASK_RATIO": 0.65},
+    (RETINANET, "focal_global"): {"FOCAL_GLOBAL.FOREGROUND_WEIGHT": 1e-3, "FOCAL_GLOBAL.ATTENTION_WEIGHT": 5e-4},
     (IMAGENET, "soft_target_imagenet"): {"TASK_WEIGHT": 0.5, "SOFT_TARGET.WEIGHT": 0.5, "SOFT_TARGET.TEMPERATURE": 1.0},
     (IMAGENET, "attention_transfer"): {"ATTENTION_TRANSFER.WEIGHT": 1000.0, "ATTENTION_TRANSFER.REDUCTION": "mean"},
 }
