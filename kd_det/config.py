@@ -251,7 +251,7 @@ def merge_file(cfg: CfgNode, path: str) -> None:
     """
     try:
         loaded = _SafeReader(_SafeReader.load_yaml_with_base(path))
-        _drop_removed(loaded, check=not cfg.KD.is_new_allowed())
+        _drop_removed(loaded, check=not cfg.get("KD", CfgNode()).is_new_allowed())
         _merge_versioned(cfg, loaded)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -191,10 +191,11 @@ class Trainer(DefaultTrainer):
         plain = model.module if isinstance(model, DistributedDataParallel) else model
         share_buffers(plain)
         wrapper = as_wrapper(plain)
+        if len(wrapper.students) == 1:
+            return cls._test_one(cfg, model, evaluators)
         results: dict = {}
         for i, (student, student_cfg) in enumerate(zip(wrapper.students, wrapper.student_configs(cfg), strict=True), 1):
-            if len(wrapper.students) > 1:
-                logger.info("Student %d of %d:", i, len(wrapper.students))
+            logger.info("Student %d of %d:", i, len(wrapper.students))
             metrics = cls._test_one(student_cfg, student, evaluators)
             results |= metrics if i == 1 else {f"peer_{i}": metrics}
         return results
