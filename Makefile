@@ -7,7 +7,7 @@ fail = { echo "setup: $(1)" >&2; exit 1; }
 RETRY := pip failed for the reason above. It needs network access and room for 6 GB and the downloads. Run make again \
 to go on; if that does not help, delete .venv first
 
-.PHONY: quickstart test test-slow lint docs dist
+.PHONY: quickstart test test-slow test-all lint docs dist
 
 quickstart: .venv/.ready
 	.venv/bin/python tools/quickstart.py
@@ -21,6 +21,8 @@ test: .venv/.ready
 # What kills, launches, or trains for long.
 test-slow: .venv/.ready
 	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 lint: .venv/.ready
 	.venv/bin/python -m ruff check .
