@@ -51,7 +51,6 @@ The signals of a student classifier come with its ``labels`` (N,).
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +60,8 @@ Signals = dict[str, Tensor]
 BOX_SIGNALS = ("roi_", "mask_", "keypoint_")
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """Describes predictions that heads compare and users name in a config.
 
     Attributes:

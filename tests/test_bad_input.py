@@ -209,6 +209,7 @@ def test_images_without_objects_train_on(teacher, own_data, tmp_path):
 
 
 # ---- In a process of its own ----
+@pytest.mark.slow
 def test_unknown_head_in_a_process(teacher, coco_folder, tmp_path):
     cfg = with_data(distilled_cfg(teacher, ["NoSuchHead"]), coco_folder, tmp_path / "output")
     task = Task(write_yaml(tmp_path / "config.yaml", cfg), tmp_path)
@@ -243,6 +244,7 @@ class NanHead(torch.nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_a_number_in_a_process(teacher, coco_folder, tmp_path):
     (tmp_path / "nan.py").write_text(PLUGIN, encoding="utf-8")
     cfg = with_data(tiny_cfg(), coco_folder, tmp_path / "output")

@@ -394,6 +394,9 @@ PUBLISHED = {
     (CIFAR100, "softmax_regression"): {"SOFTMAX_REGRESSION.IN_FEATURE": "res4", "SOFTMAX_REGRESSION.WEIGHT": 1.0},
     (CIFAR100, "dkd"): {"SOFT_TARGET.TEMPERATURE": 4.0, "SOFT_TARGET.OTHER_WEIGHT": 2.0, "TASK_WEIGHT": 1.0},
     ("COCO-Detection/faster_rcnn_R_18_FPN.yaml", "dkd"): {"SOFT_TARGET.OTHER_WEIGHT": 0.25, "SOFT_TARGET.WEIGHT": 1.0},
+    ("BCCD/student.yaml", "dkd"): {"SOFT_TARGET.SOURCES": ["roi"], "SOFT_TARGET.WEIGHT": 1.0},
+    (IMAGENET, "dkd"): {"SOFT_TARGET.SOURCES": ["cls"], "SOFT_TARGET.OTHER_WEIGHT": 0.5},
+    (RETINANET, "dist"): {"SOFT_TARGET.SOURCES": ["dense"], "SOFT_TARGET.OTHER_WEIGHT": 1.0},
     ("COCO-Detection/faster_rcnn_R_50_FPN.yaml", "dist"): {"SOFT_TARGET.OTHER_WEIGHT": 1.0, "SOFT_TARGET.WEIGHT": 1.0},
     ("COCO-Detection/faster_rcnn_R_50_FPN.yaml", "pearson"): {"PEARSON.WEIGHT": 6.0},
     (RETINANET, "pearson"): {"PEARSON.WEIGHT": 10.0, "PEARSON.IN_FEATURES": ["p3", "p4", "p5", "p6"]},
@@ -482,6 +485,7 @@ def run_tool(*arguments, datasets):
     )
 
 
+@pytest.mark.slow
 def test_documented_command_trains_evaluates_and_saves_a_plain_student(tmp_path):
     make_coco(tmp_path)
     cfg = load(COMMAND).clone()

@@ -65,6 +65,7 @@ class BrightnessHead(torch.nn.Module):
 '''
 
 
+@pytest.mark.slow
 def test_a_head_of_ones_own_trains(teacher, coco_folder, tmp_path):
     """A stock config becomes a distillation run by arguments alone."""
     plugin = tmp_path / "my_head.py"

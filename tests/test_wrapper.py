@@ -72,6 +72,7 @@ def make(tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_it_is_trained_saved_resumed_and_summarised(make, caplog, monkeypatch):
     caplog.set_level("INFO", "kd_det.engine.summary")
     monkeypatch.setattr(summary_module, "count_gflops", lambda model, image: 1.0)
