@@ -8,6 +8,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
+from kd_det.heads.build import select_specs
 from kd_det.heads.connectors import build_connector
 from kd_det.heads.norms import check_norm
 from kd_det.heads.preactivations import check_stage_options, connect, sum_over_cells, sum_over_stages
@@ -85,8 +86,7 @@ class ActivationBoundaryHead(nn.Module):
         names = [f"{name}_preact" for name in node.IN_FEATURES]
         check_norm(cfg, "ACTIVATION_BOUNDARY", [teacher_spec[name].channels for name in names])
         return {
-            "student_spec": {name: student_spec[name] for name in names},
-            "teacher_spec": {name: teacher_spec[name] for name in names},
+            **select_specs(names, student_spec, teacher_spec),
             "norm": node.NORM,
             "weight": node.WEIGHT,
             "scale": node.SCALE,

@@ -126,6 +126,14 @@ def check_feature_maps(
             raise InputError(f"{key}: {name!r} is not a feature map of the backbone, which has {', '.join(maps)}.")
 
 
+def select_specs(
+    names: Sequence[str], student_spec: Mapping[str, ShapeSpec], teacher_spec: Mapping[str, ShapeSpec]
+) -> dict[str, dict[str, ShapeSpec]]:
+    """Returns the arguments ``student_spec`` and ``teacher_spec`` of a head that compares the named signals."""
+    specs = {"student_spec": student_spec, "teacher_spec": teacher_spec}
+    return {side: {name: spec[name] for name in names} for side, spec in specs.items()}
+
+
 def without_relu(names: Sequence[str], spec: Mapping[str, ShapeSpec]) -> list[str]:
     """Selects the named features that a network has, but not as they are before a ReLU."""
     return [name for name in names if name in spec and f"{name}_preact" not in spec]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.heads.align import Aligners
-from kd_det.heads.build import check_feature_maps
+from kd_det.heads.build import check_feature_maps, select_specs
 from kd_det.losses import channel_wise_loss
 from kd_det.losses.numerics import add_up
 from kd_det.registry import KD_HEAD_REGISTRY
@@ -60,8 +60,7 @@ class ChannelWiseHead(nn.Module):
         if node.TEMPERATURE <= 0:
             raise InputError(f"KD.CHANNEL_WISE.TEMPERATURE: must be above 0, got {node.TEMPERATURE}.")
         return {
-            "student_spec": {name: student_spec[name] for name in node.IN_FEATURES},
-            "teacher_spec": {name: teacher_spec[name] for name in node.IN_FEATURES},
+            **select_specs(node.IN_FEATURES, student_spec, teacher_spec),
             "temperature": node.TEMPERATURE,
         }
 

@@ -9,7 +9,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from kd_det.heads.boxes import check_detector, decoupled_masks, finest_first, object_boxes, valid_region
-from kd_det.heads.build import check_feature_maps
+from kd_det.heads.build import check_feature_maps, select_specs
 from kd_det.heads.connectors import build_faint_conv
 from kd_det.losses import region_loss
 from kd_det.losses.numerics import cast_for_layers
@@ -75,8 +75,7 @@ class DecoupledFeatureHead(nn.Module):
         check_feature_maps("KD.DECOUPLED_FEATURE.IN_FEATURES", node.IN_FEATURES, student_spec, teacher_spec)
         names = finest_first(node.IN_FEATURES, student_spec)
         return {
-            "student_spec": {name: student_spec[name] for name in names},
-            "teacher_spec": {name: teacher_spec[name] for name in names},
+            **select_specs(names, student_spec, teacher_spec),
             "foreground_weight": node.FOREGROUND_WEIGHT,
             "background_weight": node.BACKGROUND_WEIGHT,
         }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kd_det.config_kinds import has_lists
 from kd_det.errors import InputError, check_choice
 from kd_det.heads.boxes import box_levels, check_detector, fine_grained_mask, finest_first, object_boxes, valid_region
-from kd_det.heads.build import check_feature_maps
+from kd_det.heads.build import check_feature_maps, select_specs
 from kd_det.heads.connectors import build_faint_conv
 from kd_det.losses import region_loss
 from kd_det.losses.numerics import add_up, cast_for_layers
@@ -83,8 +83,7 @@ class FineGrainedHead(nn.Module):
         check_anchor_lists(cfg, "KD.FINE_GRAINED.IN_FEATURES", node.IN_FEATURES)
         names = finest_first(node.IN_FEATURES, student_spec)
         return {
-            "student_spec": {name: student_spec[name] for name in names},
-            "teacher_spec": {name: teacher_spec[name] for name in names},
+            **select_specs(names, student_spec, teacher_spec),
             "anchor_generator": build_anchor_generator(cfg, [student_spec[name] for name in names]),
             "kind": node.KIND,
         }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kd_det.errors import check_choice
 from kd_det.heads.align import SCALES, Aligners, sum_scale
 from kd_det.heads.boxes import check_detector, focal_masks, object_boxes
-from kd_det.heads.build import check_feature_maps
+from kd_det.heads.build import check_feature_maps, select_specs
 from kd_det.losses import attention_loss, focal_loss, relation_loss
 from kd_det.losses.numerics import add_up, cast_for_layers
 from kd_det.registry import KD_HEAD_REGISTRY
@@ -99,8 +99,7 @@ class FocalGlobalHead(nn.Module):
         check_feature_maps("KD.FOCAL_GLOBAL.IN_FEATURES", node.IN_FEATURES, student_spec, teacher_spec)
         check_choice("KD.FOCAL_GLOBAL.SCALE", node.SCALE, SCALES)
         return {
-            "student_spec": {name: student_spec[name] for name in node.IN_FEATURES},
-            "teacher_spec": {name: teacher_spec[name] for name in node.IN_FEATURES},
+            **select_specs(node.IN_FEATURES, student_spec, teacher_spec),
             "scale": node.SCALE,
             **{f"{part}_weight": node[f"{part.upper()}_WEIGHT"] for part in PARTS},
         }

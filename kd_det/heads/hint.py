@@ -9,7 +9,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from kd_det.errors import check_choice
-from kd_det.heads.build import check_feature_maps
+from kd_det.heads.build import check_feature_maps, select_specs
 from kd_det.heads.connectors import build_connector
 from kd_det.heads.norms import check_norm
 from kd_det.losses import hint_loss
@@ -93,8 +93,7 @@ class HintHead(nn.Module):
         check_norm(cfg, "HINT", [teacher_spec[name].channels for name in names] if rectified else [])
         check_choice("KD.HINT.STAGES", cfg.KD.HINT.STAGES, (1, 2))
         return {
-            "student_spec": {name: student_spec[name] for name in names},
-            "teacher_spec": {name: teacher_spec[name] for name in names},
+            **select_specs(names, student_spec, teacher_spec),
             "regressor": cfg.KD.HINT.REGRESSOR,
             "norm": cfg.KD.HINT.NORM,
             "stages": cfg.KD.HINT.STAGES,

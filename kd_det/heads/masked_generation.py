@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError, check_choice
 from kd_det.heads.align import SCALES, Aligners, sum_scale
-from kd_det.heads.build import check_feature_maps
+from kd_det.heads.build import check_feature_maps, select_specs
 from kd_det.losses import masked_generation_loss
 from kd_det.losses.numerics import add_up, cast_for_layers
 from kd_det.registry import KD_HEAD_REGISTRY
@@ -78,8 +78,7 @@ class MaskedGenerationHead(nn.Module):
             raise InputError(f"KD.MASKED_GENERATION.MASK_RATIO: must be 0 or more and below 1, got {node.MASK_RATIO}.")
         check_choice("KD.MASKED_GENERATION.SCALE", node.SCALE, SCALES)
         return {
-            "student_spec": {name: student_spec[name] for name in node.IN_FEATURES},
-            "teacher_spec": {name: teacher_spec[name] for name in node.IN_FEATURES},
+            **select_specs(node.IN_FEATURES, student_spec, teacher_spec),
             "mask_ratio": node.MASK_RATIO,
             "scale": node.SCALE,
         }

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from kd_det.errors import InputError, check_choice
-from kd_det.heads.build import check_signals
+from kd_det.heads.build import check_signals, select_specs
 from kd_det.heads.connectors import build_connector
 from kd_det.heads.norms import check_norm
 from kd_det.heads.preactivations import check_stage_options, connect, sum_over_cells, sum_over_stages
@@ -117,8 +117,7 @@ class OverhaulHead(nn.Module):
                     "'estimate' takes them from features."
                 ) from error
         return {
-            "student_spec": {name: student_spec[name] for name in names},
-            "teacher_spec": {name: teacher_spec[name] for name in names},
+            **select_specs(names, student_spec, teacher_spec),
             "norm": node.NORM,
             "margin": node.MARGIN,
             "margin_batches": node.MARGIN_BATCHES,

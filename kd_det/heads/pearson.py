@@ -8,7 +8,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from kd_det.heads.align import Aligners
-from kd_det.heads.build import check_feature_maps
+from kd_det.heads.build import check_feature_maps, select_specs
 from kd_det.losses import pearson_loss
 from kd_det.losses.numerics import add_up
 from kd_det.registry import KD_HEAD_REGISTRY
@@ -50,10 +50,7 @@ class PearsonHead(nn.Module):
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         names = cfg.KD.PEARSON.IN_FEATURES
         check_feature_maps("KD.PEARSON.IN_FEATURES", names, student_spec, teacher_spec)
-        return {
-            "student_spec": {name: student_spec[name] for name in names},
-            "teacher_spec": {name: teacher_spec[name] for name in names},
-        }
+        return select_specs(names, student_spec, teacher_spec)
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
         losses = [
