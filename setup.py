@@ -47,6 +47,7 @@ setup(
         "numpy",
         "opencv-python",
         "pycocotools>=2.0.2",
+        "scipy",
         "tabulate",
         # The first whose every way to load weights has weights_only; earlier ones run code from some files of hf-hub:.
         "timm>=1.0.26",
