@@ -12,9 +12,10 @@ from detectron2.data import DatasetCatalog
 
 from kd_det.analysis import compare_classifiers, compare_detectors
 from kd_det.analysis.costs import measure_costs
+from kd_det.analysis.differences import expand_baselines, find_differences
 from kd_det.analysis.run import Run
 from kd_det.analysis.runs import load_runs
-from kd_det.analysis.table import make_table, summarise, without_nan
+from kd_det.analysis.table import make_difference_tables, make_table, summarise, without_nan
 from kd_det.data import choose_images
 from kd_det.engine import is_classifier
 from kd_det.errors import InputError
@@ -28,6 +29,7 @@ def compare(
     dataset: str | None = None,
     images: int = 4,
     threshold: float | None = None,
+    baselines: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """Evaluates runs on one test set and writes ``comparison.json``, ``comparison.md`` and ``comparison.png``.
 
@@ -39,12 +41,14 @@ def compare(
         images: Number of images in the picture; speed and operations are measured on them, too.
         threshold: Lowest score of the boxes that the picture shows and F1 counts; None chooses the score of each
             detector's best F1 on the whole test set.
+        baselines: Pairs of a name and the name of its baseline, for differences by seed with a verdict; an empty first
+            name stands for all others.
 
     Returns:
-        The content of the JSON file; "table" is the table as text.
+        The content of the JSON file; "table" and, if there are baselines, "difference_table" are the tables as text.
 
     Raises:
-        InputError: If a run or the data set cannot be read, or they do not fit each other.
+        InputError: If a run or the data set cannot be read, they do not fit each other, or a baseline is wrong.
     """
     if images < 1:
         raise InputError(f"--images: must be at least 1, got {images}.")
@@ -52,6 +56,8 @@ def compare(
         raise InputError(f"--threshold: must be a score from 0 to 1, got {threshold}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset, loaded = load_runs(runs, dataset, device)
+    # A wrong baseline is reported before the evaluation.
+    expand_baselines([{"name": run.name, "seed": run.seed} for run in loaded], baselines)
     kind = compare_classifiers if is_classifier(loaded[0].cfg) else compare_detectors
     records = DatasetCatalog.get(dataset)
     chosen = choose_images(records, images)
@@ -60,7 +66,7 @@ def compare(
     samples = [[kind.Mapper(run.cfg, is_train=False)(dict(image)) for image in chosen] for run in loaded]
     for metrics, costs in zip(measured, measure_costs(loaded, samples), strict=True):
         metrics.update(costs)
-    results = collect(loaded, measured, dataset, len(records))
+    results = collect(loaded, measured, dataset, len(records), baselines)
     predictions: dict[str, list[Any]] = {}
     by_name: dict[str, list[dict[str, float]]] = defaultdict(list)
     for run, inputs, metrics in zip(loaded, samples, measured, strict=True):
@@ -68,29 +74,48 @@ def compare(
         if run.name not in predictions:
             predictions[run.name] = [run.predict(image) for image in inputs]
     write(Path(output, "comparison.json"), json.dumps(without_nan(results), indent=2) + "\n")
-    write(Path(output, "comparison.md"), results["table"] + "\n")
+    write(Path(output, "comparison.md"), tables(results) + "\n")
     kind.draw(chosen, dataset, predictions, by_name, os.path.join(output, "comparison.png"))
     return results
 
 
-def collect(runs: list[Run], measured: list[dict[str, float]], dataset: str, images: int) -> dict[str, Any]:
-    """Collects the results of a comparison, including the table.
+def collect(
+    runs: list[Run],
+    measured: list[dict[str, float]],
+    dataset: str,
+    images: int,
+    baselines: Sequence[tuple[str, str]] = (),
+) -> dict[str, Any]:
+    """Collects the results of a comparison, including the tables.
 
     Args:
         runs: The runs.
         measured: Metrics of each run.
         dataset: Name of the test set.
         images: Number of its images.
+        baselines: See :func:`compare`.
     """
     cuda = torch.cuda.is_available()
     results: dict[str, Any] = {
         "dataset": dataset,
         "dataset_images": images,
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)",
-        "runs": [{"name": r.name, "source": r.source, "metrics": m} for r, m in zip(runs, measured, strict=True)],
+        "runs": [
+            {"name": run.name, "source": run.source, "seed": run.seed, "metrics": metrics}
+            for run, metrics in zip(runs, measured, strict=True)
+        ],
         "summary": summarise([run.name for run in runs], measured),
     }
-    return results | {"table": make_table(results)}
+    results["table"] = make_table(results)
+    if baselines:
+        results |= find_differences(results["runs"], baselines)
+        results["difference_table"] = make_difference_tables(results)
+    return results
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Returns all tables of a comparison as text."""
+    return "\n\n".join(results[key] for key in ("table", "difference_table") if key in results)
 
 
 def write(path: Path, text: str) -> None:

@@ -26,12 +26,14 @@ class Run:
         source: Source of the model, as the user wrote it.
         cfg: Config of the student alone.
         model: The model, in evaluation mode.
+        seed: Seed that the training began with, that of the whole chain for a generation; None if it had none.
     """
 
     name: str
     source: str
     cfg: CfgNode
     model: nn.Module
+    seed: int | None = None
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -49,15 +50,29 @@ def load_runs(
     cfgs = [read_student_config(path, "=".join(single)) for single, (path, _) in zip(singles, files, strict=True)]
     dataset = prepare_dataset(singles, cfgs, dataset)
     models = (
-        Run(*single, cfg, load_student(cfg, weights, device))
+        Run(*single, cfg, load_student(cfg, weights, device), seed_of(cfg))
         for single, cfg, (_, weights) in zip(singles, cfgs, files, strict=True)
     )
     loaded: list[Run] = []
     for (name, source), chain in zip(runs, chains, strict=True):
-        loaded += itertools.islice(models, len(chain) or 1)
+        members = list(itertools.islice(models, len(chain) or 1))
         if chain:
-            loaded.append(join(f"{name} ensemble", source, loaded[-len(chain) :]))
+            config = chain_config(source)
+            seed = seed_of(read_student_config(config, f"{name}={source}")) if os.path.isfile(config) else None
+            members = [replace(run, seed=seed) for run in members]
+            members.append(join(f"{name} ensemble", source, members))
+        loaded += members
     return dataset, loaded
+
+
+def seed_of(cfg: CfgNode) -> int | None:
+    """Returns the seed of a run; None if it drew one at random."""
+    return cfg.SEED if cfg.SEED >= 0 else None
+
+
+def chain_config(source: str) -> str:
+    """Returns the path of the config of a chain of generations."""
+    return os.path.join(source, "config.yaml")
 
 
 def find_files(name: str, source: str) -> tuple[str, str]:
@@ -115,9 +130,9 @@ def find_generations(name: str, source: str) -> list[tuple[str, str]]:
     """
     paths = [path for path in Path(source).glob("gen_*") if re.fullmatch(r"gen_[1-9]\d*", path.name)]
     folders = {int(path.name.removeprefix("gen_")): path for path in paths}
-    config = Path(source, "config.yaml")
-    if folders and config.is_file():  # The folder may also hold generations of an earlier, longer chain.
-        last = read_student_config(str(config), f"{name}={source}").KD.GENERATIONS
+    config = chain_config(source)
+    if folders and os.path.isfile(config):  # The folder may also hold generations of an earlier, longer chain.
+        last = read_student_config(config, f"{name}={source}").KD.GENERATIONS
         folders = {i: path for i, path in folders.items() if i <= last}
         if len(folders) < last:
             there = f"of {last} generations only {len(folders)} are there"
@@ -129,4 +144,4 @@ def join(name: str, source: str, runs: Sequence[Run]) -> Run:
     """Makes the ensemble of a chain's generations, which all read images in the same way."""
     cfg = runs[-1].cfg.clone()
     cfg.MODEL.MASK_ON = False  # Masks are not fused.
-    return Run(name, source, cfg, Ensemble([run.model for run in runs]))
+    return Run(name, source, cfg, Ensemble([run.model for run in runs]), runs[-1].seed)

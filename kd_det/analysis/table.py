@@ -3,12 +3,13 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
+from kd_det.analysis.differences import CONFIDENCE, HELPS, HURTS, MIN_SEEDS, NO_EVIDENCE, Difference
 from kd_det.engine.picture_grid import printable
 
 # Maps the name of an experiment, and then of a metric, to its "mean" and "std" over runs.
@@ -25,6 +26,11 @@ SECTIONS = {
     "GFLOPs": "GFLOPs: billions of multiply-adds per image.",
     "ms": "",
 }
+DIFFERENCE_NOTE = (
+    f"In brackets: {CONFIDENCE:.0%} confidence interval of the mean (Student's t). {HELPS}, {HURTS}: the interval "
+    f"excludes zero; {NO_EVIDENCE}: it does not; fewer than {MIN_SEEDS} seeds give no verdict. Less is better for "
+    "parameters, GFLOPs and ms per image. Between equal students, one verdict in twenty is wrong by chance."
+)
 # Metrics whose numbers may be far below 1; all others are percentages.
 COSTS = ("parameters", "GFLOPs", "ms")
 
@@ -59,9 +65,7 @@ def make_table(results: dict[str, Any]) -> str:
     """
     summary = results["summary"]
     counts = Counter(run["name"] for run in results["runs"])
-    metrics = dict.fromkeys(metric for column in summary.values() for metric in column)
-    sections = {metric: next(x for x in SECTIONS if metric.startswith(x)) for metric in metrics}
-    order = sorted(metrics, key=lambda metric: list(SECTIONS).index(sections[metric]))
+    sections = {metric: section_of(metric) for metric in order_metrics(summary.values())}
 
     def row(metric: str) -> list[str]:
         numbers = {name: column[metric] for name, column in summary.items() if metric in column}
@@ -75,10 +79,56 @@ def make_table(results: dict[str, Any]) -> str:
     if max(counts.values()) > 1:
         notes.append("±: standard deviation over runs.")
     return (
-        f"{format_table([row(metric) for metric in order], headers)}\n\n"
+        f"{format_table([row(metric) for metric in sections], headers)}\n\n"
         f"{printable(results['dataset'])}, {results['dataset_images']} images. {' '.join(notes)} "
         f"Time: median, batch of one, models in turn, on {results['device']}; other work on the machine affects it."
     )
+
+
+def section_of(metric: str) -> str:
+    """Returns the section of a metric in the table."""
+    return next(x for x in SECTIONS if metric.startswith(x))
+
+
+def order_metrics(columns: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Orders the metrics of all columns by their sections.
+
+    Args:
+        columns: Mappings whose keys are metrics.
+    """
+    metrics = dict.fromkeys(metric for column in columns for metric in column)
+    return sorted(metrics, key=lambda metric: list(SECTIONS).index(section_of(metric)))
+
+
+def make_difference_tables(results: dict[str, Any]) -> str:
+    """Formats a Markdown table for each baseline, with one column per experiment, and explains them below.
+
+    Args:
+        results: Results of :func:`kd_det.analysis.compare` with baselines, except "difference_table".
+    """
+    parts = []
+    for baseline, columns in results["differences"].items():
+        rows = []
+        for metric in order_metrics(columns.values()):
+            cells = {name: column[metric] for name, column in columns.items() if metric in column}
+            means = [results["summary"][name][metric]["mean"] for name in (baseline, *cells)]
+            digits = decimals(means) if section_of(metric) in COSTS else 2
+            rows.append([metric, *(format_difference(cells[x], digits) if x in cells else "-" for x in columns)])
+        seeds = [next(iter(column.values()))["seeds"] for column in columns.values()]
+        headers = [f"{name} ({n} seed{'s' * (n > 1)})" for name, n in zip(columns, seeds, strict=True)]
+        parts.append(f"Difference to {printable(baseline)}, seed by seed:")
+        parts.append(format_table(rows, ["", *headers]) if columns else "There is none.")
+        unpaired = results["unpaired"][baseline].items()
+        if unpaired:
+            parts.append("Not compared: " + "; ".join(printable(f"{name}, {why}") for name, why in unpaired) + ".")
+    return "\n\n".join([*parts, DIFFERENCE_NOTE])
+
+
+def format_difference(difference: Difference, digits: int) -> str:
+    """Formats a difference with its interval, if there is one, and its verdict."""
+    mean, low, high = (f"{x:+.{digits}f}" for x in (difference["mean"], difference["low"], difference["high"]))
+    interval = "" if math.isnan(difference["low"]) else f"[{low}, {high}]"
+    return " ".join(filter(None, (mean, interval, difference["verdict"])))
 
 
 def make_rows(summary: Summary, title: str, runs: Sequence[tuple[str, str]]) -> str:

@@ -6,6 +6,9 @@ A run is NAME=FOLDER, the output folder of a training, or NAME=CONFIG:WEIGHTS. R
 different seeds, share a column: mean and standard deviation. All runs must be detectors, or all image classifiers. For
 the output folder of KD.GENERATIONS, each generation and their ensemble are compared. For each detector, the picture
 shows hits, false detections and missed objects at the score threshold of its best F1.
+
+With --baseline, runs of the same SEED are paired: a second table has the mean difference of each metric, its 95 %
+confidence interval and, from three seeds on, a verdict: helps, hurts or no evidence.
 """
 
 import argparse
@@ -32,17 +35,33 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
         metavar="SCORE",
         help="lowest score of the boxes in the picture (default: that of each detector's best F1 on the test set)",
     )
+    parser.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the runs that all others are compared with, by seed; or STUDENT=NAME, for one student; repeat it",
+    )
     add_plugin_argument(parser)
     return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:
     from kd_det.analysis import compare, split_run
+    from kd_det.analysis.report import tables
 
     for path in args.plugin:
         import_plugin(path)
     runs = [split_run(run) for run in args.run]
+    baselines = [(student, name) for student, _, name in (text.rpartition("=") for text in args.baseline)]
     with naming(args.output):
-        results = compare(runs, args.output, dataset=args.dataset, images=args.images, threshold=args.threshold)
-    print(results["table"])
+        results = compare(
+            runs,
+            args.output,
+            dataset=args.dataset,
+            images=args.images,
+            threshold=args.threshold,
+            baselines=baselines,
+        )
+    print(tables(results))
     print(f"\n{args.output}: comparison.json, comparison.md, comparison.png")

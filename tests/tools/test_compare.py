@@ -19,9 +19,10 @@ from helpers import tiny_cfg, with_data, write_yaml
 from torch import nn
 
 from kd_det.analysis import compare_detectors
+from kd_det.analysis.differences import find_differences, paired_difference
 from kd_det.analysis.run import Run
 from kd_det.analysis.runs import load_runs
-from kd_det.analysis.table import decimals, make_rows, make_table, summarise, without_nan
+from kd_det.analysis.table import decimals, make_difference_tables, make_rows, make_table, summarise, without_nan
 from kd_det.classification.image_mapper import ClassificationMapper
 from kd_det.data import DetectionMapper, choose_images, register_datasets
 from kd_det.data.shapes import CLASSES
@@ -39,6 +40,17 @@ DIGITS = {
     "DATASETS.TEST": ("digits_test",),
     "SOLVER.IMS_PER_BATCH": 64,
 }
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """The config of a classifier whose test set is a folder of three images."""
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "photos" / name / "0.png"), np.zeros((20, 30, 3), np.uint8))
+    cfg = classifier_cfg(options={"DATASETS.TEST": ("photos",)})
+    cfg.DATASETS.IMAGE_FOLDER["photos"] = CfgNode({"ROOT": str(tmp_path / "photos")})
+    return cfg
 
 
 def read_rows(table: str) -> dict[str, list[str]]:
@@ -203,9 +215,72 @@ def test_classifiers_and_seeds(tmp_path, save_run, run_tool):
     assert cv2.imread(str(output / "comparison.png")).shape[1] == 4 * SMALL_CELL  # image, label, narrow, wide
 
 
+def test_differences_to_a_baseline(photos, tmp_path, save_run, run_tool, capsys):
+    runs = []
+    for seed in (0, 1, 2):
+        photos.SEED = seed
+        runs += [("other" if seed else "teacher", save_run(tmp_path / f"other{seed}", photos, seed=seed))]
+        runs += [("plain", save_run(tmp_path / f"plain{seed}", photos, seed=10 + seed))] * (seed > 0)
+    arguments = [x for name, path in runs for x in ("--run", f"{name}={path}")] + ["--images", 1]
+    output = tmp_path / "out"
+    run_tool("compare", *arguments, "--baseline", "plain", "--baseline", "plain=other", "--output", output)
+    text = (output / "comparison.md").read_text()
+    assert text in capsys.readouterr().out + "\n"
+    to_plain, to_other = text.split("seed by seed:\n\n")[1:]
+    assert read_rows(to_plain)[""] == ["other (2 seeds)"]
+    assert read_rows(to_other)[""] == ["plain (2 seeds)"]
+    assert "Not compared: teacher, no seed in common with plain." in to_plain
+    results = json.loads((output / "comparison.json").read_text())
+    assert [run["seed"] for run in results["runs"]] == [0, 1, 1, 2, 2]
+    plain, other = ([x["metrics"]["top1"] for x in results["runs"] if x["name"] == name] for name in ("plain", "other"))
+    expected = paired_difference(other, plain)
+    assert results["differences"]["plain"]["other"]["top1"] == expected
+    mean, low, high = (f"{x:+.2f}" for x in (expected["mean"], expected["low"], expected["high"]))
+    assert read_rows(to_plain)["top1"] == [f"{mean} [{low}, {high}]"]
+
+    arguments = ["--run", f"a={runs[1][1]}", "--run", f"a={runs[1][1]}", "--run", f"b={runs[0][1]}"]
+    with pytest.raises(SystemExit, match=r"--baseline a: runs are paired .* two runs of a have SEED 1\.") as error:
+        run_tool("compare", *arguments, "--baseline", "a", "--output", tmp_path / "none")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "none").exists()
+
+
+def test_generations_and_their_ensemble_have_the_seed_of_the_chain(tmp_path, save_run):
+    cfg = classifier_cfg(options=DIGITS | {"SEED": 40})
+    save_chain(tmp_path / "chain", cfg, save_run)
+    cfg.SEED = -1
+    single = save_run(tmp_path / "single", cfg)
+    _, loaded = load_runs([("ban", str(tmp_path / "chain")), ("single", single)], None, "cpu")
+    assert [(run.name, run.seed) for run in loaded] == [
+        ("ban gen 1", 40),
+        ("ban gen 2", 40),
+        ("ban ensemble", 40),
+        ("single", None),
+    ]
+
+
+def test_a_table_of_differences():
+    """An experiment may have fewer seeds than others, lack a metric, or not be a number."""
+    runs = [{"name": "plain", "seed": seed, "metrics": {"bbox AP": 10.0 * seed, "GFLOPs": 0.008}} for seed in (1, 2, 3)]
+    for name, values in {"few": {1: 12.0, 2: 25.0}, "one": {3: 29.0}, "hidden": {1: 1.0, 2: math.nan, 3: 2.0}}.items():
+        runs += [{"name": name, "seed": seed, "metrics": {"bbox AP": value}} for seed, value in values.items()]
+    runs += [{"name": "same", "seed": seed, "metrics": {"bbox AP": 10.0 * seed, "GFLOPs": 0.01}} for seed in (1, 2, 3)]
+    names, measured = [run["name"] for run in runs], [run["metrics"] for run in runs]
+    results = {"runs": runs, "summary": summarise(names, measured)} | find_differences(runs, [("", "plain")])
+    assert read_rows(make_difference_tables(results)) == {
+        "": ["few (2 seeds)", "one (1 seed)", "hidden (3 seeds)", "same (3 seeds)"],
+        "bbox AP": ["+3.50 [-15.56, +22.56]", "-1.00", "+nan", "+0.00 [+0.00, +0.00] no evidence"],
+        "GFLOPs": ["-", "-", "-", "+0.0020 [+0.0020, +0.0020] hurts"],
+    }
+
+
 def save_chain(folder, cfg, save_run, *, seed: int = 0) -> list[str]:
     """The output folder of two generations, below config.yaml as a training leaves it; a third is an older chain's."""
-    generations = [save_run(folder / f"gen_{i}", cfg, seed=seed + i) for i in (1, 2, 3)]
+    generations = []
+    for i in (1, 2, 3):
+        generation = cfg.clone()
+        generation.SEED += i
+        generations.append(save_run(folder / f"gen_{i}", generation, seed=seed + i))
     chain = cfg.clone()
     chain.KD.GENERATIONS = 2
     write_yaml(folder / "config.yaml", chain)
@@ -268,13 +343,8 @@ def test_generations_of_detectors_and_their_ensemble(coco_folder, tmp_path, save
     assert rows["bbox AP"][2] != "-"
 
 
-def test_folders_of_images_name_the_classes(tmp_path, save_run, run_tool):
-    for name in ("ant", "bee", "cat"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        cv2.imwrite(str(tmp_path / "photos" / name / "0.png"), np.zeros((20, 30, 3), np.uint8))
-    cfg = classifier_cfg(options={"DATASETS.TEST": ("photos",)})
-    cfg.DATASETS.IMAGE_FOLDER["photos"] = CfgNode({"ROOT": str(tmp_path / "photos")})
-    run_tool("compare", "--run", f"a={save_run(tmp_path / 'run', cfg)}", "--output", tmp_path / "out")
+def test_folders_of_images_name_the_classes(photos, tmp_path, save_run, run_tool):
+    run_tool("compare", "--run", f"a={save_run(tmp_path / 'run', photos)}", "--output", tmp_path / "out")
     rows = read_rows((tmp_path / "out/comparison.md").read_text())
     assert list(rows)[1:5] == ["top1", "top1-ant", "top1-bee", "top1-cat"]  # Of three classes there is no top 5.
     assert (tmp_path / "out/comparison.png").is_file()
@@ -354,9 +424,16 @@ def test_no_name_breaks_the_table(name):
     assert table.encode()  # A lone surrogate cannot be written.
     lines = table.splitlines()
     assert len(lines) == 6
-    for line in lines[:4]:
+    seeds = [{"name": x, "seed": 1, "metrics": {"bbox AP": 1.0, f"bbox AP-{name}": 2.0}} for x in (name, "b")]
+    summary["b"] = summary[name]
+    other = {"name": f"{name}{name}", "seed": 0, "metrics": {}}
+    results = {"summary": summary} | find_differences([*seeds, other], [("", name), ("", "b")])
+    differences = make_difference_tables(results)
+    assert differences.encode()
+    assert len(differences.splitlines()) == 2 * 9 + 1
+    for line in [*lines[:4], *(line for line in differences.splitlines() if line.startswith("|"))]:
         assert len(re.sub(r"\\.", "", line).split("|")) == 4, line
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]", table)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]", table + differences)
 
 
 def test_a_terminal_may_lack_characters(monkeypatch):
