@@ -19,7 +19,14 @@ from kd_det.data import class_names, register_datasets
 from kd_det.data.shapes import CLASSES
 from kd_det.data.shapes_folder import write_shapes
 from kd_det.engine import teacher_check
-from kd_det.engine.teacher_check import SUBSET, check_class_order, check_teacher, least_accuracy
+from kd_det.engine.teacher_check import (
+    SUBSET,
+    check_class_order,
+    check_teacher,
+    have_same_classes,
+    least_accuracy,
+    least_pixel_accuracy,
+)
 
 pytestmark = pytest.mark.usefixtures("in_process")
 SIX = {"MODEL.ROI_HEADS.NUM_CLASSES": len(CLASSES)}
@@ -277,3 +284,77 @@ def test_run_with_reordered_classes_is_refused(teacher, coco_folder, tmp_path):
     cfg = with_data(distilled_cfg(options, ["SoftTargetHead"]), coco_folder, tmp_path / "output")
     with pytest.raises(SystemExit, match=r"^error: KD\.TEACHER\.CONFIG_FILE: .* in another order"):
         train_net("--config-file", write_yaml(tmp_path / "config.yaml", cfg))
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Registers two data sets, "a" and "b", with other names of pixels' classes and of keypoints; checks a head."""
+
+    def make(kind, names, signal, family):
+        for name, values in names.items():
+            DatasetCatalog.register(name, list)
+            MetadataCatalog.get(name).set(**{kind: values})
+        cfg = tiny_cfg(family)
+        cfg.DATASETS.TRAIN = ("b",)
+        own = distilled_cfg(save_teacher(tmp_path / "teacher", cfg), [], family=family)
+        own.DATASETS.TRAIN = ("a",)
+        head = nn.Identity()
+        head.signals = (signal,)
+        return own, {"AHead": head}
+
+    yield make
+    for name in {"a", "b"}.intersection(DatasetCatalog):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "signal", "family", "named"),
+    [
+        ("stuff_classes", "sem_seg_logits", "semantic", "classes"),
+        ("keypoint_names", "keypoint_logits", "keypoint", "keypoints"),
+    ],
+)
+def test_names_of_pixels_and_keypoints_in_another_order(pairs, kind, signal, family, named):
+    cfg, heads = pairs(kind, {"a": ["x", "y"], "b": ["y", "x"]}, signal, family)
+    with pytest.raises(InputError, match=f"list the same {named} in another order than the student's, 'y' for 'x', "):
+        check_class_order(cfg, heads)
+    heads["AHead"].signals = ("p2", "roi_logits")  # Of objects' classes no names are known.
+    check_class_order(cfg, heads)
+
+
+def test_keypoints_with_other_names_cause_a_warning(pairs, caplog):
+    check_class_order(*pairs("keypoint_names", {"a": ["x", "y"], "b": ["x", "z"]}, "keypoint_logits", "keypoint"))
+    assert "name other keypoints than the student's, 'z' for 'y', but AHead compares them one by one" in caplog.text
+
+
+@pytest.mark.parametrize(("theirs", "same"), [(["x", "y"], True), (["y", "x"], False), ([], False)])
+def test_inherited_segmentation_needs_the_same_classes_of_pixels(pairs, theirs, same):
+    cfg, _ = pairs("stuff_classes", {"a": ["x", "y"], "b": theirs}, "sem_seg_logits", "semantic")
+    assert have_same_classes(cfg) == same
+
+
+def test_detector_is_checked_on_the_objects_of_a_panoptic_data_set(detector, check):
+    cfg = detector()
+    register_datasets(cfg)
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+    values = metadata.as_dict() | {"evaluator_type": "coco_panoptic_seg"}
+    MetadataCatalog.pop(metadata.name)
+    MetadataCatalog.get(values.pop("name")).set(**values)
+    assert check(cfg)[1][1] == "The teacher's box AP on these images: 100.00"
+
+
+def test_data_set_that_does_not_fit_the_teacher_is_refused(detector, tmp_path):
+    cfg = detector()
+    cfg.merge_from_list(named(save_teacher(tmp_path / "semantic", tiny_cfg("semantic"))))
+    register_datasets(cfg)
+    with pytest.raises(
+        InputError, match=r"evaluator_type of '.*' is 'coco', and the teacher, SemanticSegmentor, .*; set it to 0\.$"
+    ):
+        check_teacher(cfg)
+
+
+def test_least_accuracy_of_pixels():
+    """With four classes in the images, 25 percent is chance, and a tenth of the other 75 is asked for beyond it."""
+    accuracies = {"mACC": 50.0, "ACC-a": 1.0, "ACC-b": 0.0, "ACC-c": 9.0, "ACC-d": 9.0, "ACC-e": float("nan")}
+    assert least_pixel_accuracy(accuracies) == pytest.approx(32.5)

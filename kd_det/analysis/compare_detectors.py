@@ -13,7 +13,9 @@ from detectron2.structures import Instances
 
 from kd_det.analysis.run import Run
 from kd_det.data import CocoEvaluator, DetectionMapper, class_names
+from kd_det.data.sem_seg_evaluator import SegmentationEvaluator
 from kd_det.data.voc_evaluator import VocEvaluator
+from kd_det.engine.evaluation import segmentation_tasks
 from kd_det.engine.matching import OperatingPoint, match, operating_point
 from kd_det.engine.picture_grid import save
 from kd_det.engine.pictures import Choice, draw_detections
@@ -72,7 +74,9 @@ class VOCMetric(VocEvaluator):
 def evaluate(
     runs: list[Run], dataset: str, records: list[dict], threshold: float | None = None
 ) -> list[dict[str, float]]:
-    """Measures the COCO AP of boxes and masks (over all classes and per class), F1, and for VOC data sets the VOC AP.
+    """Measures the COCO AP of boxes and masks (over all classes and per class), F1, and what suits the data set.
+
+    That is the VOC AP for VOC data sets, and the mean IoU of panoptic models for panoptic data sets.
 
     Args:
         runs: The detectors.
@@ -98,10 +102,13 @@ def evaluate_run(
     tasks = ("bbox", "segm") if masks else ("bbox",)
     coco = CocoEvaluator(coco_name, masks=masks, tasks=tasks, distributed=False)
     evaluators = [coco, F1Metric(run.name, dataset, records, threshold)]
-    if MetadataCatalog.get(dataset).evaluator_type == "pascal_voc":
+    kind = MetadataCatalog.get(dataset).evaluator_type
+    if kind == "pascal_voc":
         evaluators.append(VOCMetric(dataset))
+    if "sem_seg" in segmentation_tasks(run.cfg, kind):
+        evaluators.append(SegmentationEvaluator(dataset, distributed=False))
     results = run.evaluate(dataset, DatasetEvaluators(evaluators))
-    f1 = results.pop("f1")
+    f1, segments = results.pop("f1"), results.pop("sem_seg", {})
     keys = ("AP", "AP50", "AP75")
     metrics = {f"{task} {key}": float(values[key]) for task, values in results.items() for key in keys}
     if any(not annotation.get("iscrowd", 0) for annotation in annotations):
@@ -109,6 +116,7 @@ def evaluate_run(
         metrics |= {key: 0.0 for key, value in metrics.items() if key.startswith(tasks) and math.isnan(value)}
     for task in tasks:
         metrics |= {f"{task} {key}": value for key, value in results[task].items() if key.startswith("AP-")}
+    metrics |= {f"sem_seg {key}": value for key, value in segments.items() if key == "mIoU"}
     return metrics | f1
 
 
@@ -119,7 +127,9 @@ def coco_version(dataset: str, folder: str) -> str:
         return dataset
     path = os.path.join(folder, "coco.json")
     convert_to_coco_json(dataset, path, allow_cached=False)
-    MetadataCatalog.get(path).set(json_file=path, thing_classes=metadata.thing_classes)
+    # The ids of the classes in the new file are those of the data set's metadata.
+    known = {key: value for key, value in metadata.as_dict().items() if key.startswith("thing_")}
+    MetadataCatalog.get(path).set(json_file=path, **known)
     return path
 
 

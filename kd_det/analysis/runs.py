@@ -14,7 +14,7 @@ from kd_det.analysis.ensemble import Ensemble
 from kd_det.analysis.run import Run
 from kd_det.data import check_files, check_num_classes, register_datasets
 from kd_det.engine import is_classifier
-from kd_det.engine.evaluation import check_evaluator
+from kd_det.engine.evaluation import KINDS, check_evaluator
 from kd_det.errors import InputError
 from kd_det.export import find_run, load_student, read_student_config
 
@@ -118,7 +118,7 @@ def prepare_dataset(runs: Sequence[tuple[str, str]], cfgs: Sequence[CfgNode], da
         cfg.DATASETS.TEST = (dataset,)
         check_files(cfg, train=False)
         check_num_classes(cfg, train=False)
-    check_evaluator(dataset)
+    check_evaluator(dataset, (*KINDS, "coco_panoptic_seg"))
     return dataset
 
 

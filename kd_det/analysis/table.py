@@ -19,6 +19,7 @@ SECTIONS = {
     "bbox": "bbox, segm: COCO AP.",
     "segm": "",
     "voc": "voc: PASCAL VOC AP, without objects marked as difficult.",
+    "sem_seg": "sem_seg: mean IoU of the classes of pixels.",
     "F1": "F1: boxes of all classes together at IoU 0.5, at the score threshold of the picture.",
     "score": "",
     "top": "top1, top5: accuracy in percent; top1-NAME: on the images of one class.",

@@ -23,7 +23,8 @@ NUM_CLASSES = {
     "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
 }
 # Metadata of Detectron2's own detection data sets that names files and folders.
-PATHS = ("json_file", "image_root", "dirname")
+PATHS = ("json_file", "image_root", "dirname", "sem_seg_root")
+SEGMENTING = ("PanopticFPN", "SemanticSegmentor")
 # Number of keypoints of a person in COCO; COCOeval has default scales for them.
 COCO_KEYPOINTS = 17
 
@@ -64,9 +65,12 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
 
     Raises:
         InputError: If a data set has more classes than the model, orders them differently from another data set, or is
-            made for detection while the model is an image classifier, or the reverse.
+            made for detection while the model is an image classifier, or the reverse; if the classes of pixels of a
+            semantic segmentation are not as many as the model's.
     """
     architecture = student_config(cfg).MODEL.META_ARCHITECTURE
+    if architecture in SEGMENTING:
+        _check_stuff(cfg, train)
     key = NUM_CLASSES.get(architecture)
     if key is None:
         return
@@ -95,6 +99,23 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
             )
 
 
+def _check_stuff(cfg: CfgNode, train: bool) -> None:
+    """Compares the classes of the pixels of all data sets with each other and with the model's number of them."""
+    key, count, expected = "MODEL.SEM_SEG_HEAD.NUM_CLASSES", cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, None
+    for place, name in _used(cfg, train):
+        names = class_names(name, "stuff_classes")
+        if names and len(names) != count:
+            raise InputError(
+                f"{key}: {count} found, but data set {name!r} has {len(names)} classes of pixels "
+                f"({shorten(names, 8)}); set {key} to {len(names)}."
+            )
+        if names and names != (expected := expected or names):
+            raise InputError(
+                f"{place}: the classes of pixels of {name!r} are {shorten(names, 8)}, those of another data set "
+                f"{shorten(expected, 8)}: all need the same ones in the same order."
+            )
+
+
 def check_annotations(cfg: CfgNode, *, train: bool = True) -> None:
     """Checks that the data sets have the annotations that the training and the evaluation of the model need.
 
@@ -118,6 +139,12 @@ def _check_test_images(name: str) -> None:
     records, classes = DatasetCatalog.get(name), class_names(name)
     if not records:
         raise InputError(f"DATASETS.TEST: {name!r} has no images.")
+    if MetadataCatalog.get(name).get("evaluator_type", None) in ("sem_seg", "coco_panoptic_seg"):
+        without = [record["file_name"] for record in records if "sem_seg_file_name" not in record]
+        if without:
+            raise InputError(
+                f"DATASETS.TEST: {without[0]} in {name!r} has no sem_seg_file_name, the image of its labels."
+            )
     for record in records if classes else ():
         for annotation in record.get("annotations", ()):
             if not 0 <= annotation["category_id"] < len(classes):

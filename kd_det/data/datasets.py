@@ -62,14 +62,23 @@ def define_datasets(cfg: CfgNode) -> Iterator[tuple[str, CocoFormat | VocFormat 
         yield key, ImageFolder(name, root)
 
 
-def class_names(name: str) -> list[str]:
-    """Returns the class names of a data set, in the order of their indices; [] if it does not name them."""
-    known = getattr(DatasetCatalog[name], "classes", None)
-    return MetadataCatalog.get(name).get("thing_classes", []) if known is None else known
+def class_names(name: str, kind: str = "thing_classes") -> list[str]:
+    """Returns the class names of a data set, in the order of their indices; [] if it does not name them.
+
+    Args:
+        kind: The metadata that has the names: "thing_classes" for objects and images, "stuff_classes" for semantic
+            segmentation, or "keypoint_names".
+    """
+    known = _own_names(DatasetCatalog[name], kind)
+    return list(MetadataCatalog.get(name).get(kind, [])) if known is None else known
 
 
-def known_class_names(cfg: CfgNode) -> list[str]:
-    """Returns the class names of a config's data sets, registered or not; [] if they cannot be read."""
+def known_class_names(cfg: CfgNode, kind: str = "thing_classes") -> list[str]:
+    """Returns the class names of a config's data sets, registered or not; [] if they cannot be read.
+
+    Args:
+        kind: Which names, see :func:`class_names`.
+    """
     names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
     with suppress(InputError, KeyError, OSError):
         defined = {dataset.name: dataset for _, dataset in define_datasets(cfg)}
@@ -77,8 +86,9 @@ def known_class_names(cfg: CfgNode) -> list[str]:
         if known:
             name, dataset = known[0], defined.get(known[0])
             if dataset is None or (name in DatasetCatalog and DatasetCatalog[name] == dataset):
-                return list(class_names(name))
-            return list(_names_of(dataset))
+                return class_names(name, kind)
+            known_names = _own_names(dataset, kind)
+            return list(dataset.metadata().get(kind, [])) if known_names is None else known_names
     return []
 
 
@@ -146,8 +156,15 @@ def count_training_images(cfg: CfgNode) -> int:
     return len(load_training_images(cfg, check_consistency=False))
 
 
-def _names_of(dataset: CocoFormat | VocFormat | ImageFolder) -> list[str]:
-    return getattr(dataset, "classes", None) or dataset.metadata().get("thing_classes", [])
+def _own_names(dataset: Any, kind: str) -> list[str] | None:
+    """Returns the names that a data set reads from its own files; None if it has none of that kind."""
+    if kind == "thing_classes":
+        known = getattr(dataset, "classes", None)
+        return None if known is None else list(known)
+    if kind == "keypoint_names" and isinstance(dataset, CocoFormat):
+        # Categories with different keypoints have no names in common.
+        return dataset.contents.keypoints[0] if len(dataset.contents.keypoints) == 1 else []
+    return None
 
 
 def _read_entry(key: str, entry: Any, required: dict[str, Any], optional: dict[str, Any] | None = None) -> list[Any]:

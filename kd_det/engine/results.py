@@ -26,7 +26,7 @@ def log_results(results: Mapping[str, Mapping], datasets: tuple[str, ...]) -> No
 
 
 def results_table(tasks: Mapping[str, Mapping[str, float]]) -> str:
-    """Formats a table with a line of metrics per task, followed by a line with the metrics of each class."""
+    """Formats a table with a line of metrics per task, followed by a line with the first metric of each class."""
     totals = {
         task: {key: value for key, value in metrics.items() if not is_of_class(key)} for task, metrics in tasks.items()
     }
@@ -34,9 +34,11 @@ def results_table(tasks: Mapping[str, Mapping[str, float]]) -> str:
     rows = [[task, *(metrics.get(metric, "") for metric in columns)] for task, metrics in totals.items()]
     lines = [tabulate(rows, ["", *columns], floatfmt=".2f")]
     for task, metrics in tasks.items():
-        classes = [f"{key.partition('-')[2]} {value:.2f}" for key, value in metrics.items() if is_of_class(key)]
-        if classes:
-            lines.append(f"{task}, classes: {', '.join(classes)}")
+        of_classes = [key.partition("-") for key in metrics if is_of_class(key)]
+        # Semantic segmentation has four metrics of each class.
+        shown = [(name, metrics[f"{metric}-{name}"]) for metric, _, name in of_classes if metric == of_classes[0][0]]
+        if shown:
+            lines.append(f"{task}, classes: {', '.join(f'{name} {value:.2f}' for name, value in shown)}")
     return "\n".join(lines)
 
 

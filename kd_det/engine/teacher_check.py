@@ -3,7 +3,7 @@
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 from torch import nn
 
-from kd_det.config import has_teacher
+from kd_det.config import has_teacher, student_config
 from kd_det.data import choose_images, class_names, known_class_names
-from kd_det.engine.evaluation import build_evaluator
+from kd_det.engine.evaluation import allowed_kinds, build_evaluator
 from kd_det.engine.loaders import build_test_loader
 from kd_det.errors import InputError
 from kd_det.heads.build import student_signals
@@ -22,34 +22,53 @@ from kd_det.taps import count_classes
 from kd_det.teacher import build_teacher, load_teacher_config
 
 logger = logging.getLogger(__name__)
+# Maps models that predict other classes than those of objects or images to the metadata that names theirs.
+KINDS_OF_CLASSES = {
+    "PanopticFPN": ("thing_classes", "stuff_classes"),
+    "SemanticSegmentor": ("stuff_classes",),
+}
 SUBSET = "kd_det_sanity_check"
 # A detector with an AP below this has learned nothing about the images.
 LEAST_AP = 1.0
-# Each class has a fixed position in these signals.
-PREDICTIONS = {"roi_logits", "roi_deltas", "mask_logits", "dense_logits", "logits", "input_gradient"}
+# A segmentation with less of the way from chance to a perfect accuracy has learned nothing about the images.
+LEAST_GAIN = 0.1
+# Maps the metadata that names classes to the signals in which each of these classes has a fixed position.
+PREDICTIONS = {
+    "thing_classes": {"roi_logits", "roi_deltas", "mask_logits", "dense_logits", "logits", "input_gradient"},
+    "stuff_classes": {"sem_seg_logits"},
+    "keypoint_names": {"keypoint_logits"},
+}
 
 
 def check_class_order(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
     """Compares the names of the teacher's classes with the student's, if the data sets of both configs are available.
 
+    The names are those of objects or images, of the pixels of semantic segmentation, and of keypoints, each only if a
+    head compares predictions of them.
+
     Args:
         cfg: The run's config; its data sets are already registered.
-        heads: The distillation heads; nothing is checked if none of them compares class predictions.
+        heads: The distillation heads; nothing is checked if none of them compares such predictions.
 
     Raises:
         InputError: If the names are the same in another order. Different names cause only a warning.
     """
-    comparing = [name for name, head in heads.items() if PREDICTIONS.intersection(student_signals(head))]
-    if not comparing:
-        return
-    student, teacher = known_class_names(cfg), known_class_names(load_teacher_config(cfg)[0])
+    for kind, predictions in PREDICTIONS.items():
+        comparing = [name for name, head in heads.items() if predictions.intersection(student_signals(head))]
+        if comparing:
+            _compare_names(cfg, kind, comparing)
+
+
+def _compare_names(cfg: CfgNode, kind: str, comparing: Sequence[str]) -> None:
+    student, teacher = known_class_names(cfg, kind), known_class_names(load_teacher_config(cfg)[0], kind)
     different = [(a, b) for a, b in zip(student, teacher, strict=False) if a != b]
     if len(student) != len(teacher) or not different:
         return
     reordered = set(student) == set(teacher)
+    named = "keypoints" if kind == "keypoint_names" else "classes"
+    difference = f"list the same {named} in another order" if reordered else f"name other {named}"
     message = (
-        f"KD.TEACHER.CONFIG_FILE: the data sets of {cfg.KD.TEACHER.CONFIG_FILE} "
-        f"{'list the same classes in another order' if reordered else 'name other classes'} than the student's, "
+        f"KD.TEACHER.CONFIG_FILE: the data sets of {cfg.KD.TEACHER.CONFIG_FILE} {difference} than the student's, "
         f"{different[0][1]!r} for {different[0][0]!r}, but {', '.join(comparing)} compares them one by one. If these "
         "are not the teacher's data, set KD.TEACHER.OPTS to [DATASETS.TEST, [], DATASETS.TRAIN, []]."
     )
@@ -59,17 +78,22 @@ def check_class_order(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
 
 
 def have_same_classes(cfg: CfgNode) -> bool:
-    """Checks whether the data sets of both configs are available and list the same classes in the same order."""
-    names = known_class_names(cfg)
-    return bool(names) and names == known_class_names(load_teacher_config(cfg)[0])
+    """Checks whether the data sets of both configs are available and list the same classes in the same order.
+
+    For a student that segments whole images, this includes the classes of pixels.
+    """
+    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
+    kinds = KINDS_OF_CLASSES.get(architecture, ("thing_classes",))
+    teacher = load_teacher_config(cfg)[0]
+    return all((names := known_class_names(cfg, kind)) and names == known_class_names(teacher, kind) for kind in kinds)
 
 
 def check_teacher(cfg: CfgNode) -> None:
     """Evaluates the teacher on KD.TEACHER.SANITY_CHECK images, if any, and warns if it fails on them.
 
     The images are spread evenly over DATASETS.TEST[0] (for a detector, over its images with objects) and are read as
-    the teacher's own config says. The metric, box AP or top-1 accuracy, covers only these images. Each process takes a
-    part of them.
+    the teacher's own config says. The metrics, box AP, top-1 accuracy or the mean accuracy of the pixels of a semantic
+    segmentation, cover only these images. Each process takes a part of them.
 
     Raises:
         InputError: If the number is negative, or there is no test set with classes that the teacher could know.
@@ -84,33 +108,47 @@ def check_teacher(cfg: CfgNode) -> None:
     dataset, teacher_cfg = cfg.DATASETS.TEST[0], load_teacher_config(cfg)[0]
     teacher = build_teacher(cfg)
     known = count_classes(teacher.tap.spec())
-    names = class_names(dataset)
+    kind = KINDS_OF_CLASSES.get(teacher_cfg.MODEL.META_ARCHITECTURE, ("thing_classes",))[0]
+    names = class_names(dataset, kind)
     if names and known is not None and len(names) != known:
         raise InputError(
             f"KD.TEACHER.SANITY_CHECK: got {count}, but the teacher knows {known} classes and {dataset!r} has "
             f"{len(names)}, so it cannot be evaluated there; set it to 0."
         )
+    evaluated = MetadataCatalog.get(dataset).get("evaluator_type", None)
+    allowed = allowed_kinds(teacher_cfg)
+    if evaluated == "coco_panoptic_seg" and evaluated not in allowed:
+        evaluated = "coco"  # A detector is evaluated on the objects alone.
+    if evaluated not in allowed:
+        raise InputError(
+            f"KD.TEACHER.SANITY_CHECK: got {count}, but the evaluator_type of {dataset!r} is {evaluated!r}, and the "
+            f"teacher, {teacher_cfg.MODEL.META_ARCHITECTURE}, can be evaluated on {', '.join(allowed)}; set it to 0."
+        )
     teacher_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
-    with tempfile.TemporaryDirectory() as folder, subset(dataset, count, folder) as images:
+    with tempfile.TemporaryDirectory() as folder, subset(dataset, count, folder, evaluated) as images:
         teacher_cfg.OUTPUT_DIR = folder
         logger.info("Checking the teacher on %d images of %s.", images, dataset)
-        evaluator = build_evaluator(teacher_cfg, SUBSET, tasks=("bbox",))
+        evaluator = build_evaluator(teacher_cfg, SUBSET, tasks=("bbox", "sem_seg"))
         results = inference_on_dataset(teacher.model, build_test_loader(teacher_cfg, SUBSET), evaluator)
     if "classification" in results:
         assert known is not None
         report("top-1 accuracy", results["classification"]["top1"], least_accuracy(known, images), dataset)
-    elif results:
+    if "bbox" in results:
         # NaN means that the detector finds nothing.
         ap = results["bbox"]["AP"]
         report("box AP", 0.0 if math.isnan(ap) else ap, LEAST_AP, dataset)
+    if "sem_seg" in results:
+        metrics = results["sem_seg"]
+        report("mean accuracy of pixels", metrics["mACC"], least_pixel_accuracy(metrics), dataset)
 
 
 @contextmanager
-def subset(dataset: str, count: int, folder: str) -> Iterator[int]:
+def subset(dataset: str, count: int, folder: str, kind: str) -> Iterator[int]:
     """Registers a part of a data set as SUBSET inside the block, so that evaluators use only its annotations.
 
     Args:
         folder: Folder for a list of the images.
+        kind: The evaluator_type of the part.
 
     Yields:
         The number of images.
@@ -118,7 +156,8 @@ def subset(dataset: str, count: int, folder: str) -> Iterator[int]:
     chosen = choose_images(DatasetCatalog.get(dataset), count)
     # Without the annotation file, COCOEvaluator takes the annotations of the records.
     metadata = {k: v for k, v in MetadataCatalog.get(dataset).as_dict().items() if k not in ("name", "json_file")}
-    if metadata.get("evaluator_type") == "pascal_voc":
+    metadata["evaluator_type"] = kind
+    if kind == "pascal_voc":
         metadata["split"] = str(Path(folder, "images"))  # An absolute path overrides the folder it is joined to.
         Path(folder, "images.txt").write_text("\n".join(record["image_id"] for record in chosen), encoding="utf-8")
     DatasetCatalog.register(SUBSET, lambda: chosen)
@@ -134,6 +173,19 @@ def least_accuracy(classes: int, images: int) -> float:
     """Computes a top-1 accuracy in percent that is two standard deviations of guessing above chance."""
     chance = 1 / classes
     return 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / images))
+
+
+def least_pixel_accuracy(metrics: Mapping[str, float]) -> float:
+    """Computes a mean accuracy of pixels in percent that is a tenth of the way from chance to 100.
+
+    A prediction that does not depend on the image reaches 1 over the number of classes at most.
+
+    Args:
+        metrics: Metrics of Detectron2's ``SemSegEvaluator``; the accuracy of a class that no image has is NaN.
+    """
+    present = sum(not math.isnan(value) for name, value in metrics.items() if name.startswith("ACC-"))
+    chance = 1 / max(present, 1)
+    return 100 * (chance + LEAST_GAIN * (1 - chance))
 
 
 def report(metric: str, value: float, least: float, dataset: str) -> None:

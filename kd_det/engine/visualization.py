@@ -92,7 +92,8 @@ class Visualization(HookBase):
             if kind in outputs[0] and describe_model(network.model) == describe_model(student):
                 predictions[network.title] = [x[kind].to("cpu") for x in outputs]
         pictures = {f"attention/{name}": draw_attention(images, columns) for name, columns in maps.items()}
-        if predictions:
+        # A data set for semantic segmentation alone has no objects to draw.
+        if predictions and (classifies or all("annotations" in record for record in self.records)):
             shown = self.records, class_names(self.dataset), predictions
             pictures["predictions"] = draw_classifications(*shown) if classifies else self._draw_detections(*shown)
         return pictures
