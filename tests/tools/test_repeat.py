@@ -48,8 +48,10 @@ def test_a_student_may_have_a_recipe(tmp_path):
     assert trained.opts == ["OUTPUT_DIR", str(tmp_path), "SEED", "1"]
 
 
-STUDENT = f"a={ROOT}/configs/BCCD/student.yaml"
-VALID = ["--teacher", f"{ROOT}/configs/BCCD/teacher.yaml", "--student", STUDENT, "--output", "x"]
+CONFIGS = ROOT / "configs"
+STUDENT = f"a={CONFIGS}/BCCD/student.yaml"
+DISTILLED = ["--student", f"b={CONFIGS}/BCCD/student.yaml", f"{CONFIGS}/recipes/reviewkd.yaml"]
+VALID = ["--teacher", f"{CONFIGS}/BCCD/teacher.yaml", "--student", STUDENT, "--output", "x"]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,13 @@ VALID = ["--teacher", f"{ROOT}/configs/BCCD/teacher.yaml", "--student", STUDENT,
         (["--teacher-weights", "no.pth"], "--teacher-weights: there is no file no.pth"),
         (["--student", "b=no.yaml"], "--student b: there is no such file"),
         (["SOLVER.MAX_ITER"], "command line: Override list has odd length"),
+        (["--seeds", "1", "-1"], "--seeds -1: must be at least 0"),
+        (["SEED", "5"], "command line: the override SEED would give all runs the same seed; use --seeds"),
+        (["--equal-compute"], "--equal-compute: needs a distilled --student and a plain one"),
+        (
+            ["--equal-compute", "--student", f"a_as_long_as_b={CONFIGS}/BCCD/student.yaml", *DISTILLED],
+            "--equal-compute: trains a student a_as_long_as_b; give the --student of this name another one",
+        ),
     ],
 )
 def test_mistakes_are_found_before_the_first_run(arguments, message, monkeypatch, capsys):
@@ -70,6 +79,29 @@ def test_mistakes_are_found_before_the_first_run(arguments, message, monkeypatch
     with pytest.raises((InputError, SystemExit)) as error:
         repeat.main(repeat.parse_args([*VALID, *arguments]))
     assert message in f"{error.value} {capsys.readouterr().err}"
+
+
+def test_every_distilled_student_has_the_plain_one_of_its_configs():
+    students = {
+        "soft": ("narrow.yaml", "recipes/soft.yaml"),
+        "narrow": ("narrow.yaml",),
+        "wide": ("wide.yaml",),
+        "short": ("wide.yaml", "short.yaml"),
+        "hint": ("wide.yaml", "recipes/hint.yaml"),
+        "short_hint": ("wide.yaml", "short.yaml", "recipes/hint.yaml"),
+        "other": ("distilled.yaml",),
+    }
+    baselines = repeat.find_baselines(list(students.items()), ["narrow", "wide", "short"])
+    assert baselines == {"soft": "narrow", "hint": "wide", "short_hint": "short", "other": "narrow"}
+    assert repeat.find_baselines(list(students.items()), []) == {}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "plain"), [("recipes/reviewkd.yaml", False), ("recipes/dml.yaml", False), (None, True)]
+)
+def test_students_of_mutual_learning_are_not_plain(recipe, plain):
+    configs = ["BCCD/student.yaml", *([recipe] if recipe else [])]
+    assert repeat.is_plain(configs, [], "--student") is plain
 
 
 # ---- Runs, by a program that stands in for the commands ----
