@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from kd_det.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from kd_det.class_partition import ClassPartition
     from kd_det.classification import ImageClassifier
     from kd_det.config import add_kd_config
     from kd_det.errors import InputError
@@ -27,6 +28,7 @@ __all__ = [
     "TAP_REGISTRY",
     "WRAPPER_REGISTRY",
     "Batch",
+    "ClassPartition",
     "ImageClassifier",
     "InputError",
     "MutualStudents",
@@ -43,6 +45,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     (
         "backbones",
+        "class_partition",
         "classification",
         "config",
         "errors",

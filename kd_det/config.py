@@ -100,6 +100,14 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TEACHER.WEIGHTS = ""
     # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...].
     cfg.KD.TEACHER.OPTS = []
+    # Names of the teacher's classes, in the order of its indices. Class predictions are then compared for the classes
+    # that the student's data sets name alike, and everything else as one class. []: the names in the data sets of the
+    # teacher's config, or COCO's for a zoo config, if it has another number of classes than the student; with equally
+    # many, class is compared with class by index.
+    cfg.KD.TEACHER.CLASSES = []
+    # Maps the teacher's names of classes to those in the student's data sets where they differ, in a file only:
+    # {bike: bicycle} if the student's is bicycle. With any, classes are compared by name.
+    cfg.KD.TEACHER.SYNONYMS = CfgNode(new_allowed=True)
     # Precision of the teacher's forward pass alone: float32, float16 or bfloat16.
     cfg.KD.TEACHER.DTYPE = "float32"
     # Statistics that the teacher's batch norms use. "eval": those it was trained with. "train": those of the batch, as

@@ -10,6 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from kd_det.class_partition import ClassPartition, View
 from kd_det.config import student_config
 from kd_det.construction import build_network
 from kd_det.errors import InputError
@@ -21,6 +22,7 @@ from kd_det.schedules import build_schedule
 from kd_det.signals import Batch, Signals
 from kd_det.taps import build_tap, preprocess_alike, shared_images
 from kd_det.teacher import Teacher, build_teacher, load_teacher_config
+from kd_det.teacher_classes import count_object_classes, divide_classes
 from kd_det.wrapper import Network, StudentWrapper
 
 
@@ -43,6 +45,7 @@ class TeacherStudent(StudentWrapper):
         mask_padding: Whether feature losses leave out padding.
         task_weight: Factor of the student's own losses.
         gradient_shares: Measures the gradients of the losses; None measures nothing.
+        classes: Division of the teacher's classes from the student's; None if they are the same.
     """
 
     has_teacher = True
@@ -60,6 +63,7 @@ class TeacherStudent(StudentWrapper):
         mask_padding: bool = False,
         task_weight: float = 1.0,
         gradient_shares: GradientShares | None = None,
+        classes: ClassPartition | None = None,
     ):
         super().__init__()
         self.student = student
@@ -70,6 +74,8 @@ class TeacherStudent(StudentWrapper):
         self.mask_padding = mask_padding
         self.task_weight = task_weight
         self.gradient_shares = gradient_shares or GradientShares()
+        self.views = {} if classes is None else choose_views(classes, heads)
+        self.classes = classes if self.views else None
         if self.frozen_adapters:
             for head in self.heads.values():
                 freeze_pretrained(head)
@@ -95,7 +101,9 @@ class TeacherStudent(StudentWrapper):
             # With the same seed the student's training must draw the same random numbers with and without a teacher.
             with torch.random.fork_rng(devices=[]):
                 parts["teacher"] = build_teacher(cfg)
-                parts["heads"] = build_kd_heads(cfg, build_tap(student).spec(), parts["teacher"].tap.spec())
+                specs = build_tap(student).spec(), parts["teacher"].tap.spec()
+                classes = parts["classes"] = divide_classes(cfg, *map(count_object_classes, specs))
+                parts["heads"] = build_kd_heads(cfg, *(classes.align_specs(*specs) if classes else specs))
         keys = {name: config_key(name) for name in parts["heads"]}
         parts["schedules"] = {
             name: build_schedule(cfg.KD[key], cfg.SOLVER.MAX_ITER, key=f"KD.{key}") for name, key in keys.items()
@@ -119,14 +127,23 @@ class TeacherStudent(StudentWrapper):
         if self.teacher is not None:
             teacher, (teacher_cfg, weights) = self.teacher, load_teacher_config(cfg)
             networks.append(
-                Network("teacher", teacher.model, teacher_cfg, teacher.flip_channels, weights, teacher.dtype)
+                Network(
+                    "teacher",
+                    teacher.model,
+                    teacher_cfg,
+                    flip_channels=teacher.flip_channels,
+                    weights=weights,
+                    dtype=teacher.dtype,
+                    classes=self.classes,
+                )
             )
         return networks
 
     def describe(self, cfg: CfgNode) -> list[str]:
         if self.teacher is None or not self.heads:
             return []
-        return [head_table(self.named_heads, self.schedules, self.tap.spec(), self.teacher.tap.spec())]
+        heads = head_table(self.named_heads, self.schedules, self.tap.spec(), self.teacher.tap.spec())
+        return [heads, self.classes.table()] if self.classes else [heads]
 
     def forward(self, batched_inputs: list[dict]):
         """Runs the student; in training, adds the heads' weighted losses to the student's.
@@ -149,8 +166,9 @@ class TeacherStudent(StudentWrapper):
         losses = {key: (0.0 if key in replaced else self.task_weight) * loss for key, loss in losses.items()}
         batch = Batch.from_inputs(batched_inputs, mask_padding=self.mask_padding)
         groups = {"task": list(losses.values())}
+        sides = self._sides(active, student, teacher)
         for name in active:
-            head_losses = self.heads[name](student, teacher, batch)
+            head_losses = self.heads[name](*sides[name], batch)
             repeated = losses.keys() & head_losses.keys()
             if repeated:
                 raise InputError(f"KD.HEADS: {name} gives {', '.join(sorted(repeated))}, which exists already.")
@@ -184,6 +202,15 @@ class TeacherStudent(StudentWrapper):
                 losses = self.student(batched_inputs)
             return losses, student, teacher.finish(started, teacher_names, student)
 
+    def _sides(self, active: list[str], student: Signals, teacher: Signals) -> dict[str, tuple[Signals, Signals]]:
+        """Maps the active heads to the signals of both networks, in the classes in which each head sees them."""
+        sides = dict.fromkeys(active, (student, teacher))
+        if self.classes is None:
+            return sides
+        views = {name: self.views[name] for name in active if name in self.views}
+        aligned = {view: self.classes.align(student, teacher, view) for view in dict.fromkeys(views.values())}
+        return sides | {name: aligned[view] for name, view in views.items()}
+
     def _replaced(self, active: list[str], losses: Mapping[str, Tensor]) -> set[str]:
         """Lists the student's own losses that the active heads' losses replace."""
         replaced = {(name, key) for name in active for key in getattr(self.heads[name], "replaces", ())}
@@ -208,6 +235,22 @@ def build_student(cfg: CfgNode) -> nn.Module:
             f"KD.STUDENT_ARCHITECTURE: {name!r} is not a student's meta-architecture; registered: {', '.join(known)}."
         )
     return build_network(student_config(cfg), "the student's config")
+
+
+def choose_views(classes: ClassPartition, heads: Mapping[str, nn.Module]) -> dict[str, View]:
+    """Maps the name of each head that sees class predictions to the classes in which it sees them.
+
+    Raises:
+        InputError: If a head cannot be used with these classes.
+    """
+    views = {}
+    for name, head in heads.items():
+        names = student_signals(head), teacher_signals(head)
+        classes.check_head(head, name, *names)
+        view = classes.view(*names)
+        if view is not None:
+            views[name] = view
+    return views
 
 
 def check_task_weight(cfg: CfgNode) -> None:

@@ -8,6 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from kd_det.class_partition import ClassPartition
 from kd_det.config import student_config
 from kd_det.heads.build import student_signals
 from kd_det.teacher import Teacher
@@ -24,6 +25,7 @@ class Network:
         flip_channels: Whether it takes its images in reverse channel order.
         weights: Source of its weights, if they do not change in training.
         dtype: Precision of its forward pass; None if it is that of the run.
+        classes: Division of its classes from the first student's; None if they are the same.
     """
 
     title: str
@@ -32,6 +34,7 @@ class Network:
     flip_channels: bool = False
     weights: str = ""
     dtype: torch.dtype | None = None
+    classes: ClassPartition | None = None
 
 
 class StudentWrapper(nn.Module):

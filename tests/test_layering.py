@@ -9,9 +9,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"config", "config_files", "config_kinds", "config_checks", "construction"}
-GROUND = CONFIG | {"errors", "lazy", "registry", "signals", "schedules", "files", "fetching"}
+GROUND = CONFIG | {"errors", "lazy", "registry", "signals", "schedules", "files", "fetching", "class_partition"}
 GROUND |= {"checkpoint_files", "unpickling", "formats", "timm_models"}
-DISTILS = {"taps", "heads", "losses", "teacher", "inherit", "gradients", "wrapper", "meta_arch", "peers", "mutual"}
+DISTILS = {
+    "taps",
+    "heads",
+    "losses",
+    "teacher",
+    "teacher_classes",
+    "inherit",
+    "gradients",
+    "wrapper",
+    "meta_arch",
+    "peers",
+    "mutual",
+}
 CHECKPOINTS = {"checkpoint", "checkpoint_folder"}
 BELOW_ENGINE = GROUND | DISTILS | CHECKPOINTS | {"data", "classification", "backbones"}
 # What a part of kd_det may import of kd_det beside itself; of `data.x` and `heads.x` the first word counts.
@@ -27,8 +39,9 @@ ALLOWED = {
     "teacher": GROUND | CHECKPOINTS | {"taps"},
     "inherit": GROUND | {"taps", "checkpoint"},
     "gradients": GROUND,
+    "teacher_classes": GROUND | {"teacher", "data"},
     "wrapper": GROUND | {"heads", "teacher"},
-    "meta_arch": GROUND | {"taps", "teacher", "heads", "losses", "gradients", "wrapper"},
+    "meta_arch": GROUND | {"taps", "teacher", "heads", "losses", "gradients", "wrapper", "teacher_classes"},
     "peers": GROUND | {"taps", "heads", "checkpoint"},
     "mutual": GROUND | {"taps", "heads", "losses", "gradients", "wrapper", "meta_arch", "peers"},
     "engine": BELOW_ENGINE,

@@ -15,6 +15,7 @@ from helpers import WIDE, distilled_cfg, save_teacher, tiny_cfg, train_net, with
 from torch import nn
 
 from kd_det import InputError
+from kd_det.class_partition import ClassPartition
 from kd_det.data import class_names, register_datasets
 from kd_det.data.shapes import CLASSES
 from kd_det.data.shapes_folder import write_shapes
@@ -26,6 +27,8 @@ from kd_det.engine.teacher_check import (
     have_same_classes,
     least_accuracy,
     least_pixel_accuracy,
+    shared_records,
+    subset,
 )
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -66,23 +69,32 @@ class Oracle(nn.Module):
 
 
 @pytest.fixture
-def check(monkeypatch, caplog):
-    """Checks a teacher that knows everything; returns what it has seen and the messages."""
+def check_model(monkeypatch, caplog):
+    """Checks a model in the place of a config's teacher; returns the messages."""
     caplog.set_level("INFO", "kd_det.engine.teacher_check")
     built = teacher_check.build_teacher
 
-    def run(cfg, shift=0):
-        register_datasets(cfg)
-        oracle = Oracle(cfg.DATASETS.TEST[0], shift)
-
+    def run(cfg, model):
         def build_teacher(cfg):
             teacher = built(cfg)
-            teacher.model = oracle
+            teacher.model = model
             return teacher
 
         monkeypatch.setattr(teacher_check, "build_teacher", build_teacher)
         check_teacher(cfg)
-        return oracle.seen, caplog.messages
+        return caplog.messages
+
+    return run
+
+
+@pytest.fixture
+def check(check_model):
+    """Checks a teacher that knows everything; returns what it has seen and the messages."""
+
+    def run(cfg, shift=0):
+        register_datasets(cfg)
+        oracle = Oracle(cfg.DATASETS.TEST[0], shift)
+        return oracle.seen, check_model(cfg, oracle)
 
     return run
 
@@ -358,3 +370,75 @@ def test_least_accuracy_of_pixels():
     """With four classes in the images, 25 percent is chance, and a tenth of the other 75 is asked for beyond it."""
     accuracies = {"mACC": 50.0, "ACC-a": 1.0, "ACC-b": 0.0, "ACC-c": 9.0, "ACC-d": 9.0, "ACC-e": float("nan")}
     assert least_pixel_accuracy(accuracies) == pytest.approx(32.5)
+
+
+# ---- A teacher of other classes ----
+class Renumbered(nn.Module):
+    """Predicts as an oracle does, but has the indices of other classes; what it does not know it takes for `wrong`."""
+
+    def __init__(self, oracle, names, known, wrong):
+        super().__init__()
+        self.oracle = oracle
+        self.table = torch.tensor([known.index(name) if name in known else known.index(wrong) for name in names])
+        self.known = known
+
+    def forward(self, inputs):
+        outputs = self.oracle(inputs)
+        for x in outputs:
+            if "scores" in x:
+                x["scores"] = nn.functional.one_hot(self.table[x["scores"].argmax()], len(self.known)).float()
+            else:
+                x["instances"].pred_classes = self.table[x["instances"].pred_classes]
+        return outputs
+
+
+@pytest.mark.parametrize("kind", ["coco", "voc"])
+def test_detector_of_other_classes_is_evaluated_on_those_it_shares(detector, check_model, kind, tmp_path):
+    """It does not know the first class, whose objects it takes for something that the data set does not have."""
+    cfg = detector(kind, count=4)
+    register_datasets(cfg)
+    names = class_names(cfg.DATASETS.TEST[0])
+    known = [names[-1], "another", *names[1:-1], "one more"]
+    teacher = tiny_cfg(options={"MODEL.ROI_HEADS.NUM_CLASSES": len(known)})
+    cfg.merge_from_list(named(save_teacher(tmp_path / "other", teacher) | {"KD.TEACHER.CLASSES": known}))
+    model = Renumbered(Oracle(cfg.DATASETS.TEST[0], 0), names, known, "another")
+    assert check_model(cfg, model)[1] == "The teacher's box AP on these images: 100.00"
+
+
+def test_classifier_of_other_classes_is_evaluated_on_those_it_shares(classifier, check_model, tmp_path):
+    """It knows the digits from 9 to 5, and 40 images of these are chosen."""
+    cfg, known = classifier(40), list("98765")
+    teacher = classifier_cfg(options={"MODEL.CLASSIFIER.NUM_CLASSES": 5, "INPUT.CLASSIFICATION.SIZE": 8})
+    cfg.merge_from_list(named(save_teacher(tmp_path / "five", teacher) | {"KD.TEACHER.CLASSES": known}))
+    register_datasets(cfg)
+    oracle = Oracle("digits_test", 0)
+    messages = check_model(cfg, Renumbered(oracle, list("0123456789"), known, "5"))
+    assert messages[1] == "The teacher's top-1 accuracy on these images: 100.00"
+    assert {x["label"] for x in oracle.seen} == {5, 6, 7, 8, 9}
+    assert len(oracle.seen) == 40
+
+
+def test_shared_records():
+    classes = ClassPartition(("a", "b"), ("b", "c"))
+    first = {"annotations": [{"category_id": 0}, {"category_id": 1}]}
+    kept = shared_records([first, {"annotations": [{"category_id": 0}]}, {"annotations": []}], classes)
+    assert kept == [{"annotations": [{"category_id": 1}]}]
+    assert shared_records([{"label": 0}, {"label": 1}], classes) == [{"label": 1}]
+
+
+def test_teacher_that_shares_no_class_is_refused(detector, tmp_path):
+    cfg = detector()
+    register_datasets(cfg)
+    teacher = tiny_cfg(options={"MODEL.ROI_HEADS.NUM_CLASSES": 1})
+    cfg.merge_from_list(named(save_teacher(tmp_path / "one", teacher) | {"KD.TEACHER.CLASSES": ["another"]}))
+    with pytest.raises(InputError, match=r"the teacher knows 1 classes and '.*' has 3, so it cannot be evaluated"):
+        check_teacher(cfg)
+
+
+def test_images_without_a_shared_class_are_refused(detector):
+    cfg = detector()
+    register_datasets(cfg)
+    dataset = cfg.DATASETS.TEST[0]
+    classes = ClassPartition((*class_names(dataset), "rare"), ("rare",))
+    with pytest.raises(InputError, match="has no image of the classes that student and teacher share; set it to 0"):
+        next(subset.__wrapped__(dataset, 2, cfg.OUTPUT_DIR, "coco", classes))

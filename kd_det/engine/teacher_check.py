@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 from torch import nn
 
+from kd_det.class_partition import CLASS_PREDICTIONS, ClassPartition
 from kd_det.config import has_teacher, student_config
 from kd_det.data import choose_images, class_names, known_class_names
 from kd_det.engine.evaluation import allowed_kinds, build_evaluator
@@ -20,6 +21,7 @@ from kd_det.errors import InputError
 from kd_det.heads.build import student_signals
 from kd_det.taps import count_classes
 from kd_det.teacher import build_teacher, load_teacher_config
+from kd_det.teacher_classes import count_object_classes, divide_classes
 
 logger = logging.getLogger(__name__)
 # Maps models that predict other classes than those of objects or images to the metadata that names theirs.
@@ -34,7 +36,7 @@ LEAST_AP = 1.0
 LEAST_GAIN = 0.1
 # Maps the metadata that names classes to the signals in which each of these classes has a fixed position.
 PREDICTIONS = {
-    "thing_classes": {"roi_logits", "roi_deltas", "mask_logits", "dense_logits", "logits", "input_gradient"},
+    "thing_classes": {*CLASS_PREDICTIONS, "input_gradient"},
     "stuff_classes": {"sem_seg_logits"},
     "keypoint_names": {"keypoint_logits"},
 }
@@ -44,7 +46,8 @@ def check_class_order(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
     """Compares the names of the teacher's classes with the student's, if the data sets of both configs are available.
 
     The names are those of objects or images, of the pixels of semantic segmentation, and of keypoints, each only if a
-    head compares predictions of them.
+    head compares predictions of them. Those of objects and images are not checked if ``KD.TEACHER.CLASSES`` or
+    ``SYNONYMS`` is set, because classes are then compared by name.
 
     Args:
         cfg: The run's config; its data sets are already registered.
@@ -55,7 +58,8 @@ def check_class_order(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
     """
     for kind, predictions in PREDICTIONS.items():
         comparing = [name for name, head in heads.items() if predictions.intersection(student_signals(head))]
-        if comparing:
+        by_name = kind == "thing_classes" and (cfg.KD.TEACHER.CLASSES or cfg.KD.TEACHER.SYNONYMS)
+        if comparing and not by_name:
             _compare_names(cfg, kind, comparing)
 
 
@@ -69,8 +73,9 @@ def _compare_names(cfg: CfgNode, kind: str, comparing: Sequence[str]) -> None:
     difference = f"list the same {named} in another order" if reordered else f"name other {named}"
     message = (
         f"KD.TEACHER.CONFIG_FILE: the data sets of {cfg.KD.TEACHER.CONFIG_FILE} {difference} than the student's, "
-        f"{different[0][1]!r} for {different[0][0]!r}, but {', '.join(comparing)} compares them one by one. If these "
-        "are not the teacher's data, set KD.TEACHER.OPTS to [DATASETS.TEST, [], DATASETS.TRAIN, []]."
+        f"{different[0][1]!r} for {different[0][0]!r}, but {', '.join(comparing)} compares them one by one. "
+        + ("List the teacher's in KD.TEACHER.CLASSES to compare them by name. " if kind == "thing_classes" else "")
+        + "If these are not the teacher's data, set KD.TEACHER.OPTS to [DATASETS.TEST, [], DATASETS.TRAIN, []]."
     )
     if reordered:
         raise InputError(message)
@@ -78,14 +83,21 @@ def _compare_names(cfg: CfgNode, kind: str, comparing: Sequence[str]) -> None:
 
 
 def have_same_classes(cfg: CfgNode) -> bool:
-    """Checks whether the data sets of both configs are available and list the same classes in the same order.
+    """Checks whether both networks are known to have the same classes in the same order.
 
     For a student that segments whole images, this includes the classes of pixels.
     """
     architecture = student_config(cfg).MODEL.META_ARCHITECTURE
     kinds = KINDS_OF_CLASSES.get(architecture, ("thing_classes",))
-    teacher = load_teacher_config(cfg)[0]
-    return all((names := known_class_names(cfg, kind)) and names == known_class_names(teacher, kind) for kind in kinds)
+    return all((names := known_class_names(cfg, kind)) and names == _teacher_names(cfg, kind) for kind in kinds)
+
+
+def _teacher_names(cfg: CfgNode, kind: str) -> list[str]:
+    """Returns the names of the teacher's classes, with the student's for each synonym; [] if they are not known."""
+    node, names = cfg.KD.TEACHER, known_class_names(load_teacher_config(cfg)[0], kind)
+    if kind != "thing_classes":
+        return names
+    return [node.SYNONYMS.get(name, name) for name in node.CLASSES or names]
 
 
 def check_teacher(cfg: CfgNode) -> None:
@@ -93,7 +105,8 @@ def check_teacher(cfg: CfgNode) -> None:
 
     The images are spread evenly over DATASETS.TEST[0] (for a detector, over its images with objects) and are read as
     the teacher's own config says. The metrics, box AP, top-1 accuracy or the mean accuracy of the pixels of a semantic
-    segmentation, cover only these images. Each process takes a part of them.
+    segmentation, cover only these images. Each process takes a part of them. A teacher of other classes is evaluated on
+    the objects and the images of those that the student shares.
 
     Raises:
         InputError: If the number is negative, or there is no test set with classes that the teacher could know.
@@ -110,7 +123,10 @@ def check_teacher(cfg: CfgNode) -> None:
     known = count_classes(teacher.tap.spec())
     kind = KINDS_OF_CLASSES.get(teacher_cfg.MODEL.META_ARCHITECTURE, ("thing_classes",))[0]
     names = class_names(dataset, kind)
-    if names and known is not None and len(names) != known:
+    classes = None
+    if names and kind == "thing_classes":
+        classes = divide_classes(cfg, len(names), count_object_classes(teacher.tap.spec()))
+    if names and known is not None and len(names) != known and not (classes and classes.shared):
         raise InputError(
             f"KD.TEACHER.SANITY_CHECK: got {count}, but the teacher knows {known} classes and {dataset!r} has "
             f"{len(names)}, so it cannot be evaluated there; set it to 0."
@@ -125,14 +141,20 @@ def check_teacher(cfg: CfgNode) -> None:
             f"teacher, {teacher_cfg.MODEL.META_ARCHITECTURE}, can be evaluated on {', '.join(allowed)}; set it to 0."
         )
     teacher_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
-    with tempfile.TemporaryDirectory() as folder, subset(dataset, count, folder, evaluated) as images:
+    if classes:
+        teacher_cfg.MODEL.CLASSIFIER.NUM_CLASSES = len(classes.student)  # The labels of the images are the student's.
+        if evaluated == "pascal_voc":
+            evaluated = "coco"  # VOC's evaluator would read all objects from the annotation files.
+    with tempfile.TemporaryDirectory() as folder, subset(dataset, count, folder, evaluated, classes) as images:
         teacher_cfg.OUTPUT_DIR = folder
         logger.info("Checking the teacher on %d images of %s.", images, dataset)
         evaluator = build_evaluator(teacher_cfg, SUBSET, tasks=("bbox", "sem_seg"))
-        results = inference_on_dataset(teacher.model, build_test_loader(teacher_cfg, SUBSET), evaluator)
+        model = Translated(teacher.model, classes) if classes else teacher.model
+        results = inference_on_dataset(model, build_test_loader(teacher_cfg, SUBSET), evaluator)
     if "classification" in results:
         assert known is not None
-        report("top-1 accuracy", results["classification"]["top1"], least_accuracy(known, images), dataset)
+        possible = len(classes.shared) if classes else known
+        report("top-1 accuracy", results["classification"]["top1"], least_accuracy(possible, images), dataset)
     if "bbox" in results:
         # NaN means that the detector finds nothing.
         ap = results["bbox"]["AP"]
@@ -142,18 +164,42 @@ def check_teacher(cfg: CfgNode) -> None:
         report("mean accuracy of pixels", metrics["mACC"], least_pixel_accuracy(metrics), dataset)
 
 
+class Translated(nn.Module):
+    """Predicts as a teacher does, with the indices of the student's classes.
+
+    Args:
+        model: The teacher's model.
+        classes: Division of its classes from the student's.
+    """
+
+    def __init__(self, model: nn.Module, classes: ClassPartition):
+        super().__init__()
+        self.model = model
+        self.classes = classes
+
+    def forward(self, batched_inputs: list[dict]) -> list[dict]:
+        return self.classes.translate(self.model(batched_inputs))
+
+
 @contextmanager
-def subset(dataset: str, count: int, folder: str, kind: str) -> Iterator[int]:
+def subset(dataset: str, count: int, folder: str, kind: str, classes: ClassPartition | None = None) -> Iterator[int]:
     """Registers a part of a data set as SUBSET inside the block, so that evaluators use only its annotations.
 
     Args:
         folder: Folder for a list of the images.
         kind: The evaluator_type of the part.
+        classes: Leaves out the objects and the images of classes that are not shared; None leaves out none.
 
     Yields:
         The number of images.
     """
-    chosen = choose_images(DatasetCatalog.get(dataset), count)
+    records = DatasetCatalog.get(dataset)
+    chosen = choose_images(shared_records(records, classes) if classes else records, count)
+    if classes and not chosen:
+        raise InputError(
+            f"KD.TEACHER.SANITY_CHECK: got {count}, but {dataset!r} has no image of the classes that student and "
+            "teacher share; set it to 0."
+        )
     # Without the annotation file, COCOEvaluator takes the annotations of the records.
     metadata = {k: v for k, v in MetadataCatalog.get(dataset).as_dict().items() if k not in ("name", "json_file")}
     metadata["evaluator_type"] = kind
@@ -167,6 +213,23 @@ def subset(dataset: str, count: int, folder: str, kind: str) -> Iterator[int]:
     finally:
         DatasetCatalog.remove(SUBSET)
         MetadataCatalog.remove(SUBSET)
+
+
+def shared_records(records: list[dict], classes: ClassPartition) -> list[dict]:
+    """Leaves out the objects of classes that student and teacher do not share, and images without any others.
+
+    Args:
+        records: Detectron2's dicts of a data set with the student's classes.
+        classes: Division of the classes.
+    """
+    indices = {classes.student.index(name) for name in classes.shared}
+    kept = []
+    for record in records:
+        if "label" in record:
+            kept += [record] if record["label"] in indices else []
+        elif objects := [x for x in record.get("annotations", ()) if x["category_id"] in indices]:
+            kept.append(record | {"annotations": objects})
+    return kept
 
 
 def least_accuracy(classes: int, images: int) -> float:

@@ -37,7 +37,8 @@ class Visualization(HookBase):
     There is one picture such as ``attention/p3`` for each feature map that a head compares; it shows where the map is
     active, as attention transfer measures it, in all networks side by side. The picture ``predictions`` shows the
     ground truth and the predictions of the networks; detectors show the instances above the score that gives the best
-    F1 on these images. A teacher with another number of classes than the student is left out of it.
+    F1 on these images. Of a teacher that is compared by the names of its classes, the student's classes are shown; any
+    other teacher with another number of classes than the student is left out.
 
     The images are the same each time, so that they can be followed over the run. They are taken from the first test
     set, or from the first training set if there is no test set, and read as in a test. Images of the last batch would
@@ -89,7 +90,11 @@ class Visualization(HookBase):
                 outputs = network.model.to(device)(flipped(inputs) if network.flip_channels else inputs)
             for name, stride in self.strides.items():
                 maps[name][network.title] = attention_maps(signals[name], stride, [image.shape[:2] for image in images])
-            if kind in outputs[0] and describe_model(network.model) == describe_model(student):
+            if network.classes is not None:
+                outputs = network.classes.translate(outputs)
+            elif describe_model(network.model) != describe_model(student):
+                continue
+            if kind in outputs[0]:
                 predictions[network.title] = [x[kind].to("cpu") for x in outputs]
         pictures = {f"attention/{name}": draw_attention(images, columns) for name, columns in maps.items()}
         # A data set for semantic segmentation alone has no objects to draw.

@@ -59,6 +59,7 @@ class BornAgainHead(nn.Module):
         self.source = source
         self.signals = (SOURCES[source].logits,)
         self.replaces = () if labels else ("loss_cls",)
+        self.reads_labels = kind == "cwtm"
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:

@@ -11,6 +11,9 @@ from kd_det.errors import InputError
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
+# Logits of the classes that data sets name.
+NAMED = ("roi_logits", "dense_logits", "logits")
+
 
 class StagedHead(Protocol):
     """Declares what a head has that trains something in a stage before the main run.
@@ -184,6 +187,7 @@ def check_class_counts(key: str, name: str, student_spec, teacher_spec) -> None:
         raise InputError(
             f"{key}: student and teacher must know the same classes, but {name} has {channels[0]} channels in the "
             f"student and {channels[1]} in the teacher{' (background included)' if name == 'roi_logits' else ''}."
+            + (" List the teacher's in KD.TEACHER.CLASSES to compare those that both know." if name in NAMED else "")
         )
 
 

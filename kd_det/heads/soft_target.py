@@ -178,6 +178,7 @@ class SoftTargetHead(nn.Module):
         self.rois = rois
         self.background_weight = background_weight
         self.signals = tuple(SOURCES[source].logits for source in sources)
+        self.reads_labels = adjust != "none" or divergence in ("dkd", "nkd")
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
