@@ -127,6 +127,8 @@ def make_difference_tables(results: dict[str, Any]) -> str:
 
 def format_difference(difference: Difference, digits: int) -> str:
     """Formats a difference with its interval, if there is one, and its verdict."""
+    if math.isnan(difference["mean"]):
+        return "nan"
     mean, low, high = (f"{x:+.{digits}f}" for x in (difference["mean"], difference["low"], difference["high"]))
     interval = "" if math.isnan(difference["low"]) else f"[{low}, {high}]"
     return " ".join(filter(None, (mean, interval, difference["verdict"])))

@@ -269,7 +269,7 @@ def test_a_table_of_differences():
     results = {"runs": runs, "summary": summarise(names, measured)} | find_differences(runs, [("", "plain")])
     assert read_rows(make_difference_tables(results)) == {
         "": ["few (2 seeds)", "one (1 seed)", "hidden (3 seeds)", "same (3 seeds)"],
-        "bbox AP": ["+3.50 [-15.56, +22.56]", "-1.00", "+nan", "+0.00 [+0.00, +0.00] no evidence"],
+        "bbox AP": ["+3.50 [-15.56, +22.56]", "-1.00", "nan", "+0.00 [+0.00, +0.00] no evidence"],
         "GFLOPs": ["-", "-", "-", "+0.0020 [+0.0020, +0.0020] hurts"],
     }
 
