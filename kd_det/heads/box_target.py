@@ -36,7 +36,10 @@ class BoxTargetHead(nn.Module):
       ``w (1 - GIoU)`` over all anchors that the student's own losses use, divided by the number of those labelled as
       objects. The weight w is the largest difference between the class probabilities of both networks, so that boxes
       count where the teacher still knows better what is there. Of ``roi``, for which nothing is published, the rows are
-      the foreground boxes, and w is the difference at the labelled class;
+      the foreground boxes, and w is the difference at the labelled class. The anchors of ``rpn`` are the sample that
+      the RPN's own losses take, and their labels count its objects; the classes of BCKD, ``ANCHORS: focal`` of
+      :class:`kd_det.heads.SoftTargetHead`, take all anchors of an RPN, and count those in which the teacher sees an
+      object. Nothing is published for an RPN;
     * ``bounded`` (Chen et al., NeurIPS 2017, "Learning Efficient Object Detection Models with Knowledge Distillation"),
       ``roi`` only: half the squared error of the student's deltas, summed over the four, mean over foreground boxes,
       where the student is not better than the teacher by a margin. It pulls towards the label; the teacher is a bound.

@@ -1,6 +1,6 @@
 """Compares class logits by other divergences than that of soft targets: DKD, NKD, GDKD and DIST."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class DividedTargets:
     def _dkd(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         others = not_labelled(s_logits, labels)
         options: dict[str, Any] = {"temperature": self.temperature, "weights": weights}
-        target = between_groups_loss(s_logits, t_logits, others.long(), **options)
+        target = between_groups_loss(s_logits, t_logits, others.long(), count=2, **options)
         return self.scale * (
             self.target_weight * target + self.other_weight * within_group_loss(s_logits, t_logits, others, **options)
         )
@@ -94,7 +94,7 @@ class DividedTargets:
         top.scatter_(1, t_logits.detach().topk(self.top_k, dim=1).indices, True)
         options: dict[str, Any] = {"temperature": self.temperature, "weights": weights}
         return self.scale * (
-            self.target_weight * between_groups_loss(s_logits, t_logits, top.long(), **options)
+            self.target_weight * between_groups_loss(s_logits, t_logits, top.long(), count=2, **options)
             + self.top_weight * within_group_loss(s_logits, t_logits, top, **options)
             + self.other_weight * within_group_loss(s_logits, t_logits, ~top, **options)
         )
@@ -129,6 +129,19 @@ def not_labelled(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.ones_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], False)
 
 
+def check_dense(divergence: str, sources: Collection[str]) -> None:
+    """Checks that a divergence is not one of softmaxes while the class logits of a one-stage detector are compared.
+
+    Raises:
+        InputError: If it is.
+    """
+    if divergence not in ("kl", "dist") and "dense" in sources:
+        raise InputError(
+            f"KD.SOFT_TARGET.DIVERGENCE: {divergence!r} is not for the source dense, whose classes have a sigmoid "
+            "each; allowed are kl, dist."
+        )
+
+
 def check_divergence(node, sources: Mapping[str, int]) -> dict:
     """Checks DIVERGENCE and the keys that belong to it.
 
@@ -159,13 +172,14 @@ def check_divergence(node, sources: Mapping[str, int]) -> dict:
                 f"KD.SOFT_TARGET.{key}: {node[key]!r} is for the sources {', '.join(fitting)}, but "
                 f"KD.SOFT_TARGET.SOURCES is {node.SOURCES}."
             )
-    if node.DIVERGENCE not in ("kl", "dist") and "dense" in sources:
-        raise InputError(
-            f"KD.SOFT_TARGET.DIVERGENCE: {node.DIVERGENCE!r} is not for the source dense, whose classes have a sigmoid "
-            "each; allowed are kl, dist."
-        )
+    check_dense(node.DIVERGENCE, sources)
     if node.DIVERGENCE == "dist" and sources.get("dense") == 1:
         raise InputError("KD.SOFT_TARGET.DIVERGENCE: 'dist' correlates classes, but the dense logits have only one.")
+    if node.DIVERGENCE == "dist" and "dense" in sources and "rpn" not in sources and node.ANCHORS != "weighted":
+        raise InputError(
+            f"KD.SOFT_TARGET.ANCHORS: must be 'weighted' with DIVERGENCE 'dist' of the source dense, which does not "
+            f"weigh anchors, got {node.ANCHORS!r}."
+        )
     if node.DIVERGENCE == "gdkd" and not 0 < node.TOP_K < min(classes):
         raise InputError(
             f"KD.SOFT_TARGET.TOP_K: must be above 0 and below the number of logits, {min(classes)}, got {node.TOP_K}."

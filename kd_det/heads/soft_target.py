@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kd_det.errors import InputError, check_choice
 from kd_det.heads.anchors import positive_count
 from kd_det.heads.build import check_class_counts
-from kd_det.heads.divided_targets import DividedTargets, check_divergence
+from kd_det.heads.divided_targets import DividedTargets, check_dense, check_divergence
 from kd_det.heads.map_targets import SEM_SEG, heatmap_loss, segmentation_loss
 from kd_det.heads.targets import ClassTargets, check_class_targets
 from kd_det.losses import binary_soft_target_loss, focal_soft_target_loss, standardize_logits
@@ -70,6 +70,9 @@ class SoftTargetHead(nn.Module):
         top_weight: Weight of the most probable classes among themselves ("gdkd").
         top_k: Number of these classes.
         sem_seg: Softmax of "sem_seg": "pixel" or "channel".
+
+    Raises:
+        InputError: If `divergence` is "dkd", "nkd" or "gdkd" and the sources include "dense".
     """
 
     config: ClassVar[dict[str, Any]] = {
@@ -104,7 +107,8 @@ class SoftTargetHead(nn.Module):
         # for dense, too).
         "DIVERGENCE": "kl",
         # How rpn and dense weigh their anchors: "weighted", a mean with the weight max(p_teacher, p_student); "focal",
-        # a sum with the weight |p_teacher - p_student| over the number of positive anchors (BCKD, CrossKD).
+        # a sum with the weight |p_teacher - p_student| over the number of positive anchors (BCKD, CrossKD). With
+        # DIVERGENCE dist, dense weighs none.
         "ANCHORS": "weighted",
         # Standardise each row of logits before it is compared; for kl and dkd.
         "STANDARDIZE": False,
@@ -147,6 +151,7 @@ class SoftTargetHead(nn.Module):
         sem_seg: str = config["SEM_SEG"],
     ):
         super().__init__()
+        check_dense(divergence, sources)
         self.sources = tuple(sources)
         self.compare_classes: ClassTargets | DividedTargets
         if divergence == "kl":

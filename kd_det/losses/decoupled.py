@@ -57,7 +57,13 @@ def within_group_loss(
 
 @in_float32
 def between_groups_loss(
-    s_logits: Tensor, t_logits: Tensor, groups: Tensor, *, temperature: float, weights: Tensor | None = None
+    s_logits: Tensor,
+    t_logits: Tensor,
+    groups: Tensor,
+    *,
+    temperature: float,
+    weights: Tensor | None = None,
+    count: int | None = None,
 ) -> Tensor:
     """Computes T^2 times the divergence between the softened probabilities of groups of classes.
 
@@ -72,6 +78,7 @@ def between_groups_loss(
         groups: (N, K) integers 0 .. G - 1: the group of each class. A row may leave some groups empty.
         temperature: T, above 0.
         weights: (N,) factor of each row's divergence, None for 1. The mean divides by the number of rows.
+        count: G, the number of groups. None finds it, for which a CPU has to wait for the GPU.
 
     Returns:
         Scalar: mean over rows; 0 without rows.
@@ -88,7 +95,9 @@ def between_groups_loss(
     if groups.dtype != torch.int64:
         raise ValueError(f"{name}: groups must be integers from 0 on, got {groups.dtype}")
     check_positive(name, "temperature", temperature)
-    s, t = (_group_logits(logits / temperature, groups) for logits in (s_logits, t_logits.detach()))
+    if count is None:
+        count = int(groups.max()) + 1 if groups.numel() else 1
+    s, t = (_group_logits(logits / temperature, groups, count) for logits in (s_logits, t_logits.detach()))
     return mean(weighted(name, temperature**2 * divergence(s, t), weights))
 
 
@@ -119,8 +128,7 @@ def target_class_loss(s_logits: Tensor, t_logits: Tensor, labels: Tensor) -> Ten
     return mean(-(p * log_q).gather(1, labels[:, None]))
 
 
-def _group_logits(logits: Tensor, groups: Tensor) -> Tensor:
+def _group_logits(logits: Tensor, groups: Tensor, count: int) -> Tensor:
     """Computes the log-sum-exp of the logits (N, K) of each group, (N, G); a group without classes has no weight."""
-    count = int(groups.max()) + 1 if groups.numel() else 1
     ids = torch.arange(count, device=groups.device)
     return keep_logits(logits[:, None], groups[:, None] == ids[:, None]).logsumexp(dim=2)

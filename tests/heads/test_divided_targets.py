@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kd_det import Batch, InputError, build_kd_heads
 from kd_det.config import default_config
 from kd_det.heads import SoftTargetHead
-from kd_det.losses import correlation_loss
+from kd_det.heads.divided_targets import DividedTargets
+from kd_det.losses import between_groups_loss, correlation_loss
 
 CLASSES = 4
 # Two boxes of objects and one labelled background, the last of four logits.
@@ -182,6 +184,10 @@ SPEC = {
         ({"DIVERGENCE": "dkd", "SOURCES": ["rpn"]}, r"DIVERGENCE: 'dkd' is for the sources roi, cls, but .*'rpn'"),
         ({"STANDARDIZE": True, "SOURCES": ["rpn"]}, r"STANDARDIZE: True is for the sources roi, cls, but .*'rpn'"),
         ({"DIVERGENCE": "dkd", "SOURCES": ["roi", "dense"]}, r"DIVERGENCE: 'dkd' is not for the source dense"),
+        (
+            {"DIVERGENCE": "dist", "SOURCES": ["dense"], "ANCHORS": "focal"},
+            r"ANCHORS: must be 'weighted' with DIVERGENCE 'dist' of the source dense, .*got 'focal'\.$",
+        ),
         ({"ANCHORS": "all"}, r"ANCHORS: 'all' is not one of weighted, focal"),
         ({"DIVERGENCE": "gdkd", "TOP_K": 4}, r"TOP_K: must be above 0 and below the number of logits, 4, got 4"),
         ({"DIVERGENCE": "gdkd", "TOP_K": 0}, r"TOP_K: must be above 0 .*got 0"),
@@ -194,3 +200,27 @@ def test_divergences_that_cannot_be(options, message):
         cfg.KD.SOFT_TARGET[key] = value
     with pytest.raises(InputError, match=rf"^KD\.SOFT_TARGET\.{message}"):
         build_kd_heads(cfg, SPEC, SPEC)
+
+
+@pytest.mark.parametrize("divergence", ["dkd", "nkd", "gdkd"])
+def test_a_head_that_code_builds_refuses_a_softmax_of_dense_logits(divergence):
+    with pytest.raises(InputError, match=f"^KD.SOFT_TARGET.DIVERGENCE: '{divergence}' is not for the source dense"):
+        SoftTargetHead(sources=["dense"], divergence=divergence)
+
+
+@pytest.mark.parametrize("divergence", ["dkd", "nkd", "gdkd", "dist"])
+def test_nothing_waits_for_the_gpu(divergence):
+    """Tensors without values raise where code asks for one."""
+    targets = DividedTargets(divergence, top_k=2)
+    with FakeTensorMode():
+        logits, labels = torch.zeros(5, 4, requires_grad=True), torch.zeros(5, dtype=torch.int64)
+        targets(logits, torch.zeros(5, 4), labels, labels == 0, torch.ones(5)).backward()
+        assert logits.grad.shape == (5, 4)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_known_number_of_groups_changes_nothing(count):
+    """An empty group has no weight."""
+    s, t, groups = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([[0, 1, 1, 0]] * 5)
+    losses = [between_groups_loss(s, t, groups, temperature=2.0, count=n) for n in (None, count)]
+    assert torch.equal(*losses)
