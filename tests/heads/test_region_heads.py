@@ -7,7 +7,8 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from helpers import build, distilled_cfg, step
+from detectron2.structures import Instances, PolygonMasks
+from helpers import build, distilled_cfg, save_teacher, step, tiny_cfg, tiny_inputs
 
 from kd_det import Batch, InputError, build_kd_heads
 from kd_det.config import default_config
@@ -296,3 +297,21 @@ def test_a_detector_trains_with_all_of_them(teacher, inputs):
     assert all(loss.isfinite() and loss > 0 for loss in losses.values())
     sum(losses.values()).backward()
     assert [name for name, p in model.heads.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("objects", [0, 2])
+@pytest.mark.parametrize("family", ["mask_rcnn", "retinanet"])
+def test_images_of_one_pixel(tmp_path, family, objects):
+    """Such as INPUT.MIN_SIZE_TRAIN 1 gives; the last map has a single cell."""
+    options = {"MODEL.RESNETS.NORM": "FrozenBN", "INPUT.MIN_SIZE_TRAIN": [1]}
+    teacher = save_teacher(tmp_path, tiny_cfg(family, options))
+    heads = [*OF_REGIONS, "PearsonHead", "ChannelWiseHead", "MaskedGenerationHead"]
+    model = build(distilled_cfg(teacher, heads, options, family))
+    (image,) = tiny_inputs([(64, 96)])
+    instances = Instances((1, 1), **{name: x[:objects] for name, x in image["instances"].get_fields().items()})
+    instances.gt_boxes.scale(1 / 96, 1 / 64)
+    instances.gt_masks = PolygonMasks([[polygon / 96 for polygon in mask] for mask in instances.gt_masks.polygons])
+    losses = step(model, [image | {"image": image["image"][:, :1, :1], "instances": instances}])
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

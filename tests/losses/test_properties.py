@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
+from torch.utils.flop_counter import FlopCounterMode
 
 from kd_det import losses
 from kd_det.losses.numerics import in_float32
@@ -463,3 +464,12 @@ def test_boxes_without_area():
 def test_margins_of_channels_that_do_not_vary():
     margins = losses.margin_from_batch_norm(torch.zeros(3), torch.tensor([-0.5, 0.0, 2.0]))
     assert margins.tolist() == [-0.5, 0, 0]
+
+
+def test_the_backward_pass_of_cosines_is_one_matrix_product():
+    """Forward there is one for either side. The gradient is that of both factors of a cosine."""
+    s, t = torch.randn(6, 50, dtype=torch.float64, requires_grad=True), torch.randn(6, 50, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        losses.edge_loss(s, t).backward()
+    assert counter.get_total_flops() == 3 * 2 * 6 * 6 * 50
+    assert torch.autograd.gradcheck(lambda x: losses.edge_loss(x, t), s)
