@@ -129,5 +129,13 @@ def test_repeat_compares_with_both(tmp_path, monkeypatch, capsys):
     assert baselines == ["soft=plain", "soft=plain_as_long_as_soft"]
     assert f"plain_as_long_as_soft={output}/{longer[1]}" in arguments
     origin = json.loads((output / "repeat.json").read_text())
-    assert origin["command"] == shlex.join(["kd-det", "repeat", *command])
+    assert origin["commands"] == [shlex.join(["kd-det", "repeat", *command])]
     assert {"Python", "kd_det", "torch", "detectron2"} <= origin["versions"].keys()
+
+
+def test_all_commands_of_a_folder_are_recorded(tmp_path):
+    for command in ("first", "second", "first"):
+        repeat.record_origin(tmp_path / "out", command)
+    origin = json.loads((tmp_path / "out/repeat.json").read_text())
+    assert origin["commands"] == ["first", "second"]
+    assert len(origin["commits"]) <= 1  # A source tree without git has none.

@@ -43,7 +43,7 @@ def save_output(tmp_path):
         comparison = {"dataset": "d_test", "dataset_images": 7, "device": "CPU", "runs": runs}
         comparison |= find_differences(runs, baselines) if baselines else {}
         (folder / "comparison/comparison.json").write_text(json.dumps(comparison))
-        origin = {"command": f"kd-det repeat {name}", "commit": "abc", "versions": {"torch": "2.9"}} | origin
+        origin = {"commands": [f"kd-det repeat {name}"], "commits": ["abc"], "versions": {"torch": "2.9"}} | origin
         (folder / "repeat.json").write_text(json.dumps(origin))
         return folder
 
@@ -93,10 +93,11 @@ def test_several_outputs_share_runs(save_output):
     again = [{**each, "metrics": {**each["metrics"], "ms per image": 99.0}} for each in RUNS[:4]]
     folders = [
         save_output("one", RUNS, BASELINES),
-        save_output("two", [*again, run("hint", 1, 5.0)], [("hint", "plain")]),
+        save_output("two", [*again, run("hint", 1, 5.0)], [("hint", "plain")], commits=["abc", "abd"]),
     ]
     numbers = write_tables.collect_numbers(folders)
     assert numbers["commands"] == ["kd-det repeat one", "kd-det repeat two"]
+    assert numbers["commits"] == ["abc", "abd"]
     assert [each["name"] for each in numbers["runs"]] == [*(each["name"] for each in RUNS), "hint"]
     assert [tuple(pair) for pair in numbers["baselines"]] == [*BASELINES, ("hint", "plain")]
 
@@ -105,7 +106,7 @@ def test_several_outputs_share_runs(save_output):
     ("runs", "origin", "message"),
     [
         ([run("plain", 1, 99.0)], {}, "two: plain with seed 1 differs from that of an earlier folder"),
-        ([run("hint", 1, 9.0)], {"commit": "abd"}, "two: its commit is not that of .*one, so that they share no table"),
+        ([run("hint", 1, 9.0)], {"versions": {}}, "two: differs from .*one in versions, so that they share no table"),
     ],
 )
 def test_outputs_that_contradict_each_other(runs, origin, message, save_output):

@@ -5,7 +5,7 @@
     python docs/results/write_tables.py --add bccd output/bccd    take bccd.json from an output of kd-det repeat first
 
 A table stands between the lines <!-- results:NAME --> and <!-- end -->, and has the numbers of docs/results/NAME.json:
-the accuracy of each run with its seed, the commands, the machine, the versions and the commit.
+the accuracy of each run with its seed, the commands, the machine, the versions and the commits.
 """
 
 import argparse
@@ -59,13 +59,14 @@ def collect_numbers(folders: Sequence[Path], columns: Sequence[str] = (), machin
     for folder in folders:
         origin, comparison = (read_json(folder / name) for name in ("repeat.json", "comparison/comparison.json"))
         same = {key: comparison[key] for key in ("dataset", "dataset_images")}
-        same |= {"machine": machine or comparison["device"], "commit": origin["commit"], "versions": origin["versions"]}
+        same |= {"machine": machine or comparison["device"], "versions": origin["versions"]}
         if not numbers:
-            numbers = {"commands": [], **same, "columns": [], "baselines": [], "runs": []}
+            numbers = {"commands": [], "commits": [], **same, "columns": [], "baselines": [], "runs": []}
         different = [key for key, value in same.items() if numbers[key] != value]
         if different:
-            raise InputError(f"{folder}: its {different[0]} is not that of {folders[0]}, so that they share no table.")
-        numbers["commands"].append(origin["command"])
+            raise InputError(f"{folder}: differs from {folders[0]} in {different[0]}, so that they share no table.")
+        for key in ("commands", "commits"):
+            numbers[key] += [text for text in origin[key] if text not in numbers[key]]
         for run in comparison["runs"]:
             metrics = {key: x for key, x in run["metrics"].items() if direction(key) > 0 and "-" not in key}
             add_run(numbers["runs"], {"name": run["name"], "seed": run.get("seed"), "metrics": metrics}, folder)
@@ -137,7 +138,7 @@ def make_table(numbers: dict[str, Any]) -> str:
     notes = [f"{numbers['dataset']}, {numbers['dataset_images']} images. ±: standard deviation over seeds."]
     if plain:
         notes.append(f"Differences: to {', '.join(plain)}, seed by seed. {DIFFERENCE_NOTE}")
-    notes.append(f"{numbers['machine']}; {versions}; commit {numbers['commit'] or 'unknown'}.")
+    notes.append(f"{numbers['machine']}; {versions}; commit {', '.join(numbers['commits']) or 'unknown'}.")
     return f"{format_table(rows, headers)}\n\n{' '.join(map(printable, notes))}"
 
 

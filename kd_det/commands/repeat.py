@@ -138,6 +138,7 @@ def main(args: argparse.Namespace) -> None:
         import_plugin(path)
     plugins = [part for path in args.plugin for part in ("--plugin", path)]
     plan = make_plan(args)
+    record_origin(args.output, args.command)
     with running_commands() as commands:
         train(plan.teachers, commands, plugins, jobs=1)
         train(list(plan.students), commands, plugins, jobs=args.jobs)
@@ -156,7 +157,6 @@ def main(args: argparse.Namespace) -> None:
         status = commands.wait(call.start(commands))
         stop_if_interrupted(commands)
         call.check(status)
-    record_origin(args)
     print(f"Done in {(time.monotonic() - begin) / 60:.1f} minutes.")
 
 
@@ -234,8 +234,15 @@ def check_equal_compute(names: Sequence[str], baselines: Mapping[str, str]) -> N
         raise InputError(f"--equal-compute: trains a student {taken[0]}; give the --student of this name another one.")
 
 
-def record_origin(args: argparse.Namespace) -> None:
-    """Writes ``repeat.json``, which holds the command, the versions and, for a source tree, its commit."""
+def record_origin(output: Path, command: str) -> None:
+    """Writes ``repeat.json``: the commands of a folder, the commits of their source tree, and the versions.
+
+    Earlier commands and commits stay, since runs that are finished do.
+
+    Args:
+        output: The folder.
+        command: This command.
+    """
     import detectron2
     import torch
     import torchvision
@@ -245,7 +252,12 @@ def record_origin(args: argparse.Namespace) -> None:
         git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
         with suppress(OSError):
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    modules = (kd_det, torch, torchvision, detectron2)
-    versions = {"Python": platform.python_version(), **{module.__name__: str(module.__version__) for module in modules}}
-    text = json.dumps({"command": args.command, "commit": commit, "versions": versions}, indent=2) + "\n"
-    write_whole(str(args.output / "repeat.json"), lambda file: file.write(text.encode()))
+    path, modules = output / "repeat.json", (kd_det, torch, torchvision, detectron2)
+    before = json.loads(path.read_bytes()) if path.is_file() else {"commands": [], "commits": []}
+    origin = {
+        "commands": list(dict.fromkeys([*before["commands"], command])),
+        "commits": list(dict.fromkeys([*before["commits"], *filter(None, [commit])])),
+        "versions": {"Python": platform.python_version(), **{x.__name__: str(x.__version__) for x in modules}},
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(str(path), lambda file: file.write(json.dumps(origin, indent=2).encode() + b"\n"))
