@@ -432,7 +432,8 @@ def read_config(
     """
     paths = [find_config(path, key) for path in ([source] if isinstance(source, str) else source)]
     cfg = default_config()
-    cfg.KD.set_new_allowed(other_heads)
+    if other_heads:
+        cfg.KD.set_new_allowed(True)
     cfg.OUTPUT_DIR = output_dir or default_output_dir(paths)
     for i, path in enumerate(paths):
         if i > 0 and not is_wrapped(cfg):

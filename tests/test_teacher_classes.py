@@ -12,7 +12,7 @@ from helpers import CLASSES, WIDE, build, distilled_cfg, save_teacher, step, tin
 
 from kd_det import Batch, InputError
 from kd_det.class_partition import ClassPartition
-from kd_det.config import merge_file
+from kd_det.config import merge_file, read_config
 from kd_det.engine.stages import generation_config
 from kd_det.engine.teacher_check import check_class_order, have_same_classes
 from kd_det.heads import SoftTargetHead
@@ -194,8 +194,7 @@ def test_synonyms_in_a_file(make_cfg, tmp_path):
     cfg = make_cfg(2, options=keys(CLASSES=["disc", "rod"]))
     (tmp_path / "more.yaml").write_text("KD: {TEACHER: {SYNONYMS: {rod: bar}}}")
     merge_file(cfg, str(tmp_path / "more.yaml"))
-    read = tiny_cfg()
-    merge_file(read, write_yaml(tmp_path / "config.yaml", cfg))
+    read = read_config(write_yaml(tmp_path / "config.yaml", cfg))
     assert divide(cfg).shared == divide(read).shared == ("bar",)
 
 
