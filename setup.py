@@ -38,12 +38,13 @@ setup(
     # The top-level configs/ is installed inside the package.
     packages=[*find_packages(include=["kd_det", "kd_det.*"]), "kd_det.configs"],
     package_dir={"kd_det.configs": "configs"},
-    package_data={"kd_det.configs": ["**/*.yaml"]},
+    package_data={"kd_det.configs": ["**/*.yaml"], "kd_det.reporting": ["templates/*"]},
     entry_points={"console_scripts": ["kd-det = kd_det.commands.console:main"]},
     python_requires=">=3.10",
     # Not Detectron2 itself: no index has it under its own name. Wide ranges: a build of it is tied to its own torch.
     install_requires=[
         "fvcore>=0.1.5",
+        "jinja2>=3.1",
         "numpy",
         "opencv-python",
         "pycocotools>=2.0.2",

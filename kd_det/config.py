@@ -89,6 +89,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.GRADIENT_SHARES = 0
     # Compile the heads with torch.compile; the first steps take minutes.
     cfg.KD.COMPILE_HEADS = False
+    # Write OUTPUT_DIR/report.html, a page for a browser with curves and the latest results, after every this many
+    # evaluations (see TEST.EVAL_PERIOD); a browser left open follows the run. 0: at the end of the run only.
+    cfg.KD.REPORT_PERIOD = 0
 
     # ---- Teacher ----
     cfg.KD.TEACHER = CfgNode()

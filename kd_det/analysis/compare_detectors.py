@@ -11,6 +11,7 @@ from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.structures import Instances
 
+from kd_det.analysis.examples import detection_gallery
 from kd_det.analysis.run import Run
 from kd_det.data import CocoEvaluator, DetectionMapper, class_names
 from kd_det.data.sem_seg_evaluator import SegmentationEvaluator
@@ -20,8 +21,11 @@ from kd_det.engine.matching import OperatingPoint, match, operating_point
 from kd_det.engine.picture_grid import save
 from kd_det.engine.pictures import Choice, draw_detections
 from kd_det.errors import InputError
+from kd_det.reporting.gallery import Gallery
 
 Mapper = DetectionMapper
+# COCO's names of the AP of objects of below 32 x 32, of up to 96 x 96, and of more pixels.
+BY_SIZE = ("APs", "APm", "APl")
 
 
 class F1Metric(DatasetEvaluator):
@@ -72,7 +76,7 @@ class VOCMetric(VocEvaluator):
 
 
 def evaluate(
-    runs: list[Run], dataset: str, records: list[dict], threshold: float | None = None
+    runs: list[Run], dataset: str, records: list[dict], threshold: float | None = None, *, by_size: bool = False
 ) -> list[dict[str, float]]:
     """Measures the COCO AP of boxes and masks (over all classes and per class), F1, and what suits the data set.
 
@@ -83,14 +87,15 @@ def evaluate(
         dataset: Name of the test set.
         records: Detectron2's dicts of its images.
         threshold: Lowest score of the boxes that F1 counts; None chooses the score that gives the best F1.
+        by_size: Whether to measure the AP of small, medium and large objects, too.
     """
     with tempfile.TemporaryDirectory() as folder:
         coco_name = coco_version(dataset, folder)
-        return [evaluate_run(run, dataset, coco_name, records, threshold) for run in runs]
+        return [evaluate_run(run, dataset, coco_name, records, threshold, by_size=by_size) for run in runs]
 
 
 def evaluate_run(
-    run: Run, dataset: str, coco_name: str, records: list[dict], threshold: float | None
+    run: Run, dataset: str, coco_name: str, records: list[dict], threshold: float | None, *, by_size: bool
 ) -> dict[str, float]:
     """Measures one run; see :func:`evaluate`.
 
@@ -115,6 +120,8 @@ def evaluate_run(
         # For a detector that finds nothing, COCOEvaluator gives NaN instead of 0.
         metrics |= {key: 0.0 for key, value in metrics.items() if key.startswith(tasks) and math.isnan(value)}
     for task in tasks:
+        if by_size:  # NaN means that the test set has no objects of this size, or that nothing is found.
+            metrics |= {f"{task} {key}": float(results[task][key]) for key in BY_SIZE}
         metrics |= {f"{task} {key}": value for key, value in results[task].items() if key.startswith("AP-")}
     metrics |= {f"sem_seg {key}": value for key, value in segments.items() if key == "mIoU"}
     return metrics | f1
@@ -149,8 +156,27 @@ def draw(
         metrics: Maps a name to the metrics of each of its runs, as :func:`evaluate` returns them.
         path: Path of the file.
     """
+    save(draw_detections(images, class_names(dataset), predictions, choose(metrics)), path)
+
+
+def make_gallery(
+    images: list[dict],
+    dataset: str,
+    predictions: Mapping[str, Sequence[Instances]],
+    metrics: Mapping[str, Sequence[dict[str, float]]],
+) -> Gallery:
+    """Collects the instances that each run finds in the same images for a report; see :func:`draw`."""
+    return detection_gallery(images, dataset, predictions, choose(metrics))
+
+
+def choose(metrics: Mapping[str, Sequence[dict[str, float]]]) -> dict[str, Choice]:
+    """Chooses the instances above the score threshold of F1, for the first run of each name.
+
+    Args:
+        metrics: Maps a name to the metrics of each of its runs, as :func:`evaluate` returns them.
+    """
     choices = {}
     for name, (first, *others) in metrics.items():
         note = f", AP {first['bbox AP']:.2f}" + (f", run 1 of {1 + len(others)}" if others else "")
         choices[name] = Choice(OperatingPoint(first["score threshold"], first["F1"] / 100), note)
-    save(draw_detections(images, class_names(dataset), predictions, choices), path)
+    return choices

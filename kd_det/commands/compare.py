@@ -1,4 +1,4 @@
-"""Compare trained models on one test set: accuracy (also per class), size, operations, speed, and a picture.
+"""Compare trained models on one test set: accuracy (also per class), size, operations, speed, and pictures.
 
     kd-det compare --run teacher=output/teacher --run plain=output/plain --run distilled=output/distilled
 
@@ -9,9 +9,13 @@ shows hits, false detections and missed objects at the score threshold of its be
 
 With --baseline, runs of the same SEED are paired: a second table has the mean difference of each metric, its 95 %
 confidence interval and, from three seeds on, a verdict: helps, hurts or no evidence.
+
+With --html, all of it is also in one file, OUTPUT/report.html, with learning curves and more test images.
 """
 
 import argparse
+import shlex
+import sys
 from collections.abc import Sequence
 
 from kd_det.engine.arguments import add_plugin_argument, make_parser
@@ -27,7 +31,7 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     )
     parser.add_argument("--dataset", metavar="NAME", help="the test set (default: DATASETS.TEST of the first run)")
     parser.add_argument(
-        "--images", type=int, default=4, help="images in the picture, which also measure speed (%(default)s)"
+        "--images", type=int, help="images in the picture, which also measure speed (4), and in the report (24)"
     )
     parser.add_argument(
         "--threshold",
@@ -42,8 +46,11 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
         metavar="NAME",
         help="the runs that all others are compared with, by seed; or STUDENT=NAME, for one student; repeat it",
     )
+    parser.add_argument("--html", action="store_true", help="write OUTPUT/report.html, a page for a browser, too")
     add_plugin_argument(parser)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.command = shlex.join(["kd-det", "compare", *(sys.argv[1:] if arguments is None else arguments)])
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -62,6 +69,8 @@ def main(args: argparse.Namespace) -> None:
             images=args.images,
             threshold=args.threshold,
             baselines=baselines,
+            html=args.html,
+            command=args.command,
         )
     print(tables(results))
-    print(f"\n{args.output}: comparison.json, comparison.md, comparison.png")
+    print(f"\n{args.output}: comparison.json, comparison.md, comparison.png" + ", report.html" * args.html)

@@ -43,4 +43,4 @@ def main(args: argparse.Namespace) -> None:
                 sys.exit(INTERRUPTED)
             if status:  # The command has printed why it failed.
                 sys.exit(status)
-    print("All models on the same images: output/quickstart/comparison/")
+    print("All models on the same images, for a browser: output/quickstart/comparison/report.html")

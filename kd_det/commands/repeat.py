@@ -6,7 +6,8 @@
 A student may have several config files, which are merged in order: --student NAME=STUDENT.yaml RECIPE.yaml.
 
 Each run is a call of `kd-det train` with its own folder, OUTPUT/teacher or OUTPUT/NAME_seedK. If it is interrupted, run
-it again: finished runs are kept, the others resume from their last checkpoint.
+it again: finished runs are kept, the others resume from their last checkpoint. OUTPUT/comparison/report.html, for a
+browser, shows everything at the end.
 
 Each distilled student is compared with the plain one that shares most of its config files, or else with the first plain
 one: mean difference by seed, 95 % confidence interval and, from three seeds on, a verdict. --equal-compute also trains
@@ -153,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
         names = [("teacher", plan.source), *((name, training.output) for training, name in plan.students.items())]
         runs = (x for name, path in names for x in ("--run", f"{name}={path}"))
         pairs = (x for name, baseline in baselines for x in ("--baseline", f"{name}={baseline}"))
-        call = Call("compare", (*runs, *pairs, *plugins, "--output", str(args.output / "comparison")))
+        call = Call("compare", (*runs, *pairs, *plugins, "--html", "--output", str(args.output / "comparison")))
         status = commands.wait(call.start(commands))
         stop_if_interrupted(commands)
         call.check(status)

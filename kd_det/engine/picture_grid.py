@@ -7,11 +7,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import GenericMask
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -28,7 +28,7 @@ WORDS_SIZE = 14
 LINE_WIDTH, HALO_WIDTH = 3 * 72 / DPI, 5 * 72 / DPI  # Both are odd numbers of pixels, so both are centred.
 RATIOS = (0.25, 1.5)  # These limit a row's height relative to the column width.
 MASK_OPACITY = 0.45
-BRIGHT = 150  # A mask's colour exceeds this in at least one channel.
+SHADES = (0, 0.5, 0.25, 0.75)  # These shares of white tell the masks of one kind apart.
 LETTER = 0.62  # This is the mean width of a letter relative to the font size.
 
 
@@ -48,12 +48,15 @@ class Style:
 
 @dataclass(frozen=True)
 class Mark:
-    """Holds a box (x0, y0, x1, y1) in pixels of an image, its label, and its mask in a form that GenericMask reads."""
+    """Holds a box (x0, y0, x1, y1) in pixels of an image, its label, its mask in a form that GenericMask reads, and its
+    class.
+    """
 
     box: Sequence[float]
     style: Style
     label: str = ""
     mask: Any = None
+    category: int = -1
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,8 @@ def draw_cell(axis: Axes, cell: Scene | Words, title: str, size: float) -> None:
         return
     height, width = cell.pixels.shape[:2]
     axis.set_xlabel(cell.caption, fontsize=FONT_SIZE, parse_math=False)
-    pixels = overlay_masks(cell.pixels, [mark.mask for mark in cell.marks], 2 * round(axis.get_window_extent().width))
+    masks, colors = [mark.mask for mark in cell.marks], [mark.style.color for mark in cell.marks]
+    pixels = overlay_masks(cell.pixels, masks, 2 * round(axis.get_window_extent().width), colors)
     axis.imshow(pixels, extent=(0, width, height, 0))
     for mark in cell.marks:
         x0, y0, x1, y1 = mark.box
@@ -148,15 +152,17 @@ def draw_cell(axis: Axes, cell: Scene | Words, title: str, size: float) -> None:
         axis.add_patch(box)
 
 
-def overlay_masks(pixels: np.ndarray, masks: Sequence[Any], width: int) -> np.ndarray:
-    """Overlays each mask that is not None on an image, in its own translucent colour.
+def overlay_masks(
+    pixels: np.ndarray, masks: Sequence[Any], width: int, colors: Sequence[str] | None = None
+) -> np.ndarray:
+    """Overlays each mask that is not None on an image, in its own translucent shade of a colour.
 
     Args:
         pixels: The image, RGB (H, W, 3).
         masks: Masks (H, W) in forms that GenericMask reads.
         width: Width to which a larger image is reduced.
+        colors: The colour of each mask; None means white.
     """
-    palette = [color for color in colormap(rgb=True) if color.max() > BRIGHT]
     shape = pixels.shape[:2]
     scale = min(1, width / shape[1])
     size = [max(1, round(scale * side)) for side in reversed(shape)]
@@ -165,7 +171,9 @@ def overlay_masks(pixels: np.ndarray, masks: Sequence[Any], width: int) -> np.nd
         if mask is not None:
             small = cv2.resize(GenericMask(mask, *shape).mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
             inside = small.astype(bool)
-            pixels[inside] = (1 - MASK_OPACITY) * pixels[inside] + MASK_OPACITY * palette[i % len(palette)]
+            white = SHADES[i % len(SHADES)]
+            shade = 255 * (white + (1 - white) * np.array(to_rgb(colors[i] if colors else "white")))
+            pixels[inside] = (1 - MASK_OPACITY) * pixels[inside] + MASK_OPACITY * shade
     return pixels
 
 

@@ -22,6 +22,7 @@ OBJECT = Style("object", "#56B4E9", "-")
 HIT = Style("hit", "#009E73", "-", "✓")
 FALSE = Style("false", "#D55E00", ":", "✗")
 MISSED = Style("missed", "#E69F00", "--", "○")
+KINDS = (OBJECT, HIT, FALSE, MISSED)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def draw_detections(
 
     A detector's column shows its hits, its false detections and the objects that it misses, as
     :func:`kd_det.engine.matching.match` finds them. Crowds are left out, and so are detections on them or of classes
-    without a name. Each instance's mask has its own colour.
+    without a name. Each instance's mask has its own shade of the colour of its box.
 
     Args:
         images: Detectron2's dicts of the images.
@@ -58,21 +59,36 @@ def draw_detections(
         predictions: Maps the name of a detector to its instances on each image.
         choices: Maps the name of a detector to the choice of its instances that are drawn.
     """
+    objects, found = mark_images(images, class_names, predictions, choices)
+    titles = ["ground truth", *(f"{printable(name)}\n{choices[name]}" for name in predictions)]
+    rows = []
+    for image, truth, *marked in zip(images, objects, *found.values(), strict=True):
+        pixels = read_image(image["file_name"], "RGB")
+        caption = f"{printable(os.path.basename(image['file_name']))}, objects: {len(truth)}"
+        rows.append([Scene(pixels, truth, caption), *(Scene(pixels, marks, count(marks)) for marks in marked)])
+    return draw_grid(titles, rows, CELL, legend=KINDS)
+
+
+def mark_images(
+    images: Sequence[dict],
+    class_names: Sequence[str],
+    predictions: Mapping[str, Sequence[Instances]],
+    choices: Mapping[str, Choice],
+) -> tuple[list[list[Mark]], dict[str, list[list[Mark]]]]:
+    """Marks the objects of each image, and what each detector finds and misses in it; see :func:`draw_detections`.
+
+    Returns:
+        The marks of each image's objects, and by the name of each detector the marks of each image.
+    """
     masks = any(instances.has("pred_masks") for column in predictions.values() for instances in column)
     truth = [image["annotations"] for image in images]
-    columns = [[mark_objects(annotations, class_names, masks=masks) for annotations in truth]]
-    titles = ["ground truth"]
+    objects = [mark_objects(annotations, class_names, masks=masks) for annotations in truth]
+    found = {}
     for name, column in predictions.items():
         matches = match(list(zip(truth, column, strict=True)), classes=len(class_names))
         outcomes = [image.at(choices[name].point.threshold) for image in matches]
-        columns.append([mark_outcome(*image, class_names) for image in zip(outcomes, truth, column, strict=True)])
-        titles.append(f"{printable(name)}\n{choices[name]}")
-    rows = []
-    for image, (objects, *marked) in zip(images, zip(*columns, strict=True), strict=True):
-        pixels = read_image(image["file_name"], "RGB")
-        caption = f"{printable(os.path.basename(image['file_name']))}, objects: {len(objects)}"
-        rows.append([Scene(pixels, objects, caption), *(Scene(pixels, marks, count(marks)) for marks in marked)])
-    return draw_grid(titles, rows, CELL, legend=(OBJECT, HIT, FALSE, MISSED))
+        found[name] = [mark_outcome(*image, class_names) for image in zip(outcomes, truth, column, strict=True)]
+    return objects, found
 
 
 def draw_classifications(
@@ -116,9 +132,9 @@ def draw_attention(images: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.
     return draw_grid(["image", *maps], rows, width)
 
 
-def overlay(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Averages an image (H, W, 3) with the colours of values (H, W) from 0 to 1."""
-    return ((pixels + 255 * colormaps["jet"](values)[..., :3]) / 2).astype(np.uint8)
+def overlay(pixels: np.ndarray, values: np.ndarray, colors: str = "jet") -> np.ndarray:
+    """Averages an image (H, W, 3) with the colours of values (H, W) from 0 to 1, in a colour map of matplotlib."""
+    return ((pixels + 255 * colormaps[colors](values)[..., :3]) / 2).astype(np.uint8)
 
 
 def mark_objects(annotations: Sequence[dict], class_names: Sequence[str], *, masks: bool) -> list[Mark]:
@@ -127,7 +143,8 @@ def mark_objects(annotations: Sequence[dict], class_names: Sequence[str], *, mas
     for item in annotations:
         if not item.get("iscrowd", 0):
             mask = item.get("segmentation") if masks else None
-            marks.append(Mark(box_of(item), OBJECT, short_name(class_names, item["category_id"]), mask or None))
+            category = item["category_id"]
+            marks.append(Mark(box_of(item), OBJECT, short_name(class_names, category), mask or None, category))
     return marks
 
 
@@ -140,12 +157,14 @@ def mark_outcome(
     marks = []
     for style, shown in ((HIT, outcome.hits), (FALSE, outcome.false)):
         for i in sorted(np.flatnonzero(shown), key=lambda i: -scores[i]):
-            label = f"{short_name(class_names, instances.pred_classes[i].item())} {scores[i]:.0%}".strip()
-            marks.append(Mark(boxes[i], style, style.label(label), None if masks is None else masks[i]))
+            category = instances.pred_classes[i].item()
+            label = style.label(f"{short_name(class_names, category)} {scores[i]:.0%}".strip())
+            marks.append(Mark(boxes[i], style, label, None if masks is None else masks[i], category))
     for item, is_missed in zip(annotations, outcome.missed, strict=True):
         if is_missed:
-            name = short_name(class_names, item["category_id"])
-            marks.append(Mark(box_of(item), MISSED, MISSED.label(name) if name else ""))
+            category = item["category_id"]
+            name = short_name(class_names, category)
+            marks.append(Mark(box_of(item), MISSED, MISSED.label(name) if name else "", category=category))
     return marks
 
 

@@ -25,6 +25,7 @@ from kd_det.engine.ema import build_ema
 from kd_det.engine.evaluation import build_evaluator, share_buffers
 from kd_det.engine.event_writers import build_writers, drop_lines, metrics_path
 from kd_det.engine.hooks import BestCheckpointer, extend_hooks
+from kd_det.engine.live_report import LiveReport
 from kd_det.engine.loaders import build_test_loader, build_train_loader
 from kd_det.engine.optimizer_state import adapt_state, parameter_names
 from kd_det.engine.results import ClosingTable, log_results
@@ -183,6 +184,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             best = next((hook for hook in hooks if isinstance(hook, BestCheckpointer)), None)
             hooks.append(ClosingTable([config.OUTPUT_DIR for config in configs[1:]], best))
+            hooks.append(LiveReport(self.cfg))
         return hooks
 
     @classmethod
