@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ def read_curves(path: str | Path) -> dict[str, Curve]:
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             scalars = _read_line(line)
-            iteration = scalars.get("iteration")
-            if not isinstance(iteration, int | float):
+            iteration = _as_number(scalars.get("iteration"))
+            if math.isnan(iteration):
                 continue
             for name, value in scalars.items():
                 if name not in wanted:
@@ -56,7 +57,7 @@ def read_curves(path: str | Path) -> dict[str, Curve]:
                 if wanted[name]:
                     iterations, values = columns.setdefault(name, (array("d"), array("d")))
                     iterations.append(iteration)
-                    values.append(value if isinstance(value, int | float) and math.isfinite(value) else math.nan)
+                    values.append(_as_number(value))
     return {name: _sorted(*column) for name, column in columns.items()}
 
 
@@ -66,6 +67,11 @@ def _read_line(line: str) -> Mapping[str, object]:
     except (ValueError, RecursionError):
         return {}
     return scalars if isinstance(scalars, dict) else {}
+
+
+def _as_number(value: object) -> float:
+    """Returns a number that is finite as it is, and NaN for everything else."""
+    return float(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else math.nan
 
 
 def _sorted(iterations: array, values: array) -> Curve:
