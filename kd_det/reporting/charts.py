@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
 from kd_det.reporting.curves import GROUPS, Curve, thin
 
@@ -94,13 +94,13 @@ class Axis:
         return self.positions[0] + share * (self.positions[1] - self.positions[0])
 
     def ticks(self, count: int) -> list[Tick]:
-        locator = (
-            LogLocator(subs=(1, 2, 5), numticks=20) if self.logarithmic else MaxNLocator(count, steps=[1, 2, 5, 10])
-        )
         low, high = self.bounds
-        margin = 1e-9 * (high - low)
+        locator: Locator = MaxNLocator(count, steps=[1, 2, 5, 10])
+        if self.logarithmic:
+            locator = LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,), numticks=count)
+        margin = 1e-9 * (low if self.logarithmic else high - low)
         values = [float(x) for x in locator.tick_values(low, high) if low - margin <= x <= high + margin]
-        values = values[:: math.ceil(len(values) / (count + 1))]
+        values = values[:: max(1, math.ceil(len(values) / (count + 1)))]
         return [Tick(round(float(self.place(np.array(value))), 1), short_number(value)) for value in values]
 
 
