@@ -53,6 +53,11 @@ def test_it_has_all_configs(environment):
     assert configs == {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml")}
 
 
+def test_it_has_the_parts_of_a_report(environment):
+    (installed,) = environment.glob("lib/python*/site-packages/kd_det/reporting/templates")
+    assert {path.name for path in installed.iterdir()} == {"page.html", "style.css", "script.js"}
+
+
 def test_a_teacher_and_its_student_train_by_names(environment, tmp_path):
     """The commands are those of a user who has nothing but the wheel."""
 

@@ -42,7 +42,7 @@ LEGENDS = {
 }
 ATTENTION_IMAGES, ATTENTION_LEVELS = 3, 3
 ATTENTION_SIDE = 320  # Pixels on the longer side of a map.
-DETAIL = 500  # An outline may deviate from its mask by this fraction of the image's longer side.
+DETAIL = 500  # An outline may deviate from its mask by one pixel, or by this fraction of the image's longer side.
 
 
 def detection_gallery(
@@ -145,7 +145,7 @@ def _view(title: str, caption: str, file: str, marks: Sequence[picture_grid.Mark
 
 def outline(mask: Any, picture: Picture) -> str:
     """Draws the outline of a mask, in a form that GenericMask reads, as an SVG path in pixels of the image."""
-    tolerance = max(picture.width, picture.height) / DETAIL
+    tolerance = max(1.0, max(picture.width, picture.height) / DETAIL)  # The edge of a mask is a staircase of pixels.
     parts = []
     for polygon in GenericMask(mask, picture.height, picture.width).polygons:
         points = cv2.approxPolyDP(polygon.reshape(-1, 1, 2).astype(np.float32), tolerance, True)[:, 0]

@@ -13,6 +13,7 @@ from kd_det.reporting.curves import GROUPS, Curve, thin
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 328, 10, 166
 POINTS = 160  # A line shows about this many points, one for every second unit of the width.
+DOTS = 20  # Lines of at most this many points show them.
 COLOURS, DASHES = 7, 4  # The style sheet has this many of them. Their numbers share no divisor.
 SPAN = 50  # Losses have a logarithmic axis if the largest is at least this many times the smallest.
 
@@ -42,12 +43,18 @@ class Look:
 
 @dataclass(frozen=True)
 class Line:
-    """Holds a line of a chart: the experiment's index, the look, the title, and the SVG path."""
+    """Holds a line of a chart: the experiment's index, the look, the title, and SVG paths.
+
+    Attributes:
+        path: The line.
+        points: Dots at its points; empty if there are too many to be told apart.
+    """
 
     experiment: int
     look: Look
     title: str
     path: str
+    points: str
 
 
 @dataclass(frozen=True)
@@ -155,22 +162,29 @@ def lay_out(scalar: str, runs: Sequence[RunCurves], *, may_be_logarithmic: bool 
         run, end = runs[i], curve.values[np.isfinite(curve.values)][-1]
         words.append(f"{run.label} ends at {short_number(end)}")
         title = f"{run.label}: {short_number(end)}"
-        path = draw_path(x_axis.place(curve.iterations), y_axis.place(curve.values))
-        lines.append(Line(indices[run.experiment], styles[run.experiment], title, path))
+        x, y = x_axis.place(curve.iterations), y_axis.place(curve.values)
+        points = draw_points(x, y) if len(curve.values) <= DOTS else ""
+        lines.append(Line(indices[run.experiment], styles[run.experiment], title, draw_path(x, y), points))
     summary = f"{scalar} over iterations: {'; '.join(words)}."
     return Chart(scalar, summary, lines, x_axis.ticks(4), y_axis.ticks(4), logarithmic)
 
 
 def draw_path(x: np.ndarray, y: np.ndarray) -> str:
-    """Draws an SVG path through points; NaN interrupts it, and a single point becomes a dot."""
+    """Draws an SVG path through points; NaN interrupts it."""
     parts, is_open = [], False
     for left, top in zip(x, y, strict=True):
         if math.isnan(top):
             is_open = False
             continue
-        parts.append(f"{'L' if is_open else 'M'}{left:.1f} {top:.1f}" + ("" if is_open else "h.01"))
+        parts.append(f"{'L' if is_open else 'M'}{left:.1f} {top:.1f}")
         is_open = True
     return "".join(parts)
+
+
+def draw_points(x: np.ndarray, y: np.ndarray) -> str:
+    """Draws an SVG path with a dot, a line of almost no length with round ends, at each point that is not NaN."""
+    places = zip(x, y, strict=True)
+    return "".join(f"M{left:.1f} {top:.1f}h.01" for left, top in places if not math.isnan(top))
 
 
 def short_number(value: float) -> str:

@@ -16,8 +16,7 @@ GROUPS = {
     "Accuracy on the test set": re.compile(r"(.*/)?(AP|AP50|AR@100|top1)"),
     "Losses": re.compile(r"(.*/)?(total_loss|loss_.+)"),
     "Shares of the gradient in the backbone": re.compile(r"kd/gradient/.+"),
-    "Weights of the heads": re.compile(r"kd/weight/.+"),
-    "Learning rate": re.compile(r"lr"),
+    "Weights of the heads and the learning rate": re.compile(r"kd/weight/.+|lr"),
 }
 
 

@@ -66,11 +66,12 @@ def test_a_hundred_thousand_lines_become_a_small_chart(tmp_path):
 
 def test_a_path_stays_inside_its_chart_and_breaks_at_gaps():
     chart = lay_out("total_loss", [run("a", total_loss=curve(4, math.nan, 2, 3))])
-    assert chart.lines[0].path == f"M{LEFT}.0 {TOP}.0h.01M{LEFT + 188}.0 {BOTTOM}.0h.01L{RIGHT}.0 88.0"
+    assert chart.lines[0].path == f"M{LEFT}.0 {TOP}.0M{LEFT + 188}.0 {BOTTOM}.0L{RIGHT}.0 88.0"
+    assert chart.lines[0].points.count("M") == 3
     assert chart.summary == "total_loss over iterations: a ends at 3."
 
 
-@pytest.mark.parametrize("values", [(1.0,), (0, 0), (-3, -3, -3), (1e-300, 1e300), (-1e9, 5, math.nan), (1e-9, 1)])
+@pytest.mark.parametrize("values", [(1.0,), (0, 0), (-3, -3, -3), (1e-30, 1e30), (-1e9, 5, math.nan), (1e-9, 1)])
 def test_all_numbers_have_finite_places(values):
     chart = lay_out("loss_x", [run("a", loss_x=curve(*values))], may_be_logarithmic=True)
     assert "nan" not in chart.lines[0].path
