@@ -41,7 +41,7 @@ class ClassPartition:
     log-sum-exp of the logits of the other classes and of the background. A student's class that the teacher does not
     know lies there next to the background, and no gradient changes how the two share its probability. The softmax of an
     image classifier has "everything else" only if both networks know other classes; if one of them has nothing to
-    compare there, the softmax is over the shared classes alone. Of sigmoid logits, masks and box deltas the shared
+    compare there, the softmax is over the shared classes alone. For sigmoid logits, masks and box deltas, the shared
     classes are selected.
 
     Attributes:
@@ -194,7 +194,7 @@ class ClassPartition:
 
     @property
     def _divides_images(self) -> bool:
-        """Whether "everything else" is compared for images, which have no background."""
+        """Returns whether "everything else" is compared for images, which have no background."""
         return bool(self.only_student and self.only_teacher)
 
     def _share(self, signals: Signals, names: tuple[str, ...]) -> Signals:

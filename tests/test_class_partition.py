@@ -91,7 +91,7 @@ def test_student_is_taught_the_old_classes_and_free_on_the_new_ones():
     ids=str,
 )
 def test_no_divergence_depends_on_how_new_classes_and_background_share(options):
-    """Of the two boxes one is labelled as a new class. Both students have 0.2 for the old class."""
+    """One of the two boxes is labelled as a new class. Both students give the old class 0.2 and 0.5."""
     head, teacher = SoftTargetHead(**options), {"roi_logits": logs([0.7, 0.3], [0.4, 0.6])}
     losses = [
         compare(head, NEW, boxes(logs([0.2, *first], [0.5, *second]), 0, 2), teacher).item()
@@ -125,7 +125,7 @@ def test_half_precision_is_cast_up():
 
 # ---- Anchors, masks and boxes ----
 def test_dense_logits_and_their_labels():
-    """Of new1 and new2 nothing is compared; the old class's labels stay, and so do ignored anchors."""
+    """The new classes are not compared; the old class's labels stay, and so do ignored anchors."""
     student = {"dense_logits": torch.tensor([[[0.0, 7.0, -7.0, 7.0]]]), "dense_labels": torch.tensor([[0, 2, 4, -1]])}
     sides = NEW.align(student, {"dense_logits": torch.tensor([[[LOG3]]])}, "shared")
     assert [x["dense_logits"].tolist() for x in sides] == [[[[0.0]]], [[[pytest.approx(LOG3)]]]]

@@ -174,6 +174,20 @@ def test_pictures_of_classifiers(tmp_path, drawn):
     assert [scores.shape for scores in predictions["teacher"]] == [(10,)] * 2
 
 
+def test_predictions_of_a_teacher_of_other_classes(tmp_path, drawn):
+    """It knows the digits from 9 to 5, and its scores stand where the student has these."""
+    cfg = classifiers(
+        tmp_path,
+        {"KD.HEADS": ["SoftTargetHead"], "KD.TEACHER.CLASSES": list("98765")},
+        {"MODEL.CLASSIFIER.NUM_CLASSES": 5},
+    )
+    pictures(hook_of(cfg))
+    for scores in drawn["draw_classifications"][2]["teacher"]:
+        assert scores.shape == (10,)
+        assert scores[:5].isneginf().all()
+        assert scores[5:].sum().item() == pytest.approx(1)
+
+
 def test_pictures_of_mutual_students(coco_folder, tmp_path, drawn):
     hook = hook_of(mutual(coco_folder, tmp_path, {"INPUT.FORMAT": "RGB"}))
     seen = watch(hook)

@@ -37,8 +37,8 @@ class Visualization(HookBase):
     There is one picture such as ``attention/p3`` for each feature map that a head compares; it shows where the map is
     active, as attention transfer measures it, in all networks side by side. The picture ``predictions`` shows the
     ground truth and the predictions of the networks; detectors show the instances above the score that gives the best
-    F1 on these images. Of a teacher that is compared by the names of its classes, the student's classes are shown; any
-    other teacher with another number of classes than the student is left out.
+    F1 on these images. A teacher whose classes are compared by name is shown with those that the student shares; any
+    other teacher with another number of classes is left out.
 
     The images are the same each time, so that they can be followed over the run. They are taken from the first test
     set, or from the first training set if there is no test set, and read as in a test. Images of the last batch would
