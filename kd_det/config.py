@@ -47,8 +47,10 @@ HEAD_KEYS = {
     "WEIGHT": 1.0,
     # Schedule of the weight, in iterations. It is 0 before START, grows linearly over WARMUP iterations, and is 0 again
     # from STOP on (-1: never). DECAY "linear" or "cosine" lowers it to 0 at STOP (-1: at the end of the run);
-    # "constant" keeps it.
-    "SCHEDULE": {"START": 0, "WARMUP": 0, "STOP": -1, "DECAY": "constant"},
+    # "constant" keeps it. With a GRADIENT_SHARE above 0 and below 1, the weight is steered so that this share of the
+    # gradient in the student's backbone comes from the head; the schedule multiplies the share, and WEIGHT is what the
+    # head has until its gradient can be measured. It is measured every KD.GRADIENT_SHARES iterations. 0: WEIGHT holds.
+    "SCHEDULE": {"START": 0, "WARMUP": 0, "STOP": -1, "DECAY": "constant", "GRADIENT_SHARE": 0.0},
 }
 
 
@@ -85,7 +87,7 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.INHERIT = False
     # Every this many iterations (never epochs), measure how much of the gradient in the student's backbone comes from
     # its own losses and how much from each head, and log the shares as kd/gradient/... in TensorBoard and metrics.json.
-    # 0: never.
+    # 0: never, or every 100 iterations if a head has a SCHEDULE.GRADIENT_SHARE.
     cfg.KD.GRADIENT_SHARES = 0
     # Compile the heads with torch.compile; the first steps take minutes.
     cfg.KD.COMPILE_HEADS = False

@@ -1,6 +1,7 @@
 """Measures how much each loss contributes to the gradient in a student."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from kd_det.errors import InputError
 
 logger = logging.getLogger(__name__)
-# Keeps half-precision gradients from vanishing, with room below their largest value; shares do not depend on it.
-SCALE = 1024.0
+# Factors of a loss, tried in this order until its gradient is finite. The first keeps half-precision gradients from
+# vanishing, with room below their largest value; the others are for large weights. Norms do not depend on them.
+SCALES = (2.0**10, 1.0, 2.0**-10)
 
 
 class GradientShares:
@@ -35,29 +37,40 @@ class GradientShares:
         # Maps each suffix to the last iteration that was measured.
         self.last: dict[str, int] = {}
 
-    def is_due(self, iteration: int, suffix: str = "") -> bool:
+    def is_due(self, iteration: int, suffix: str = "", *, early: bool = False) -> bool:
         """Reports whether to measure now: once per iteration, and not while precise batch norm runs the model.
 
         Args:
             iteration: The current iteration of the run.
             suffix: The suffix that :meth:`measure` will get.
+            early: Whether to measure between the periods, too.
         """
-        if self.period == 0 or iteration % self.period or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self.last.get(suffix) == iteration:
             return False
-        return self.last.get(suffix) != iteration
+        return early or (self.period > 0 and iteration % self.period == 0)
 
-    def measure(self, student: nn.Module, groups: Mapping[str, Sequence[Tensor]], suffix: str = "") -> None:
-        """Writes the shares to the event storage as ``kd/gradient/<group><suffix>``, and to the log.
+    def measure(
+        self, student: nn.Module, groups: Mapping[str, Sequence[Tensor]], suffix: str = ""
+    ) -> dict[str, float | None]:
+        """Measures the norm of the gradient of each group; see :func:`gradient_norms`.
 
         Args:
             student: A model with a ``backbone``.
             groups: Maps the name of each group to its scalar losses; their graphs are kept.
             suffix: Distinguishes several students.
         """
+        self.last[suffix] = get_event_storage().iter
+        return gradient_norms(student.get_submodule("backbone"), groups)
+
+    def log(self, norms: Mapping[str, float | None], suffix: str = "") -> None:
+        """Writes the shares to the event storage as ``kd/gradient/<group><suffix>``, and to the log.
+
+        Args:
+            norms: Maps the name of each group to the norm of its gradient.
+            suffix: Distinguishes several students.
+        """
         storage = get_event_storage()
-        self.last[suffix] = storage.iter
-        measured = gradient_shares(student.get_submodule("backbone"), groups)
-        shares = {f"{name}{suffix}": share for name, share in measured.items()}
+        shares = {f"{name}{suffix}": share for name, share in to_shares(norms).items()}
         storage.put_scalars(smoothing_hint=False, **{f"kd/gradient/{name}": share for name, share in shares.items()})
         message = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
         logger.info("Shares of the gradient in the backbone at iteration %d: %s", storage.iter, message)
@@ -74,22 +87,52 @@ def gradient_shares(module: nn.Module, groups: Mapping[str, Sequence[Tensor]]) -
         The shares by the groups' names: 0 for losses that do not reach the module, and NaN for all groups if no loss
         reaches it or a gradient overflows.
     """
+    return to_shares(gradient_norms(module, groups))
+
+
+def to_shares(norms: Mapping[str, float | None]) -> dict[str, float]:
+    """Divides norms by their sum; None counts as 0."""
+    values = torch.tensor([norm or 0.0 for norm in norms.values()])
+    return dict(zip(norms, (values / values.sum()).tolist(), strict=True))
+
+
+def gradient_norms(module: nn.Module, groups: Mapping[str, Sequence[Tensor]]) -> dict[str, float | None]:
+    """Computes the norm of the gradient of each group of losses in a module's parameters.
+
+    Args:
+        module: A module with trainable parameters.
+        groups: Maps the name of each group to its scalar losses; their graphs are kept.
+
+    Returns:
+        The norms by the groups' names: None for losses whose gradient does not reach the module, and infinity or NaN
+        for a gradient that overflows.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    norms = torch.tensor([gradient_norm(losses, parameters) for losses in groups.values()])
-    return dict(zip(groups, (norms / norms.sum()).tolist(), strict=True))
+    return {name: gradient_norm(losses, parameters) for name, losses in groups.items()}
 
 
-def gradient_norm(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> float:
-    """Computes the norm of the gradient of SCALE times the sum of losses."""
+def gradient_norm(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> float | None:
+    """Computes the norm of the gradient of the sum of losses; see :func:`gradient_norms`."""
     losses = [loss.float() for loss in losses if loss.requires_grad]
     if not losses:
         return 0.0
-    gradients = torch.autograd.grad(SCALE * torch.stack(losses).sum(), parameters, retain_graph=True, allow_unused=True)
-    return float(nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]))
+    total, norm = torch.stack(losses).sum(), math.nan
+    for scale in SCALES:
+        gradients = torch.autograd.grad(scale * total, parameters, retain_graph=True, allow_unused=True)
+        reached = [gradient for gradient in gradients if gradient is not None]
+        if not reached:
+            return None
+        norm = float(nn.utils.get_total_norm(reached)) / scale
+        if math.isfinite(norm):
+            break
+    return norm
 
 
-def build_gradient_shares(cfg: CfgNode, *students: nn.Module) -> GradientShares:
+def build_gradient_shares(cfg: CfgNode, *students: nn.Module, default: int = 0) -> GradientShares:
     """Builds the measurement that ``KD.GRADIENT_SHARES`` asks for.
+
+    Args:
+        default: The period if the key is 0.
 
     Raises:
         InputError: If the period is negative, or the backbone of a student is frozen.
@@ -97,7 +140,11 @@ def build_gradient_shares(cfg: CfgNode, *students: nn.Module) -> GradientShares:
     period = cfg.KD.GRADIENT_SHARES
     if period < 0:
         raise InputError(f"KD.GRADIENT_SHARES: must be 0 (never) or a number of iterations, got {period}.")
-    backbones = [student.get_submodule("backbone") for student in students] if period else []
-    if not all(any(p.requires_grad for p in backbone.parameters()) for backbone in backbones):
+    if period and any(has_frozen_backbone(student) for student in students):
         raise InputError(f"KD.GRADIENT_SHARES: got {period}, but a student's backbone is frozen; 0 is allowed.")
-    return GradientShares(period)
+    return GradientShares(period or default)
+
+
+def has_frozen_backbone(student: nn.Module) -> bool:
+    """Reports whether no parameter of a student's backbone is trained."""
+    return not any(p.requires_grad for p in student.get_submodule("backbone").parameters())

@@ -14,6 +14,7 @@ from kd_det.class_partition import ClassPartition, View
 from kd_det.config import student_config
 from kd_det.construction import build_network
 from kd_det.errors import InputError
+from kd_det.gradient_balance import DEFAULT_PERIOD, GradientBalance, build_gradient_balance
 from kd_det.gradients import GradientShares, build_gradient_shares
 from kd_det.heads.build import build_kd_heads, freeze_pretrained, student_signals, teacher_signals
 from kd_det.heads.head_table import head_table
@@ -44,7 +45,9 @@ class TeacherStudent(StudentWrapper):
         schedules: Maps the name of a head to a function from iteration to weight; a head without one has weight 1.
         mask_padding: Whether feature losses leave out padding.
         task_weight: Factor of the student's own losses.
-        gradient_shares: Measures the gradients of the losses; None measures nothing.
+        gradient_shares: Measures the gradients of the losses; None measures nothing, or with `gradient_balance` what it
+            needs.
+        gradient_balance: Steers the weights of heads; None steers none. The heads that it steers need no schedule here.
         classes: Division of the teacher's classes from the student's; None if they are the same.
     """
 
@@ -63,6 +66,7 @@ class TeacherStudent(StudentWrapper):
         mask_padding: bool = False,
         task_weight: float = 1.0,
         gradient_shares: GradientShares | None = None,
+        gradient_balance: GradientBalance | None = None,
         classes: ClassPartition | None = None,
     ):
         super().__init__()
@@ -73,7 +77,8 @@ class TeacherStudent(StudentWrapper):
         self.schedules = dict(schedules or {})
         self.mask_padding = mask_padding
         self.task_weight = task_weight
-        self.gradient_shares = gradient_shares or GradientShares()
+        self.gradient_balance = gradient_balance or GradientBalance({})
+        self.gradient_shares = gradient_shares or GradientShares(DEFAULT_PERIOD if self.gradient_balance.shares else 0)
         self.views = {} if classes is None else choose_views(classes, heads)
         self.classes = classes if self.views else None
         if self.frozen_adapters:
@@ -96,7 +101,6 @@ class TeacherStudent(StudentWrapper):
         check_task_weight(cfg)
         parts = {"student": student, "teacher": None, "heads": {}, "mask_padding": cfg.KD.MASK_PADDING}
         parts["task_weight"] = cfg.KD.TASK_WEIGHT
-        parts["gradient_shares"] = build_gradient_shares(cfg, student)
         if cfg.KD.HEADS or cfg.KD.INHERIT:
             # With the same seed the student's training must draw the same random numbers with and without a teacher.
             with torch.random.fork_rng(devices=[]):
@@ -108,7 +112,12 @@ class TeacherStudent(StudentWrapper):
         parts["schedules"] = {
             name: build_schedule(cfg.KD[key], cfg.SOLVER.MAX_ITER, key=f"KD.{key}") for name, key in keys.items()
         }
-        return parts
+        balance = build_gradient_balance(cfg, student, parts["heads"], parts["schedules"])
+        period = DEFAULT_PERIOD if balance.shares else 0
+        return parts | {
+            "gradient_balance": balance,
+            "gradient_shares": build_gradient_shares(cfg, student, default=period),
+        }
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +125,8 @@ class TeacherStudent(StudentWrapper):
 
     @property
     def checkpointables(self) -> dict[str, object]:
-        return {"kd_heads": self.heads}
+        parts: dict[str, object] = {"kd_heads": self.heads}
+        return parts | ({"kd_gradient_balance": self.gradient_balance} if self.gradient_balance.shares else {})
 
     @property
     def named_heads(self) -> dict[str, nn.Module]:
@@ -142,7 +152,8 @@ class TeacherStudent(StudentWrapper):
     def describe(self, cfg: CfgNode) -> list[str]:
         if self.teacher is None or not self.heads:
             return []
-        heads = head_table(self.named_heads, self.schedules, self.tap.spec(), self.teacher.tap.spec())
+        specs = self.tap.spec(), self.teacher.tap.spec()
+        heads = head_table(self.named_heads, self.schedules, *specs, shares=self.gradient_balance.shares)
         return [heads, self.classes.table()] if self.classes else [heads]
 
     def forward(self, batched_inputs: list[dict]):
@@ -156,7 +167,7 @@ class TeacherStudent(StudentWrapper):
         storage = get_event_storage()
         iteration = storage.iter
         weights = {name: self.schedules.get(name, lambda _: 1.0)(iteration) for name in self.heads}
-        storage.put_scalars(smoothing_hint=False, **{f"kd/weight/{name}": weight for name, weight in weights.items()})
+        weights |= self.gradient_balance.weights(iteration)
         active = [name for name in self.heads if weights[name] > 0]
         names = {signal for name in active for signal in student_signals(self.heads[name])}
         teacher_names = {signal for name in active for signal in teacher_signals(self.heads[name])}
@@ -167,12 +178,13 @@ class TeacherStudent(StudentWrapper):
         batch = Batch.from_inputs(batched_inputs, mask_padding=self.mask_padding)
         groups = {"task": list(losses.values())}
         sides = self._sides(active, student, teacher)
+        unweighted: dict[str, dict[str, Tensor]] = {}
         for name in active:
-            head_losses = self.heads[name](*sides[name], batch)
-            repeated = losses.keys() & head_losses.keys()
+            unweighted[name] = self.heads[name](*sides[name], batch)
+            repeated = losses.keys() & unweighted[name].keys()
             if repeated:
                 raise InputError(f"KD.HEADS: {name} gives {', '.join(sorted(repeated))}, which exists already.")
-            head_losses = {key: weights[name] * loss for key, loss in head_losses.items()}
+            head_losses = {key: weights[name] * loss for key, loss in unweighted[name].items()}
             groups[name] = list(head_losses.values())
             losses |= head_losses
         idle = [
@@ -182,9 +194,21 @@ class TeacherStudent(StudentWrapper):
             # DDP needs every parameter in the graph of every step.
             losses["loss_kd_idle"] = 0.0 * torch.stack([p.sum() for p in idle]).sum()
         check_finite(losses, iteration)
-        if self.gradient_shares.is_due(iteration):
-            self.gradient_shares.measure(self.student, groups)
+        if self.gradient_shares.is_due(iteration, early=self.gradient_balance.is_due(iteration)):
+            weights |= self._measure(groups, iteration)
+            # The step that was measured already has the new weights.
+            for name in active:
+                losses |= {key: weights[name] * loss for key, loss in unweighted[name].items()}
+        storage.put_scalars(smoothing_hint=False, **{f"kd/weight/{name}": weight for name, weight in weights.items()})
         return losses
+
+    def _measure(self, groups: Mapping[str, list[Tensor]], iteration: int) -> dict[str, float]:
+        """Measures the gradients of groups of losses, logs their shares, and returns the weights of steered heads."""
+        norms: Mapping[str, float | None] = self.gradient_shares.measure(self.student, groups)
+        if self.gradient_balance.steers(groups):
+            norms = self.gradient_balance.update(norms, iteration)
+        self.gradient_shares.log(norms)
+        return self.gradient_balance.weights(iteration)
 
     def _forwards(
         self, batched_inputs: list[dict], names: set[str], teacher_names: set[str]

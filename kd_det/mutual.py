@@ -113,6 +113,12 @@ class MutualStudents(StudentWrapper):
         if cfg.KD.INHERIT:
             raise InputError("KD.INHERIT: must be False for MutualStudents, which has no teacher.")
         check_task_weight(cfg)
+        share = cfg.KD.INHERIT_EXPLORE.SCHEDULE.GRADIENT_SHARE
+        if share and node.METHOD == "ie_dml":
+            raise InputError(
+                f"KD.INHERIT_EXPLORE.SCHEDULE.GRADIENT_SHARE: got {share}, but all students of MutualStudents have the "
+                "same weight; allowed is 0."
+            )
         names, configs = ["this config", *node.PEERS], load_peer_configs(cfg)
         flip_channels = [is_flipped(cfg, config, (names[0], name)) for name, config in zip(names, configs, strict=True)]
         students = [build_student(cfg)]
@@ -223,7 +229,7 @@ class MutualStudents(StudentWrapper):
         check_finite(losses, storage.iter)
         for i, group in groups.items():
             if self.gradient_shares.is_due(storage.iter, suffix := f"_peer_{i + 1}"):
-                self.gradient_shares.measure(self.students[i], group, suffix)
+                self.gradient_shares.log(self.gradient_shares.measure(self.students[i], group, suffix), suffix)
         return losses
 
     def _head(self, i: int) -> InheritExploreHead:

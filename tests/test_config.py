@@ -46,7 +46,7 @@ def test_every_head_has_weight_and_schedule(cfg):
     for name, _ in KD_HEAD_REGISTRY:
         node = cfg.KD[config_key(name)]
         assert node.WEIGHT > 0
-        assert dict(node.SCHEDULE) == {"START": 0, "WARMUP": 0, "STOP": -1, "DECAY": "constant"}
+        assert dict(node.SCHEDULE) == {"START": 0, "WARMUP": 0, "STOP": -1, "DECAY": "constant", "GRADIENT_SHARE": 0}
 
 
 def test_a_head_of_a_user_has_its_own_defaults():

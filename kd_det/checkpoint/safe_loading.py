@@ -49,7 +49,9 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         found = find_file(path, "MODEL.WEIGHTS") if path else path
-        self._required = list(self.checkpointables) if checkpointables is None else checkpointables
+        # A part that says so may be missing from checkpoints that were written before it existed.
+        required = [key for key, part in self.checkpointables.items() if not getattr(part, "optional", False)]
+        self._required = required if checkpointables is None else checkpointables
         self._path, self._query = path, urlparse(found).query
         self._parsed_url_during_load = None  # A load that failed leaves this behind.
         return super().load(found, checkpointables)

@@ -16,6 +16,7 @@ def head_table(
     schedules: Mapping[str, Callable[[int], float]],
     student_spec: Mapping[str, ShapeSpec],
     teacher_spec: Mapping[str, ShapeSpec],
+    shares: Mapping[str, float] | None = None,
 ) -> str:
     """Formats a table of heads, with one line for each pair of signals or each signal without a counterpart.
 
@@ -24,8 +25,9 @@ def head_table(
         schedules: The :class:`WeightSchedule` of each.
         student_spec: Maps each signal of the student to its shape.
         teacher_spec: Maps each signal of the teacher to its shape.
+        shares: Maps each head whose weight is steered to its share of the gradient.
     """
-    specs = student_spec, teacher_spec
+    specs, shares = (student_spec, teacher_spec), shares or {}
     rows: list[list[str]] = []
     for name, head in heads.items():
         schedule = schedules[name]
@@ -35,7 +37,8 @@ def head_table(
             signals = head.pretrain_signals, head.pretrain_teacher_signals
             when = "in the pre-training stage only"
         sides = [[shape(x, spec) for x in side] for side, spec in zip(signals, specs, strict=True)]
-        cells = [[name, f"{schedule.weight:g}", when], *[["", "", ""]] * (max(map(len, sides)) - 1)]
+        weight = f"share {shares[name]:g}" if name in shares else f"{schedule.weight:g}"
+        cells = [[name, weight, when], *[["", "", ""]] * (max(map(len, sides)) - 1)]
         rows += [[*cell, *pair] for cell, pair in zip(cells, zip_longest(*sides, fillvalue=""), strict=True)]
     return tabulate(rows, ["head", "weight", "schedule", "student", "teacher"], disable_numparse=True)
 
