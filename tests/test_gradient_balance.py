@@ -17,7 +17,6 @@ from helpers import (
     tiny_cfg,
     tiny_inputs,
     train_net,
-    with_data,
     write_yaml,
 )
 from torch import nn
@@ -33,10 +32,10 @@ HINT, SOFT, BOTH = ["HintHead"], ["SoftTargetHead"], ["HintHead", "SoftTargetHea
 UNITS, REST = {"A": 0.5, "B": 20.0}, {"task": 3.0, "other": 1.0}
 
 
-def steered(heads, **options):
+def steered(heads, period=1):
     """Options of a config in which each head has a share of 0.3."""
     nodes = [f"KD.{config_key(name)}" for name in heads]
-    return {f"{node}.SCHEDULE.GRADIENT_SHARE": 0.3 for node in nodes} | {"KD.GRADIENT_SHARES": 1} | options
+    return {f"{node}.SCHEDULE.GRADIENT_SHARE": 0.3 for node in nodes} | {"KD.GRADIENT_SHARES": period}
 
 
 def classifier(tmp_path, heads, options):
@@ -229,12 +228,16 @@ def test_the_summary_names_the_share(teacher):
 
 # ---- Runs ----
 @pytest.fixture
-def run(teacher, coco_folder, tmp_path):
-    """The config of five iterations of a detector, measured at 0, 2 and 4, with checkpoints of 0 to 4."""
-    options = {"KD.GRADIENT_SHARES": 2, "SOLVER.MAX_ITER": 5, "SOLVER.CHECKPOINT_PERIOD": 1}
-    heads = [*BOTH, "MaskedGenerationHead"]
-    cfg = with_data(distilled_cfg(teacher, heads, steered(BOTH) | options), coco_folder, tmp_path)
-    cfg.DATASETS.TEST = ()
+def run(tmp_path):
+    """The config of five iterations of a classifier on digits, measured at 0, 2 and 4, with checkpoints of 0 to 4."""
+    size = {"MODEL.CLASSIFIER.NUM_CLASSES": 10, "INPUT.CLASSIFICATION.SIZE": 8}
+    own = {"MODEL.META_ARCHITECTURE": "TeacherStudent", "KD.STUDENT_ARCHITECTURE": "ImageClassifier", "SEED": 4}
+    own |= {"KD.HEADS": [*BOTH, "MaskedGenerationHead"], "KD.MASKED_GENERATION.IN_FEATURES": ["res3"]}
+    own |= {"SOLVER.MAX_ITER": 5, "SOLVER.CHECKPOINT_PERIOD": 1, "SOLVER.WARMUP_ITERS": 0}
+    options = size | own | steered(BOTH, period=2)
+    teacher = save_teacher(tmp_path / "teacher", classifier_cfg(teacher=True, options=size))
+    cfg = classifier_cfg(options=teacher | options)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("digits_train",), ()
     return write_yaml(tmp_path / "config.yaml", cfg)
 
 
