@@ -87,7 +87,7 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.INHERIT = False
     # Every this many iterations (never epochs), measure how much of the gradient in the student's backbone comes from
     # its own losses and how much from each head, and log the shares as kd/gradient/... in TensorBoard and metrics.json.
-    # 0: never, or every 100 iterations if a head has a SCHEDULE.GRADIENT_SHARE.
+    # 0: never, or every 50 iterations if a head has a SCHEDULE.GRADIENT_SHARE.
     cfg.KD.GRADIENT_SHARES = 0
     # Compile the heads with torch.compile; the first steps take minutes.
     cfg.KD.COMPILE_HEADS = False

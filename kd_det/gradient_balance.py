@@ -19,7 +19,7 @@ from kd_det.schedules import WeightSchedule
 
 logger = logging.getLogger(__name__)
 # Iterations from one measurement to the next where KD.GRADIENT_SHARES does not say.
-DEFAULT_PERIOD = 100
+DEFAULT_PERIOD = 50
 # Least weight of a new measurement in the running mean: it follows the drift of a training, and averages the noise of
 # single batches over about 2 / RATE - 1 = 7 measurements.
 RATE = 0.25
