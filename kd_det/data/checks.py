@@ -101,7 +101,8 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
 
 def _check_stuff(cfg: CfgNode, train: bool) -> None:
     """Compares the classes of the pixels of all data sets with each other and with the model's number of them."""
-    key, count, expected = "MODEL.SEM_SEG_HEAD.NUM_CLASSES", cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, None
+    key, count = "MODEL.SEM_SEG_HEAD.NUM_CLASSES", cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    expected: list[str] = []
     for place, name in _used(cfg, train):
         names = class_names(name, "stuff_classes")
         if names and len(names) != count:
@@ -109,7 +110,8 @@ def _check_stuff(cfg: CfgNode, train: bool) -> None:
                 f"{key}: {count} found, but data set {name!r} has {len(names)} classes of pixels "
                 f"({shorten(names, 8)}); set {key} to {len(names)}."
             )
-        if names and names != (expected := expected or names):
+        expected = expected or names or []
+        if names and names != expected:
             raise InputError(
                 f"{place}: the classes of pixels of {name!r} are {shorten(names, 8)}, those of another data set "
                 f"{shorten(expected, 8)}: all need the same ones in the same order."

@@ -28,7 +28,7 @@ class SegmentationEvaluator(SemSegEvaluator):
             InputError: If one of them is neither a class nor the ignored label.
         """
         with PathManager.open(path, "rb") as file:
-            labels = np.array(Image.open(file), dtype=dtype)
+            labels: np.ndarray = np.array(Image.open(file), dtype=dtype)
         unknown = np.unique(labels[(labels != self._ignore_label) & ((labels < 0) | (labels >= self._num_classes))])
         if len(unknown):
             raise InputError(
