@@ -13,7 +13,7 @@ from kd_det.reporting.curves import GROUPS, Curve, thin
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 328, 10, 166
 POINTS = 160  # A line shows about this many points, one for every second unit of the width.
-DOTS = 20  # Lines of at most this many points show them.
+DOTS = 8  # Lines of at most this many points show them.
 COLOURS, DASHES = 7, 4  # The style sheet has this many of them. Their numbers share no divisor.
 SPAN = 50  # Losses have a logarithmic axis if the largest is at least this many times the smallest.
 

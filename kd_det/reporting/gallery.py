@@ -12,7 +12,7 @@ SIDE = 640  # Larger images are reduced to this many pixels on their longer side
 QUALITY = 80
 PIXELATED = 100  # Smaller images are enlarged without interpolation.
 # A label's size relative to the image's longer side, and the mean width of its letters relative to that size.
-LABEL, LETTER = 0.031, 0.6
+LABEL, LETTER = 0.037, 0.6
 
 
 @dataclass(frozen=True)

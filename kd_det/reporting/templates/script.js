@@ -29,6 +29,8 @@
       shown += !example.hidden;
     }
     for (const mark of all(".mark")) mark.classList.toggle("off", Boolean(kind.value) && mark.dataset.class !== kind.value);
+    // The counts are those of all classes.
+    find("gallery").classList.toggle("of-class", Boolean(kind.value));
     find("gallery").classList.toggle("unlabelled", Boolean(labels) && !labels.checked);
     count.textContent = `${shown} of ${examples.length} images`;
   };
