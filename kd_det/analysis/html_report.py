@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -54,11 +55,7 @@ def write_report(
     for run in runs:
         by_name.setdefault(run.name, run)
     firsts = list(by_name.values())
-    curves = [
-        RunCurves(run.name, run_label(run), read_curves(Path(run.source, "metrics.json")))
-        for run in runs
-        if Path(run.source, "metrics.json").is_file()
-    ]
+    curves = [RunCurves(run.name, run_label(run), read_curves(Path(run.source, "metrics.json"))) for run in runs]
     page = Page(
         title=f"Comparison on {results['dataset']}",
         lead=(
@@ -93,11 +90,13 @@ def verdict(results: Mapping[str, Any]) -> Section | None:
         first = next((name for name in PRIMARY if name in metrics), metrics[0])
         rows = [(name, difference_cells(column[first])) for name, column in columns.items() if first in column]
         heads = ("", "mean difference", "95 % interval", "seeds", "verdict")
-        tables.append(Table(f"{first}: difference to {baseline}, paired by seed", heads, rows))
+        unpaired = results["unpaired"][baseline].items()
+        note = "Not compared: " + "; ".join(f"{name}, {why}" for name, why in unpaired) + "." if unpaired else ""
+        tables.append(Table(f"{first}: difference to {baseline}, paired by seed", heads, rows, note))
         others = [
             (metric, [Cell(brief_difference(column.get(metric))) for column in columns.values()])
             for metric in metrics
-            if metric != first and "-" not in metric
+            if metric != first and not is_detail(metric)
         ]
         tables.append(Table(f"Other metrics: difference to {baseline}", ("", *columns), others))
     lead = (
@@ -195,8 +194,7 @@ def metric_names(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def is_detail(metric: str) -> bool:
     """Checks whether a metric belongs to one class or to objects of one size."""
-    task, _, name = metric.partition(" ")
-    return name in SIZES or (metric.startswith(tuple(TASKS)) and "-" in (name or task))
+    return metric.startswith(tuple(TASKS)) and ("-" in metric or metric.partition(" ")[2] in SIZES)
 
 
 def number(value: Mapping[str, float] | None, runs: int, digits: int = 2, *, bar: bool = False) -> Cell:
@@ -236,7 +234,9 @@ def dot_plot(results: Mapping[str, Any]) -> DotPlot | None:
 def details(runs: Sequence[Run], firsts: Sequence[Run], command: str) -> list[Detail]:
     """Collects versions, commands, seeds, and one config per model."""
     commands = [command] if command else []
-    commands += [f"kd-det train --config-file {run.source}/config.yaml" for run in runs if is_folder(run)]
+    commands += [
+        shlex.join(["kd-det", "train", "--config-file", f"{run.source}/config.yaml"]) for run in runs if is_folder(run)
+    ]
     seeds = "\n".join(f"{run_label(run)}: {run.source}" for run in runs)
     found = [Detail("Versions", describe_versions()), Detail("Runs and seeds", seeds)]
     if commands:

@@ -42,25 +42,25 @@ class LiveReport(HookBase):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if self.period > 0 and done % self.period == 0 and done < self.trainer.max_iter:
-            eta = self.trainer.storage.histories().get("eta_seconds")
-            left = f", {timedelta(seconds=int(eta.latest()))} left" if eta else ""
-            self._write(f"training: iteration {done} of {self.trainer.max_iter}{left}", REFRESH)
+            self._write("training", done, REFRESH)
 
     def after_train(self) -> None:
         done = min(self.trainer.iter, self.trainer.max_iter)
-        state = "finished" if done >= self.trainer.max_iter else "stopped"
-        self._write(f"{state}: iteration {done} of {self.trainer.max_iter}", 0)
+        self._write("finished" if done >= self.trainer.max_iter else "stopped", done, 0)
 
-    def _write(self, status: str, refresh: int) -> None:
+    def _write(self, state: str, done: int, refresh: int) -> None:
         path = os.path.join(self.cfg.OUTPUT_DIR, FILE)
         try:
-            write_page(self._describe(status, refresh), path)
+            write_page(self._describe(f"{state}: iteration {done} of {self.trainer.max_iter}", refresh), path)
         except InputError as error:
             logger.error("The run goes on without its report: %s", error)
         except Exception:
             logger.exception("The run goes on without its report, %s:", path)
 
     def _describe(self, status: str, refresh: int) -> Page:
+        eta = self.trainer.storage.histories().get("eta_seconds") if refresh else None
+        if eta is not None:
+            status += f", {timedelta(seconds=int(eta.latest()))} left"
         name = self.cfg.OUTPUT_DIR
         results = flatten_results_dict(getattr(self.trainer, "_last_eval_results", {}))
         return Page(

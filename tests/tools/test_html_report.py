@@ -15,8 +15,9 @@ from reporting.pages import HOSTILE
 from reporting.test_page import Elements
 
 from kd_det.analysis import examples
+from kd_det.analysis.differences import find_differences
 from kd_det.analysis.examples import detection_gallery, differing_classes, draw_attention, outline
-from kd_det.analysis.html_report import brief_difference, difference_cells, interval
+from kd_det.analysis.html_report import brief_difference, difference_cells, interval, is_detail, verdict
 from kd_det.engine.matching import OperatingPoint
 from kd_det.engine.picture_grid import Mark
 from kd_det.engine.pictures import FALSE, HIT, KINDS, MISSED, Choice
@@ -166,3 +167,32 @@ def test_verdicts_are_words_and_signs():
     assert interval(alone) == ""
     assert brief_difference(difference) == "+1.50 [+0.50, +2.50] helps"
     assert brief_difference(None) == "-"
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        *(("bbox AP", False), ("bbox AP-hot dog", True), ("segm APs", True), ("top1", False), ("top1-hot dog", True)),
+        *(("F1", False), ("ms per image", False), ("score threshold", False), ("voc AP50", False)),
+    ],
+)
+def test_metrics_of_one_class_or_size(metric, expected):
+    assert is_detail(metric) is expected
+
+
+def test_the_verdict_of_three_seeds_and_what_cannot_be_paired():
+    values = {"plain": 20.0, "PKD": 30.0}
+    runs = [
+        {"name": name, "seed": seed, "metrics": {"bbox AP": value + seed, "bbox AP-x": 1.0, "ms per image": 1.0}}
+        for name, value in values.items()
+        for seed in (1, 2, 3)
+    ]
+    runs.append({"name": "other", "seed": 9, "metrics": {"bbox AP": 1.0}})
+    section = verdict({"runs": runs} | find_differences(runs, [("", "plain")]))
+    first, others = section.tables
+    ((name, cells),) = first.rows
+    assert name == "PKD"
+    assert [cell.text for cell in cells] == ["+10.00", "[+10.00, +10.00]", "3", "helps"]
+    assert first.note == "Not compared: other, no seed in common with plain."
+    assert [metric for metric, _ in others.rows] == ["ms per image"]
+    assert verdict({"runs": runs}) is None
