@@ -75,8 +75,8 @@ def detection_gallery(
         examples.append(Example(file, picture, caption, sorted(categories), sorted(differing), views))
     thresholds = "; ".join(f"{name}: {choice}" for name, choice in choices.items())
     note = (
-        f"{len(examples)} images, evenly spread over the test set. A model's boxes are those above the score of "
-        f"its best F1 on the whole test set ({thresholds})."
+        f"{len(examples)} images, evenly spread over the test set. A model's boxes are those above the score at "
+        f"which its F1 on the whole test set is measured ({thresholds})."
     )
     kinds = [Kind(style.name, style.color, style.symbol, LEGENDS[style]) for style in KINDS]
     return Gallery(note, examples, _used_classes(names, examples), kinds)
