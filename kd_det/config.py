@@ -98,12 +98,14 @@ def add_kd_config(cfg: CfgNode) -> None:
     # ---- Teacher ----
     cfg.KD.TEACHER = CfgNode()
     # The teacher's config: a file, or the name of a config of the model zoo or of kd_det, such as
-    # COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml or BCCD/teacher.yaml.
+    # COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml or BCCD/teacher.yaml. It may be a LazyConfig of the model zoo, such
+    # as new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.py; any other .py file must be named on the command line, since
+    # its code is run.
     cfg.KD.TEACHER.CONFIG_FILE = ""
-    # The teacher's checkpoint. "": the zoo's trained model for a zoo config; for others model_final.pth in the
-    # OUTPUT_DIR of that config, if it is there, else MODEL.WEIGHTS of that config.
+    # The teacher's checkpoint. "": the zoo's trained model for a zoo config; for other YAML configs model_final.pth in
+    # the OUTPUT_DIR of that config, if it is there, else MODEL.WEIGHTS of that config.
     cfg.KD.TEACHER.WEIGHTS = ""
-    # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...].
+    # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...]; for a LazyConfig [key=value, key=value, ...].
     cfg.KD.TEACHER.OPTS = []
     # Names of the teacher's classes, in the order of its indices. Class predictions are then compared for the classes
     # that the student's data sets name alike, and everything else as one class. []: the names in the data sets of the
@@ -113,6 +115,14 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Maps the teacher's names of classes to those in the student's data sets where they differ, in a file only:
     # {bike: bicycle} if the student's is bicycle. With any, classes are compared by name.
     cfg.KD.TEACHER.SYNONYMS = CfgNode(new_allowed=True)
+    # Maps feature maps of the student to the teacher's that stand for them, where the names differ, such as
+    # {p3: res3, p4: res4, p5: res5} for a teacher without an FPN. Maps of another stride are resampled onto the
+    # student's grid.
+    cfg.KD.TEACHER.FEATURES = CfgNode(new_allowed=True)
+    # Enlarge the images by this factor for the teacher, which often sees small objects better then; 1.0: as they are.
+    # Boxes are scaled, and maps are brought back to the student's grid; predictions for anchors (rpn, dense) cannot be
+    # compared.
+    cfg.KD.TEACHER.SCALE = 1.0
     # Precision of the teacher's forward pass alone: float32, float16 or bfloat16.
     cfg.KD.TEACHER.DTYPE = "float32"
     # Statistics that the teacher's batch norms use. "eval": those it was trained with. "train": those of the batch, as

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -22,7 +23,7 @@ from kd_det.registry import WRAPPER_REGISTRY, config_key
 from kd_det.schedules import build_schedule
 from kd_det.signals import Batch, Signals
 from kd_det.taps import build_tap, preprocess_alike, shared_images
-from kd_det.teacher import Teacher, build_teacher, load_teacher_config
+from kd_det.teacher import Teacher, build_teacher
 from kd_det.teacher_classes import count_object_classes, divide_classes
 from kd_det.wrapper import Network, StudentWrapper
 
@@ -88,24 +89,27 @@ class TeacherStudent(StudentWrapper):
             assert teacher is not None
             self.tap = build_tap(student)
             names = {name for head in self.heads.values() for name in student_signals(head)}
+            teacher.align_with(self.tap)
             self.tap.check_alignment(teacher.tap, names)
             teacher.check({name for head in self.heads.values() for name in teacher_signals(head)})
             for name, head in self.heads.items():
                 self.tap.check_replaced(name, getattr(head, "replaces", ()))
             # Without shared images, each network preprocesses the batch itself.
-            self.shares_images = not teacher.flip_channels and preprocess_alike(student, teacher.model)
+            self.shares_images = teacher.sees_given_images and preprocess_alike(student, teacher.model)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         student = build_student(cfg)
         check_task_weight(cfg)
-        parts = {"student": student, "teacher": None, "heads": {}, "mask_padding": cfg.KD.MASK_PADDING}
+        parts: dict[str, Any] = {"student": student, "teacher": None, "heads": {}, "mask_padding": cfg.KD.MASK_PADDING}
         parts["task_weight"] = cfg.KD.TASK_WEIGHT
         if cfg.KD.HEADS or cfg.KD.INHERIT:
             # With the same seed the student's training must draw the same random numbers with and without a teacher.
             with torch.random.fork_rng(devices=[]):
-                parts["teacher"] = build_teacher(cfg)
-                specs = build_tap(student).spec(), parts["teacher"].tap.spec()
+                tap = build_tap(student)
+                parts["teacher"] = teacher = build_teacher(cfg)
+                teacher.align_with(tap)
+                specs = tap.spec(), teacher.spec()
                 classes = parts["classes"] = divide_classes(cfg, *map(count_object_classes, specs))
                 parts["heads"] = build_kd_heads(cfg, *(classes.align_specs(*specs) if classes else specs))
         keys = {name: config_key(name) for name in parts["heads"]}
@@ -134,15 +138,15 @@ class TeacherStudent(StudentWrapper):
 
     def networks(self, cfg: CfgNode) -> list[Network]:
         networks = super().networks(cfg)
-        if self.teacher is not None:
-            teacher, (teacher_cfg, weights) = self.teacher, load_teacher_config(cfg)
+        teacher = self.teacher
+        if teacher is not None and teacher.cfg is not None:
             networks.append(
                 Network(
                     "teacher",
                     teacher.model,
-                    teacher_cfg,
+                    teacher.cfg,
                     flip_channels=teacher.flip_channels,
-                    weights=weights,
+                    weights=teacher.weights,
                     dtype=teacher.dtype,
                     classes=self.classes,
                 )
@@ -152,9 +156,11 @@ class TeacherStudent(StudentWrapper):
     def describe(self, cfg: CfgNode) -> list[str]:
         if self.teacher is None or not self.heads:
             return []
-        specs = self.tap.spec(), self.teacher.tap.spec()
-        heads = head_table(self.named_heads, self.schedules, *specs, shares=self.gradient_balance.shares)
-        return [heads, self.classes.table()] if self.classes else [heads]
+        specs = self.tap.spec(), self.teacher.spec()
+        paragraphs = [head_table(self.named_heads, self.schedules, *specs, shares=self.gradient_balance.shares)]
+        paragraphs += [self.classes.table()] if self.classes else []
+        names = {name for head in self.heads.values() for name in teacher_signals(head)}
+        return [*paragraphs, *filter(None, [self.teacher.alignment.describe(names)])]
 
     def forward(self, batched_inputs: list[dict]):
         """Runs the student; in training, adds the heads' weighted losses to the student's.

@@ -72,6 +72,7 @@ def build_heads(cfg: CfgNode, taps: Sequence[BackboneTap], names: Sequence[str])
         try:
             parts.append(InheritExploreHead.from_config(cfg, spec, specs[0]))
             tap.check_alignment(taps[0], parts[-1]["features"])
+            tap.check_padding(taps[0], parts[-1]["features"])
         except InputError as error:
             raise InputError(f"{name}, beside this config as teacher: {error}") from error
     rate, heads = cfg.KD.INHERIT_EXPLORE.FACTOR_RATE, []

@@ -21,6 +21,8 @@ A *signal* is one tensor that a network computed on one batch. The names are the
 ``sem_seg_logits``    class logits of a semantic segmentation, (N, K, H, W), usually at stride 4
 ``dense_logits``      class logits of a one-stage detector, (N, anchors, K)
 ``dense_deltas``      box deltas of a one-stage detector, (N, anchors, 4)
+``dense_distances``   FCOS's distances from a cell's centre to the sides of its box, in cells, (N, anchors, 4)
+``dense_centerness``  logits of FCOS's centerness, (N, anchors, 1)
 ``dense_cls_hidden_`` and a level, such as ``dense_cls_hidden_p3``: input of the last convolution of the branch of
                       classes, (N, C, H, W), which a ReLU has rectified; ``dense_box_hidden_p3`` in that of boxes
 ``dense_cls_conv4_``  and ``weight`` or ``bias``: parameters of that convolution, here the fourth, (C, C, 3, 3) and
@@ -42,10 +44,10 @@ on the CPU.
 
 The ``dense_`` signals of a student in training come with ``dense_anchors`` (anchors, 4) as (x0, y0, x1, y1),
 ``dense_labels`` (N, anchors), K for background and -1 where the student's losses leave an anchor out,
-``dense_counts`` (levels,), the number of anchors of each level, and ``dense_scales`` (4,), the factors of the box
-deltas; the last two are on the CPU. The ``rpn_`` signals come with the same, where the label of an object is 1 and of
-background 0. ``sem_seg_logits`` come with ``sem_seg_labels``, which have the size of the network's input and are -1 for
-pixels that the student's losses ignore, such as padding.
+``dense_counts`` (levels,), the number of anchors of each level, and, except in an FCOS, ``dense_scales`` (4,), the
+factors of the box deltas; the last two are on the CPU. The ``rpn_`` signals come with the same, where the label of an
+object is 1 and of background 0. ``sem_seg_logits`` come with ``sem_seg_labels``, which have the size of the network's
+input and are -1 for pixels that the student's losses ignore, such as padding.
 
 The signals of a student classifier come with its ``labels`` (N,).
 """

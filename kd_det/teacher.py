@@ -4,14 +4,17 @@ import hashlib
 import logging
 import os
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from kd_det.alignment import Alignment, View
 from kd_det.checkpoint import load_strictly
 from kd_det.checkpoint_folder import FINAL
 from kd_det.config import is_flipped, read_config, student_config
@@ -19,8 +22,16 @@ from kd_det.config_checks import check_network_values
 from kd_det.config_files import is_zoo_name
 from kd_det.construction import build_network
 from kd_det.errors import InputError
+from kd_det.lazy_configs import (
+    add_model,
+    build_lazy_model,
+    describe_lazy_config,
+    find_lazy_config,
+    is_lazy_config,
+    load_lazy_config,
+)
 from kd_det.signals import BOX_SIGNALS, Signals, flipped
-from kd_det.taps import build_tap
+from kd_det.taps import BackboneTap, build_tap, padding_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -43,6 +54,10 @@ class Teacher:
         compiled: Whether its backbone is compiled, without the FPN on top of it.
         side_stream: Whether :meth:`start` computes on a separate CUDA stream; this has no effect without a GPU.
         source: Origin of the model, for messages.
+        cfg: Its plain config, which describes its images and its data sets; None if nothing does.
+        weights: Origin of its weights.
+        features: Maps names of the student's feature maps to those of the model's that stand for them.
+        scale: Factor by which the images are enlarged for the model.
 
     Raises:
         InputError: If batch norms are to use the statistics of the batch, but the model has none, or only frozen ones.
@@ -60,10 +75,19 @@ class Teacher:
         compiled: bool = False,
         side_stream: bool = False,
         source: str = "a model without a file",
+        cfg: CfgNode | None = None,
+        weights: str = "",
+        features: Mapping[str, str] | None = None,
+        scale: float = 1.0,
     ):
         self.source = source
+        self.cfg = cfg
+        self.weights = weights
         self.model = model.eval().requires_grad_(False)
         self.tap = build_tap(model)
+        # Until a student is known, the teacher is aligned with a twin of itself.
+        self.alignment = Alignment(self.tap, self.tap, scale=scale)
+        self.features = dict(features or {})
         self.flip_channels = flip_channels
         self.student_std = student_std
         self.dtype = dtype
@@ -97,12 +121,34 @@ class Teacher:
             self.model.to(device)
         return self
 
+    def align_with(self, student: BackboneTap) -> None:
+        """Gives signals with the level names and on the boxes and grids of a student from now on.
+
+        Args:
+            student: The student's tap.
+
+        Raises:
+            InputError: If ``features`` names a feature map that a network does not have.
+        """
+        self.alignment = Alignment(student, self.tap, features=self.features, scale=self.alignment.scale)
+        self.alignment.check_features()
+
+    def spec(self) -> dict[str, ShapeSpec]:
+        """Maps the name of every signal that the teacher gives to its shape."""
+        return self.alignment.spec()
+
+    @property
+    def sees_given_images(self) -> bool:
+        """Returns whether the model gets the images of the batch, neither flipped nor enlarged."""
+        return not self.flip_channels and self.alignment.scale == 1
+
     def check(self, names: Collection[str]) -> None:
         """Checks that the teacher can compute the named signals, all of which its model has.
 
         Raises:
-            InputError: If one of them comes from inside the compiled backbone.
+            InputError: If one of them comes from inside the compiled backbone, or cannot be aligned with the student's.
         """
+        self.alignment.check(names)
         inside = sorted(name for name in names if name.endswith("_preact") and not name.startswith(BOX_SIGNALS))
         if self.compiled and inside:
             raise InputError(
@@ -119,15 +165,26 @@ class Teacher:
             names: The signals that some head asked for; parts of the model that none of them needs do not run.
             student: The student's signals; ROI signals are computed on their boxes.
         """
-        if self.flip_channels:
-            batched_inputs = flipped(batched_inputs)
-        with self._autocast():
-            signals = self.tap.compute(batched_inputs, names, student)
+        view = self.alignment.view(batched_inputs, names)
+        own_names = {self.alignment.own_name(name) for name in names}
+        signals = self._compute(view, own_names, self.alignment.scaled_boxes(student, view))
+        return self.alignment.aligned(signals, names, view)
+
+    def _compute(self, view: View, names: set[str], student: Signals) -> Signals:
+        """Computes signals by the teacher's own names, on its own grids."""
+        inputs = flipped(view.inputs) if self.flip_channels else view.inputs
+        self.tap.extent = view.own_extent
+        try:
+            with self._autocast():
+                signals = self.tap.compute(inputs, names, student)
+        finally:
+            self.tap.extent = None
         if "input_gradient" in signals:
             signals["input_gradient"] = self._by_student_input(signals["input_gradient"])
         return {name: signal.detach() for name, signal in signals.items()}
 
-    def start(self, batched_inputs: list[dict], names: Collection[str]) -> Signals:
+    @torch.no_grad()
+    def start(self, batched_inputs: list[dict], names: Collection[str]) -> "Started":
         """Computes the signals that need no boxes, before the student runs; :meth:`finish` computes the others.
 
         With a side stream, only :meth:`finish` may read the result.
@@ -136,14 +193,15 @@ class Teacher:
             batched_inputs: The batch that the data loader gives to the student.
             names: The signals that some head asked for.
         """
-        early = {name for name in names if not name.startswith(BOX_SIGNALS)}
-        if len(early) < len(names):
+        early = {self.alignment.own_name(name) for name in names if not name.startswith(BOX_SIGNALS)}
+        if any(name.startswith(BOX_SIGNALS) for name in names):
             early.update(self.tap.features)
+        view = self.alignment.view(batched_inputs, names)
         with self._aside():
-            return self(batched_inputs, early, {})
+            return Started(self._compute(view, early, {}), view)
 
     @torch.no_grad()
-    def finish(self, started: Signals, names: Collection[str], student: Signals) -> Signals:
+    def finish(self, started: "Started", names: Collection[str], student: Signals) -> Signals:
         """Computes the signals of boxes.
 
         Args:
@@ -160,12 +218,12 @@ class Teacher:
             for signal in started.values():
                 signal.record_stream(current)
         late = {name for name in names if name.startswith(BOX_SIGNALS)}
-        if not late:
-            return started
-        with self._autocast():
-            recomputed = self.tap.recompute(started, late, student)
-        requested = {name: signal for name, signal in started.items() if name in names}
-        return requested | {name: signal.detach() for name, signal in recomputed.items()}
+        signals: Signals = started
+        if late:
+            with self._autocast():
+                recomputed = self.tap.recompute(started, late, self.alignment.scaled_boxes(student, started.view))
+            signals = started | {name: signal.detach() for name, signal in recomputed.items()}
+        return self.alignment.aligned(signals, names, started.view)
 
     def _by_student_input(self, gradient: Tensor) -> Tensor:
         """Converts a gradient, by the chain rule, to the student's normalisation of the image (N, C, H, W)."""
@@ -192,6 +250,19 @@ class Teacher:
             yield
 
 
+class Started(Signals):
+    """Holds the signals that need no boxes, by the teacher's own names and on its own grids, and its view of the batch.
+
+    Args:
+        signals: The signals.
+        view: The view.
+    """
+
+    def __init__(self, signals: Signals, view: View):
+        super().__init__(signals)
+        self.view = view
+
+
 def use_batch_statistics(model: nn.Module) -> None:
     """Makes the batch norms of a model in evaluation mode use the statistics of the batch without storing them."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -201,20 +272,75 @@ def use_batch_statistics(model: nn.Module) -> None:
         norm.training, norm.track_running_stats = True, False
 
 
-def build_teacher(cfg: CfgNode) -> Teacher:
+def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Teacher:
     """Builds the teacher that ``KD.TEACHER`` names and loads its weights strictly.
 
     Args:
         cfg: The student's config.
+        trained: Whether to load weights; without them it is of use for measurements of time only.
 
     Raises:
         InputError: If the config or the weights do not exist or do not fit each other.
     """
-    node = cfg.KD.TEACHER
-    options = teacher_options(cfg)
-    teacher_cfg, weights = load_teacher_config(cfg)
+    node, options = cfg.KD.TEACHER, teacher_options(cfg)
+    teacher_cfg = read_teacher_config(cfg)
+    weights = (node.WEIGHTS or default_weights(node.CONFIG_FILE, teacher_cfg, node.OPTS)) if trained else "random"
+    source = f"{node.CONFIG_FILE} with KD.TEACHER.OPTS"
+    if is_lazy_config(node.CONFIG_FILE):
+        model = build_lazy_model(_load_lazy(cfg), teacher_cfg.MODEL.DEVICE, source)
+        add_model(teacher_cfg, model, source)
+    else:
+        model = build_network(teacher_cfg, source)
     flip_channels = is_flipped(cfg, teacher_cfg, ("the student", "the teacher"))
-    model = build_network(teacher_cfg, f"{node.CONFIG_FILE} with KD.TEACHER.OPTS")
+    check_square(cfg, model)
+    if trained:
+        load_teacher(model, weights, node, teacher_cfg)
+    logging.getLogger(__name__).info("Teacher: %s, weights %s", node.CONFIG_FILE, weights)
+    return Teacher(
+        model,
+        flip_channels=flip_channels,
+        student_std=cfg.MODEL.PIXEL_STD,
+        source=f"{node.CONFIG_FILE} with {weights}",
+        cfg=teacher_cfg,
+        weights=weights,
+        **options,
+    )
+
+
+def check_square(cfg: CfgNode, model: nn.Module) -> None:
+    """Checks that the largest image fits into the square to which a teacher such as ViTDet pads its images.
+
+    These are the images of the training and, if pictures are drawn, of the test.
+
+    Args:
+        cfg: The student's config.
+        model: The teacher.
+
+    Raises:
+        InputError: If it does not.
+    """
+    square, scale = padding_of(getattr(model, "backbone", model))[1], cfg.KD.TEACHER.SCALE
+    factors = {"MAX_SIZE_TRAIN": scale} | ({"MAX_SIZE_TEST": 1.0} if cfg.VIS_PERIOD else {})
+    for key, factor in factors.items():
+        if square and cfg.INPUT[key] * factor > square:
+            raise InputError(
+                f"INPUT.{key}: must be at most {int(square / factor)} for a teacher that pads its images to squares of "
+                f"{square} pixels, got {cfg.INPUT[key]}."
+            )
+
+
+def load_teacher(model: nn.Module, weights: str, node: CfgNode, teacher_cfg: CfgNode) -> None:
+    """Loads the weights of a teacher strictly.
+
+    Args:
+        model: The teacher.
+        weights: Path or URL of its checkpoint.
+        node: ``KD.TEACHER``.
+        teacher_cfg: The teacher's own config.
+
+    Raises:
+        InputError: If they do not fit; the message says how to train a teacher that is not trained yet.
+    """
     try:
         load_strictly(model, weights, key="KD.TEACHER.WEIGHTS")
     except InputError as error:
@@ -222,9 +348,6 @@ def build_teacher(cfg: CfgNode) -> Teacher:
             raise
         command = training_command(node.CONFIG_FILE, node.OPTS)
         raise InputError(f"{error} If this teacher is not trained yet: {command}") from error
-    logging.getLogger(__name__).info("Teacher: %s, weights %s", node.CONFIG_FILE, weights)
-    source = f"{node.CONFIG_FILE} with {weights}"
-    return Teacher(model, flip_channels=flip_channels, student_std=cfg.MODEL.PIXEL_STD, source=source, **options)
 
 
 def teacher_options(cfg: CfgNode) -> dict:
@@ -246,28 +369,51 @@ def teacher_options(cfg: CfgNode) -> dict:
         "channels_last": node.CHANNELS_LAST,
         "compiled": node.COMPILE,
         "side_stream": node.SIDE_STREAM,
+        "features": dict(node.FEATURES),
+        "scale": node.SCALE,
     }
 
 
 def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:
     """Loads the teacher's own config, set to the student's device, and the path of its weights."""
+    node, teacher_cfg = cfg.KD.TEACHER, read_teacher_config(cfg)
+    return teacher_cfg, node.WEIGHTS or default_weights(node.CONFIG_FILE, teacher_cfg, node.OPTS)
+
+
+def read_teacher_config(cfg: CfgNode) -> CfgNode:
+    """Reads the teacher's own config, set to the student's device.
+
+    Of a LazyConfig it is a description; see :func:`kd_det.lazy_configs.describe_lazy_config`.
+    """
     node = cfg.KD.TEACHER
-    if not node.CONFIG_FILE:
-        raise InputError("KD.TEACHER.CONFIG_FILE: no teacher is named; give a config file or the name of a zoo config.")
     key = "KD.TEACHER.CONFIG_FILE"
+    if not node.CONFIG_FILE:
+        raise InputError(f"{key}: no teacher is named; give a config file or the name of a zoo config.")
+    if is_lazy_config(node.CONFIG_FILE):
+        teacher_cfg = describe_lazy_config(_load_lazy(cfg))
+        teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+        return teacher_cfg
     # The teacher may be a student that was trained with heads of plugins.
     teacher_cfg = read_config(node.CONFIG_FILE, key, options=node.OPTS, options_key="KD.TEACHER.OPTS", other_heads=True)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher_cfg = student_config(teacher_cfg)
     check_network_values(teacher_cfg, f"{node.CONFIG_FILE} with KD.TEACHER.OPTS")
-    return teacher_cfg, node.WEIGHTS or default_weights(node.CONFIG_FILE, teacher_cfg, node.OPTS)
+    return teacher_cfg
+
+
+def _load_lazy(cfg: CfgNode) -> DictConfig:
+    """Loads the LazyConfig that ``KD.TEACHER.CONFIG_FILE`` names."""
+    node = cfg.KD.TEACHER
+    return load_lazy_config(
+        node.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE", options=node.OPTS, options_key="KD.TEACHER.OPTS"
+    )
 
 
 def default_weights(name: str, teacher_cfg: CfgNode, options: Sequence) -> str:
     """Returns the weights of a teacher for which ``KD.TEACHER.WEIGHTS`` names none.
 
     They are the zoo's trained model for a zoo config, else what a training of the config has left in its OUTPUT_DIR,
-    else MODEL.WEIGHTS of the config.
+    else MODEL.WEIGHTS of the config. A LazyConfig outside the zoo has none.
 
     Args:
         name: The teacher's config: a file or a name.
@@ -277,8 +423,10 @@ def default_weights(name: str, teacher_cfg: CfgNode, options: Sequence) -> str:
     Raises:
         InputError: If there are none.
     """
-    if is_zoo_name(name):
+    if is_zoo_teacher(name):
         return zoo_weights(name)
+    if is_lazy_config(name):
+        raise InputError(f"KD.TEACHER.WEIGHTS: no file is named, and {name} is not one of the zoo's configs.")
     trained = os.path.join(teacher_cfg.OUTPUT_DIR, FINAL)
     if os.path.isfile(trained) and "MODEL.WEIGHTS" not in options[::2]:
         return trained
@@ -288,6 +436,17 @@ def default_weights(name: str, teacher_cfg: CfgNode, options: Sequence) -> str:
             f"{training_command(name, options)}"
         )
     return teacher_cfg.MODEL.WEIGHTS
+
+
+def is_zoo_teacher(name: str) -> bool:
+    """Returns whether the name of a teacher's config is that of a config of Detectron2's model zoo.
+
+    Raises:
+        InputError: If there is no such config.
+    """
+    if is_lazy_config(name):
+        return find_lazy_config(name, "KD.TEACHER.CONFIG_FILE") != os.path.expanduser(name)
+    return is_zoo_name(name)
 
 
 def training_command(name: str, options: Sequence) -> str:

@@ -7,11 +7,10 @@ from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec
 
 from kd_det.class_partition import ClassPartition
-from kd_det.config_files import is_zoo_name
 from kd_det.data import known_class_names
 from kd_det.errors import InputError, shorten
 from kd_det.signals import SOURCES
-from kd_det.teacher import load_teacher_config
+from kd_det.teacher import is_zoo_teacher, read_teacher_config
 
 # Models of Detectron2's zoo with as many classes were trained on COCO.
 COCO = "coco_2017_train"
@@ -71,9 +70,9 @@ def teacher_class_names(cfg: CfgNode, count: int | None) -> list[str]:
     """
     if cfg.KD.TEACHER.CLASSES:
         return list(cfg.KD.TEACHER.CLASSES)
-    known = known_class_names(load_teacher_config(cfg)[0])
+    known = known_class_names(read_teacher_config(cfg))
     coco = MetadataCatalog.get(COCO).thing_classes
-    if not known and is_zoo_name(cfg.KD.TEACHER.CONFIG_FILE) and count == len(coco):
+    if not known and is_zoo_teacher(cfg.KD.TEACHER.CONFIG_FILE) and count == len(coco):
         return list(coco)
     return known
 

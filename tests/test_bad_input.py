@@ -127,14 +127,6 @@ def test_teacher_that_lacks_a_feature(run, tmp_path):
     )
 
 
-def test_strides_that_differ(run, tmp_path):
-    """A dilated res5 has the stride of res4."""
-    both = {"MODEL.RESNETS.OUT_FEATURES": ["res4", "res5"]}
-    other = other_teacher(tmp_path, both | {"MODEL.RESNETS.RES5_DILATION": 2}, "c4")
-    told = run(other | both | {"KD.HINT.IN_FEATURES": ["res5"]}, family="c4")
-    assert told.startswith("KD.HINT.IN_FEATURES: 'res5' has stride 32 in the student but 16 in the teacher")
-
-
 def test_teacher_that_is_not_there(run):
     assert run({"KD.TEACHER.WEIGHTS": "/no/such.pth"}) == "KD.TEACHER.WEIGHTS: there is no file /no/such.pth."
 

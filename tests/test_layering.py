@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = {"config", "config_files", "config_kinds", "config_checks", "construction"}
+CONFIG = {"config", "config_files", "config_kinds", "config_checks", "construction", "lazy_configs"}
 GROUND = CONFIG | {"errors", "lazy", "registry", "signals", "schedules", "files", "fetching", "class_partition"}
 GROUND |= {"checkpoint_files", "unpickling", "formats", "timm_models"}
 DISTILS = {
     "taps",
     "heads",
     "losses",
+    "alignment",
     "teacher",
     "teacher_classes",
     "inherit",
@@ -37,7 +38,8 @@ ALLOWED = {
     "classification": GROUND | {"data"},
     "taps": GROUND,
     "heads": GROUND | {"losses"},
-    "teacher": GROUND | CHECKPOINTS | {"taps"},
+    "alignment": GROUND | {"taps"},
+    "teacher": GROUND | CHECKPOINTS | {"taps", "alignment"},
     "inherit": GROUND | {"taps", "checkpoint"},
     "gradients": GROUND,
     "gradient_balance": GROUND | {"gradients", "heads"},

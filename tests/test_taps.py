@@ -493,10 +493,10 @@ class Square(Pyramid):
 
 
 def test_images_that_are_padded_differently():
-    student, other = OnlyBackbone(Pyramid()), OnlyBackbone(Square())
-    head = nn.Module()
-    head.signals = ("p2",)
+    """A teacher's maps are cut to the student's, but students that teach each other must pad alike."""
+    taps = [build_tap(OnlyBackbone(Pyramid())), build_tap(OnlyBackbone(Square()))]
     with pytest.raises(
         InputError, match=r"^KD.HEADS: the student pads images to multiples of 0 pixels, the teacher of 32"
     ):
-        TeacherStudent(student=student, teacher=Teacher(other), heads={"a": head})
+        taps[0].check_padding(taps[1], ["p2"])
+    taps[0].check_padding(taps[1], ["roi_logits"])

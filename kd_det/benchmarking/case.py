@@ -15,14 +15,15 @@ from detectron2.structures import BoxMode
 from torch import nn
 
 from kd_det.benchmarking.rows import Row, Setup
-from kd_det.config import add_kd_config
+from kd_det.config import add_kd_config, merge_list
 from kd_det.data.annotation_files import coco_annotation
 from kd_det.data.shapes import make_scene
 from kd_det.engine.step_trainer import AMP_DTYPES
 from kd_det.heads.build import build_kd_heads, teacher_signals
+from kd_det.lazy_configs import allow_lazy_config, is_lazy_config
 from kd_det.meta_arch import TeacherStudent
 from kd_det.taps import build_tap
-from kd_det.teacher import Teacher, teacher_options
+from kd_det.teacher import Teacher, build_teacher, teacher_options
 
 
 def detector_config(depth: int) -> CfgNode:
@@ -43,16 +44,19 @@ def row_config(row: Row, setup: Setup) -> CfgNode:
     """Returns the student's config with the heads and options of a row."""
     cfg = detector_config(setup.depths[0])
     cfg.KD.HEADS = list(row.heads)
+    if setup.teacher:
+        merge_list(cfg, ["KD.TEACHER.CONFIG_FILE", *setup.teacher], "--teacher")
     cfg.merge_from_list([part for pair in row.options.items() for part in pair])
     return cfg
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """Builds a detector with random weights.
+    """Builds a detector with random weights; see :func:`silence_branches`."""
+    return silence_branches(build_model(cfg))
 
-    Its residual branches output 0 at first; otherwise activations would double in each block.
-    """
-    model = build_model(cfg)
+
+def silence_branches(model: nn.Module) -> nn.Module:
+    """Makes the residual branches of ResNets output 0, so that activations do not double in each block."""
     for module in model.modules():
         if isinstance(module, BasicBlock | BottleneckBlock):
             last = module.conv3 if isinstance(module, BottleneckBlock) else module.conv2
@@ -69,7 +73,14 @@ def build_networks(cfg: CfgNode, setup: Setup) -> tuple[nn.Module, Teacher | Non
     student = build_detector(cfg).train()
     if not cfg.KD.HEADS:
         return student, None
-    teacher = Teacher(build_detector(detector_config(setup.depths[1])), **teacher_options(cfg))
+    if setup.teacher:
+        if is_lazy_config(cfg.KD.TEACHER.CONFIG_FILE):
+            allow_lazy_config(cfg.KD.TEACHER.CONFIG_FILE)  # The command line has named it.
+        teacher = build_teacher(cfg, trained=False)
+        silence_branches(teacher.model)
+    else:
+        teacher = Teacher(build_detector(detector_config(setup.depths[1])), **teacher_options(cfg))
+    teacher.align_with(build_tap(student))
     return student, teacher.to(device_of(student))
 
 
@@ -107,7 +118,7 @@ class Case:
         self.student, self.teacher = student, teacher
         self.device = device_of(student)
         tap = build_tap(student)
-        heads = build_kd_heads(cfg, tap.spec(), teacher.tap.spec()) if teacher else nn.ModuleDict()
+        heads = build_kd_heads(cfg, tap.spec(), teacher.spec()) if teacher else nn.ModuleDict()
         self.distilled = TeacherStudent(student=student, teacher=teacher, heads=heads)
         self.distilled.to(self.device).train()
         if cfg.SOLVER.CHANNELS_LAST:

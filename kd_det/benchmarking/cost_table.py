@@ -48,9 +48,10 @@ def rates(x: dict[str, float]) -> list[str]:
 
 def describe(results: dict, note: str) -> str:
     """Describes how a table was measured."""
+    teacher = results["teacher"][0] if results["teacher"] else f"R{results['depths'][1]}-FPN"
     precision = "float32" if results["amp"] == "none" else f"mixed precision of {results['amp']}"
     return (
-        f"\n\nMask R-CNN R{results['depths'][0]}-FPN from R{results['depths'][1]}-FPN, random weights, "
+        f"\n\nMask R-CNN R{results['depths'][0]}-FPN from {teacher}, random weights, "
         f"{results['batch']} images of {results['size']} x {results['size']}, {precision}, on {results['device']}. "
         f"Medians of {results['rounds']} interleaved rounds; {note} SoftTargetHead: roi, rpn and mask. Memory: "
         f"{results['memory_kind']}, in one process per row; the plain student needs {results['plain_memory']:.0f} MB."

@@ -17,12 +17,14 @@ class Setup:
         batch: Number of images per step.
         size: Side of the images in pixels.
         rounds: Number of times that each part of a row is measured.
+        teacher: Config of another teacher than the ResNet, and overrides of KD.TEACHER; () for the ResNet.
     """
 
     depths: tuple[int, int]
     batch: int
     size: int
     rounds: int
+    teacher: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

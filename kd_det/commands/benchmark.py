@@ -4,6 +4,7 @@
     kd-det benchmark --heads none ReviewKDHead HintHead,SoftTargetHead --rounds 20 --output benchmark
     kd-det benchmark --switches --heads ReviewKDHead,SoftTargetHead
     kd-det benchmark --profile --heads ReviewKDHead --output profile
+    kd-det benchmark --heads ReviewKDHead --teacher new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.py KD.TEACHER.SCALE 1.5
     kd-det benchmark --loader CONFIG DATALOADER.NUM_WORKERS 2
 
 Mask R-CNN R18-FPN learns from Mask R-CNN R101-FPN, with random weights, on synthetic scenes. Per combination of heads:
@@ -74,6 +75,13 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
         default="none",
         help="SOLVER.AMP.DTYPE and KD.TEACHER.DTYPE of all measurements (%(default)s)",
     )
+    parser.add_argument(
+        "--teacher",
+        nargs="+",
+        default=[],
+        metavar=("CONFIG", "KEY VALUE"),
+        help="another teacher, with random weights: its config, as for kd-det train, and overrides",
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--switches", action="store_true", help="measure each switch against all of them off")
     mode.add_argument("--profile", action="store_true", help="profile the distillation step")
@@ -101,7 +109,11 @@ def main(args: argparse.Namespace) -> None:
         os.makedirs(args.output, exist_ok=True)
     batch, size = (8, 800) if torch.cuda.is_available() else (2, 320)
     setup = benchmarking.Setup(
-        depths=tuple(args.depths), batch=args.batch or batch, size=args.size or size, rounds=args.rounds
+        depths=tuple(args.depths),
+        batch=args.batch or batch,
+        size=args.size or size,
+        rounds=args.rounds,
+        teacher=tuple(args.teacher),
     )
     rows = benchmarking.combinations(args.heads, benchmarking.mixed_precision(args.amp))
     if args.profile:

@@ -30,6 +30,7 @@ from kd_det.engine.output_folder import claim
 from kd_det.engine.run_log import deferring_log, log_again, start_logging
 from kd_det.errors import InputError
 from kd_det.files import write_whole
+from kd_det.lazy_configs import allow_lazy_config, is_lazy_config
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
 from kd_det.taps import find_tap
 
@@ -168,13 +169,18 @@ def make_config(args: argparse.Namespace) -> CfgNode:
     keys = None if heads is None else [config_key(name) for name in heads]
     cfg = read_config(files, output_dir=default_output_dir(files, keys))
     if args.teacher:
-        cfg.KD.TEACHER.CONFIG_FILE = os.path.expanduser(args.teacher)
-        cfg.KD.TEACHER.WEIGHTS = ""
+        teacher = os.path.expanduser(args.teacher)
+        # A resumed run names its LazyConfig again, only to allow it.
+        if not is_lazy_config(teacher) or teacher != cfg.KD.TEACHER.CONFIG_FILE:
+            cfg.KD.TEACHER.WEIGHTS = ""
+        cfg.KD.TEACHER.CONFIG_FILE = teacher
     if args.teacher_weights:
         cfg.KD.TEACHER.WEIGHTS = os.path.expanduser(args.teacher_weights)
     if heads is not None:
         cfg.KD.HEADS = heads
     merge_list(cfg, args.opts, "command line")
+    if is_lazy_config(cfg.KD.TEACHER.CONFIG_FILE) and (args.teacher or "KD.TEACHER.CONFIG_FILE" in args.opts[::2]):
+        allow_lazy_config(cfg.KD.TEACHER.CONFIG_FILE)
     if len(files) > 1 and has_peers(cfg) and not cfg.KD.MUTUAL.PEERS:
         cfg.KD.MUTUAL.PEERS = files[:1]  # A recipe does not know the student, two of which teach each other.
     by_arguments = args.teacher or args.teacher_weights or heads

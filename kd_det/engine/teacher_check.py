@@ -19,8 +19,9 @@ from kd_det.engine.evaluation import allowed_kinds, build_evaluator
 from kd_det.engine.loaders import build_test_loader
 from kd_det.errors import InputError
 from kd_det.heads.build import student_signals
+from kd_det.lazy_configs import is_lazy_config
 from kd_det.taps import count_classes
-from kd_det.teacher import build_teacher, load_teacher_config
+from kd_det.teacher import build_teacher, read_teacher_config
 from kd_det.teacher_classes import count_object_classes, divide_classes
 
 logger = logging.getLogger(__name__)
@@ -64,18 +65,21 @@ def check_class_order(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
 
 
 def _compare_names(cfg: CfgNode, kind: str, comparing: Sequence[str]) -> None:
-    student, teacher = known_class_names(cfg, kind), known_class_names(load_teacher_config(cfg)[0], kind)
+    student, teacher = known_class_names(cfg, kind), known_class_names(read_teacher_config(cfg), kind)
     different = [(a, b) for a, b in zip(student, teacher, strict=False) if a != b]
     if len(student) != len(teacher) or not different:
         return
     reordered = set(student) == set(teacher)
     named = "keypoints" if kind == "keypoint_names" else "classes"
     difference = f"list the same {named} in another order" if reordered else f"name other {named}"
+    without_data = "[DATASETS.TEST, [], DATASETS.TRAIN, []]"
+    if is_lazy_config(cfg.KD.TEACHER.CONFIG_FILE):
+        without_data = "['dataloader.test.dataset.names=[]', 'dataloader.train.dataset.names=[]']"
     message = (
         f"KD.TEACHER.CONFIG_FILE: the data sets of {cfg.KD.TEACHER.CONFIG_FILE} {difference} than the student's, "
         f"{different[0][1]!r} for {different[0][0]!r}, but {', '.join(comparing)} compares them one by one. "
         + ("List the teacher's in KD.TEACHER.CLASSES to compare them by name. " if kind == "thing_classes" else "")
-        + "If these are not the teacher's data, set KD.TEACHER.OPTS to [DATASETS.TEST, [], DATASETS.TRAIN, []]."
+        + f"If these are not the teacher's data, set KD.TEACHER.OPTS to {without_data}."
     )
     if reordered:
         raise InputError(message)
@@ -94,7 +98,7 @@ def have_same_classes(cfg: CfgNode) -> bool:
 
 def _teacher_names(cfg: CfgNode, kind: str) -> list[str]:
     """Returns the names of the teacher's classes, with the student's for each synonym; [] if they are not known."""
-    node, names = cfg.KD.TEACHER, known_class_names(load_teacher_config(cfg)[0], kind)
+    node, names = cfg.KD.TEACHER, known_class_names(read_teacher_config(cfg), kind)
     if kind != "thing_classes":
         return names
     return [node.SYNONYMS.get(name, name) for name in node.CLASSES or names]
@@ -118,8 +122,9 @@ def check_teacher(cfg: CfgNode) -> None:
         return
     if not cfg.DATASETS.TEST:
         raise InputError(f"KD.TEACHER.SANITY_CHECK: got {count}, but DATASETS.TEST names no data set.")
-    dataset, teacher_cfg = cfg.DATASETS.TEST[0], load_teacher_config(cfg)[0]
-    teacher = build_teacher(cfg)
+    dataset, teacher = cfg.DATASETS.TEST[0], build_teacher(cfg)
+    assert teacher.cfg is not None
+    teacher_cfg = teacher.cfg
     known = count_classes(teacher.tap.spec())
     kind = KINDS_OF_CLASSES.get(teacher_cfg.MODEL.META_ARCHITECTURE, ("thing_classes",))[0]
     names = class_names(dataset, kind)

@@ -61,7 +61,12 @@ class Visualization(HookBase):
         # The output of a ReLU is shown instead of its input.
         compared = {name.removesuffix("_preact") for name in model.compared}
         maps = compared.intersection(*specs)
-        self.strides = {name: shape.stride for name, shape in specs[0].items() if shape.stride and name in maps}
+        # The strides of each map, in the order of the networks.
+        self.strides = {
+            name: [spec[name].stride for spec in specs]
+            for name, shape in specs[0].items()
+            if shape.stride and name in maps
+        }
         self.dataset = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[0]
 
     @cached_property
@@ -85,11 +90,12 @@ class Visualization(HookBase):
         images = [utils.convert_image_to_rgb(x["image"].permute(1, 2, 0), self.cfg.INPUT.FORMAT) for x in inputs]
         maps: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in self.strides}
         predictions = {}
-        for network in self.networks:
+        for i, network in enumerate(self.networks):
             with build_tap(network.model).record(maps) as signals:
                 outputs = network.model.to(device)(flipped(inputs) if network.flip_channels else inputs)
-            for name, stride in self.strides.items():
-                maps[name][network.title] = attention_maps(signals[name], stride, [image.shape[:2] for image in images])
+            for name, strides in self.strides.items():
+                sizes = [image.shape[:2] for image in images]
+                maps[name][network.title] = attention_maps(signals[name], strides[i], sizes)
             if network.classes is not None:
                 outputs = network.classes.translate(outputs)
             elif describe_model(network.model) != describe_model(student):

@@ -165,7 +165,8 @@ def check_signals(
             if name not in spec:
                 # Weights of layers are left out, since nobody names them in a config.
                 known = ", ".join(x for x in spec if not x.endswith(("_weight", "_bias")))
-                raise InputError(f"{key}: {name!r} is not a signal of the {side}, which has {known}.")
+                hint = suggest_map(name, student_spec, teacher_spec) if side == "teacher" else ""
+                raise InputError(f"{key}: {name!r} is not a signal of the {side}, which has {known}{hint}.")
     for name, teacher_name in zip(names, teacher_names, strict=False):
         strides = student_spec[name].stride, teacher_spec[teacher_name].stride
         if None not in strides and strides[0] != strides[1]:
@@ -173,6 +174,19 @@ def check_signals(
                 f"{key}: {name!r} has stride {strides[0]} in the student but {strides[1]} in the teacher; "
                 "the strides must be equal."
             )
+
+
+def suggest_map(name: str, student_spec: Mapping[str, ShapeSpec], teacher_spec: Mapping[str, ShapeSpec]) -> str:
+    """Suggests, for a message, a feature map of the teacher in the place of one that it lacks; "" if none would do."""
+    stride = student_spec[name].stride if name in student_spec else None
+    same = [
+        other
+        for other, shape in teacher_spec.items()
+        if stride is not None and shape.stride == stride and not other.endswith("_preact")
+    ]
+    if not same:
+        return ""
+    return f"; KD.TEACHER.FEATURES: {{{name}: {same[-1]}}} would compare it with that map, which has the same stride"
 
 
 def check_class_counts(key: str, name: str, student_spec, teacher_spec) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import Backbone, ResNet, build_backbone
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.signals import BOX_SIGNALS, Signals
-from kd_det.taps.preprocessing import ImageModel
+from kd_det.taps.preprocessing import ImageModel, padded_size, padding_of
 
 
 class BackboneTap:
@@ -46,6 +47,9 @@ class BackboneTap:
     """
 
     box_features: tuple[str, ...] = ()
+    # Height and width, in pixels of the model's input, that a batch is padded to at least and that the predictions for
+    # anchors are cut to; None neither pads nor cuts.
+    extent: tuple[int, int] | None = None
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -74,6 +78,22 @@ class BackboneTap:
                         vector = ShapeSpec(channels=shapes[name].channels)
                         spec.update({f"{name}_norm_{key}": vector for key in norm_parameters(source)})
         return spec
+
+    def strides(self) -> dict[str, int]:
+        """Maps the name of each signal that is a map of the image to its pixels per cell."""
+        return {name: shape.stride for name, shape in self.spec().items() if shape.stride is not None}
+
+    @property
+    def cut_signals(self) -> Collection[str]:
+        """Lists the predictions for anchors whose levels pass through :meth:`cut` before they are flattened."""
+        return set()
+
+    def cut(self, level: Tensor, stride: int) -> Tensor:
+        """Cuts a map (N, C, H, W) of predictions for anchors to :attr:`extent`."""
+        if self.extent is None:
+            return level
+        height, width = (-(-pixels // stride) for pixels in self.extent)
+        return level[..., :height, :width]
 
     @property
     def backbone(self) -> Backbone:
@@ -151,12 +171,23 @@ class BackboneTap:
         Raises:
             InputError: If they do not, for example because the anchors differ.
         """
+
+    def check_padding(self, teacher: "BackboneTap", names: Collection[str]) -> None:
+        """Checks that two models pad a batch to the same size, if one of the named signals depends on it.
+
+        Raises:
+            InputError: If they do not.
+        """
         maps = [name for name in names if not name.startswith(BOX_SIGNALS)]
-        sizes = [tap.backbone.size_divisibility for tap in (self, teacher)]
-        if maps and sizes[0] != sizes[1]:
+        paddings = [padding_of(tap.backbone) for tap in (self, teacher)]
+        if maps and paddings[0] != paddings[1]:
+            sizes = [tap.backbone.size_divisibility for tap in (self, teacher)]
+            squares = (
+                f" and squares of {paddings[0][1]} and {paddings[1][1]}" if paddings[0][1] != paddings[1][1] else ""
+            )
             raise InputError(
-                f"KD.HEADS: the student pads images to multiples of {sizes[0]} pixels, the teacher of {sizes[1]} "
-                f"(backbone.size_divisibility), so {', '.join(sorted(maps))} would not line up."
+                f"KD.HEADS: the student pads images to multiples of {sizes[0]} pixels, the teacher of {sizes[1]}"
+                f"{squares} (backbone.size_divisibility), so {', '.join(sorted(maps))} would not line up."
             )
 
     def check_replaced(self, head: str, losses: Collection[str]) -> None:
@@ -192,13 +223,25 @@ class BackboneTap:
             names: The signals to compute.
             student: The student's signals; ROI signals are computed on its boxes.
         """
-        images = self.preprocess(batched_inputs)
+        images = self.padded_images(batched_inputs)
         if not self.run_bottom_up(images.tensor, names):
             self.run(self.backbone(images.tensor), names, student)
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises and pads the images of a batch as the model's own forward does."""
         return cast(ImageModel, self.model).preprocess_image(batched_inputs)
+
+    def padded_images(self, batched_inputs: list[dict]) -> ImageList:
+        """Preprocesses a batch, and pads it further if it does not cover :attr:`extent`."""
+        images = self.preprocess(batched_inputs)
+        if self.extent is None:
+            return images
+        size = images.tensor.shape[-2:]
+        least = padded_size(self.extent, (padding_of(self.backbone)[0], 0))
+        missing = [max(wanted - there, 0) for wanted, there in zip(least, size, strict=True)]
+        if any(missing):
+            images = ImageList(F.pad(images.tensor, (0, missing[1], 0, missing[0])), images.image_sizes)
+        return images
 
     def run_bottom_up(self, images: Tensor, names: set[str]) -> bool:
         """Runs only the bottom-up network if all named signals come from it, and returns whether they do."""

@@ -1,11 +1,13 @@
-"""Implements the tap of RetinaNet."""
+"""Implements the taps of RetinaNet and FCOS."""
 
+from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec, cat
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 from torch import Tensor, nn
 
@@ -15,8 +17,81 @@ from kd_det.taps.backbone import BackboneTap, hook
 from kd_det.taps.rcnn import check_anchors, check_box_weights, record_anchors
 
 
+class DenseTap(BackboneTap):
+    """Taps the backbone and the predictions of a model whose ``head`` predicts densely on each level."""
+
+    model: DenseDetector
+
+    @classmethod
+    def head_defaults(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {"SOURCES": ["dense"]}
+
+    @property
+    def predictions(self) -> dict[str, tuple[int, int]]:
+        """Maps each signal to its place in what the head returns and to its numbers per anchor."""
+        raise NotImplementedError
+
+    def spec(self) -> dict[str, ShapeSpec]:
+        return super().spec() | {name: ShapeSpec(channels=width) for name, (_, width) in self.predictions.items()}
+
+    @property
+    def cut_signals(self) -> Collection[str]:
+        return self.predictions.keys()
+
+    def check_alignment(self, teacher: BackboneTap, names) -> None:
+        super().check_alignment(teacher, names)
+        if any(name.startswith("dense_") for name in names):
+            check_anchors(self.model.get_submodule("anchor_generator"), teacher.model.get_submodule("anchor_generator"))
+
+    def class_layers(self) -> list[nn.Module]:
+        return [self.model.head.cls_score]
+
+    def attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
+        super().attach(stack, signals, names)
+        wanted = {name: place for name, place in self.predictions.items() if name in names}
+        if wanted:
+            hook(
+                stack,
+                self.model.head,
+                lambda _, out: signals.update(
+                    {name: self._flatten(out[place], width) for name, (place, width) in wanted.items()}
+                ),
+            )
+        if any(name.startswith("dense_") for name in names):
+            record_anchors(stack, self.model, "dense", signals)
+
+    def _flatten(self, levels: list[Tensor], width: int) -> Tensor:
+        """Concatenates the predictions on all levels as (N, anchors, width)."""
+        strides = self.model.get_submodule("anchor_generator").strides
+        cut = [self.cut(level, stride) for level, stride in zip(levels, strides, strict=True)]
+        return cat([permute_to_N_HWA_K(x, width) for x in cut], dim=1)
+
+    def run(self, features: dict[str, Tensor], names: set[str], student: Signals) -> None:
+        if any(name.startswith("dense_") and not name.endswith(("_weight", "_bias")) for name in names):
+            self.model.head([features[f] for f in self.model.head_in_features])
+
+
 @TAP_REGISTRY.register()
-class RetinaNetTap(BackboneTap):
+class FCOSTap(DenseTap):
+    """Taps the backbone and the dense head of an ``FCOS``.
+
+    Its one anchor per cell is a square whose side is the cell's. For boxes it predicts no deltas but the distances from
+    the centre of the cell to the sides, in cells.
+    """
+
+    model: FCOS
+
+    @property
+    def predictions(self) -> dict[str, tuple[int, int]]:
+        return {
+            "dense_logits": (0, self.model.num_classes),
+            "dense_distances": (1, 4),
+            "dense_centerness": (2, 1),
+        }
+
+
+@TAP_REGISTRY.register()
+class RetinaNetTap(DenseTap):
     """Taps the backbone and the dense head of a ``RetinaNet``.
 
     Each of the head's two branches, one for classes and one for boxes, is a row of convolutions with a ReLU after each,
@@ -30,15 +105,12 @@ class RetinaNetTap(BackboneTap):
     def feature_levels(cls, cfg: CfgNode) -> list[str]:
         return list(cfg.MODEL.RETINANET.IN_FEATURES)
 
-    @classmethod
-    def head_defaults(cls, cfg: CfgNode) -> dict[str, Any]:
-        return {"SOURCES": ["dense"]}
+    @property
+    def predictions(self) -> dict[str, tuple[int, int]]:
+        return {"dense_logits": (0, self.model.num_classes), "dense_deltas": (1, 4)}
 
     def spec(self) -> dict[str, ShapeSpec]:
-        spec = super().spec() | {
-            "dense_logits": ShapeSpec(channels=self.model.num_classes),
-            "dense_deltas": ShapeSpec(channels=4),
-        }
+        spec = super().spec()
         for branch, convolution in self._last_convolutions.items():
             spec |= {name: ShapeSpec(channels=convolution.in_channels) for name in self._hidden_names(branch)}
         for name, layer in self._last_layers.items():
@@ -48,10 +120,17 @@ class RetinaNetTap(BackboneTap):
 
     def check_alignment(self, teacher: BackboneTap, names) -> None:
         super().check_alignment(teacher, names)
-        if any(name.startswith("dense_") for name in names):
-            check_anchors(self.model.anchor_generator, teacher.model.get_submodule("anchor_generator"))
         if any(name.startswith(("dense_deltas", "dense_box_")) for name in names):
             check_box_weights("MODEL.RETINANET.BBOX_REG_WEIGHTS", self.model, teacher.model)
+
+    def strides(self) -> dict[str, int]:
+        shapes = self.backbone.output_shape()
+        hidden = {
+            name: shapes[level].stride
+            for branch in self._last_convolutions
+            for name, level in zip(self._hidden_names(branch), self.model.head_in_features, strict=True)
+        }
+        return super().strides() | hidden
 
     @property
     def _last_convolutions(self) -> dict[str, nn.Conv2d]:
@@ -78,29 +157,14 @@ class RetinaNetTap(BackboneTap):
     def _hidden_names(self, branch: str) -> list[str]:
         return [f"dense_{branch}_hidden_{level}" for level in self.model.head_in_features]
 
-    def class_layers(self) -> list[nn.Module]:
-        return [self.model.head.cls_score]
-
     def attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
         super().attach(stack, signals, names)
-        channels = {"dense_logits": self.model.num_classes, "dense_deltas": 4}
-        wanted = {name: i for i, name in enumerate(channels) if name in names}
-        if wanted:
-            hook(
-                stack,
-                self.model.head,
-                lambda _, out: signals.update(
-                    {n: cat([permute_to_N_HWA_K(x, channels[n]) for x in out[i]], dim=1) for n, i in wanted.items()}
-                ),
-            )
         for branch, convolution in self._last_convolutions.items():
             if names.intersection(self._hidden_names(branch)):
                 self._attach_hidden(stack, signals, names, branch, convolution)
         for name, layer in self._last_layers.items():
             parameters = {f"{name}_{key}": x for key, x in layer.named_parameters()}
             signals.update({key: x for key, x in parameters.items() if key in names})
-        if any(name.startswith("dense_") for name in names):
-            record_anchors(stack, self.model, "dense", signals)
 
     def _attach_hidden(
         self, stack: ExitStack, signals: Signals, names: set[str], branch: str, convolution: nn.Conv2d
@@ -115,7 +179,3 @@ class RetinaNetTap(BackboneTap):
 
         hook(stack, convolution, lambda args, _: maps.append(args[0]))
         hook(stack, self.model.head, store)
-
-    def run(self, features: dict[str, Tensor], names: set[str], student: Signals) -> None:
-        if any(name.startswith("dense_") and not name.endswith(("_weight", "_bias")) for name in names):
-            self.model.head([features[f] for f in self.model.head_in_features])

@@ -26,15 +26,35 @@ def preprocess_alike(one: nn.Module, other: nn.Module) -> bool:
     if methods[0].__module__.partition(".")[0] not in ("detectron2", "kd_det"):
         return False
     models = [cast(ImageModel, model) for model in (one, other)]
-    return _statistics(models[0]) == _statistics(models[1]) and _padding(models[0]) == _padding(models[1])
+    paddings = [padding_of(model.backbone) for model in models]
+    return _statistics(models[0]) == _statistics(models[1]) and paddings[0] == paddings[1]
 
 
 def _statistics(model: ImageModel) -> tuple[list[float], list[float]]:
     return model.pixel_mean.flatten().tolist(), model.pixel_std.flatten().tolist()
 
 
-def _padding(model: ImageModel) -> tuple[int, dict[str, int]]:
-    return model.backbone.size_divisibility, model.backbone.padding_constraints
+def padding_of(backbone: nn.Module) -> tuple[int, int]:
+    """Returns the number that the sides of a padded batch are multiples of, and the side of its square, or 0."""
+    constraints = getattr(backbone, "padding_constraints", {})
+    divisor = constraints.get("size_divisibility", getattr(backbone, "size_divisibility", 0))
+    return max(divisor, 1), constraints.get("square_size", 0)
+
+
+def padded_size(size: Sequence[int], padding: tuple[int, int]) -> tuple[int, int]:
+    """Returns the height and width to which a batch is padded.
+
+    Args:
+        size: Largest height and largest width of its images.
+        padding: What :func:`padding_of` returns.
+
+    Example:
+        >>> padded_size((50, 70), (32, 0)), padded_size((50, 70), (1, 96))
+        ((64, 96), (96, 96))
+    """
+    divisor, square = padding
+    height, width = (-(-(square or pixels) // divisor) * divisor for pixels in size)
+    return height, width
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads, StandardROIHeads
@@ -72,6 +72,10 @@ class GeneralizedRCNNTap(BackboneTap):
         if self._has_keypoints:
             spec["keypoint_logits"] = ShapeSpec(channels=heads.keypoint_head.num_keypoints)
         return spec
+
+    @property
+    def cut_signals(self) -> Collection[str]:
+        return {"rpn_logits", "rpn_deltas"}
 
     def check_alignment(self, teacher: BackboneTap, names) -> None:
         super().check_alignment(teacher, names)
@@ -157,7 +161,8 @@ class GeneralizedRCNNTap(BackboneTap):
             signals.update({name: value for name, value in values.items() if name in names})
 
         if names & {"rpn_logits", "rpn_deltas"}:
-            hook(stack, self.model.proposal_generator.rpn_head, lambda _, out: store(**flatten_rpn(*out)))
+            rpn = self.model.proposal_generator
+            hook(stack, rpn.rpn_head, lambda _, out: store(**flatten_rpn(*map(self._cut_levels, out))))
             record_anchors(stack, self.model.proposal_generator, "rpn", signals)
         if "roi_box_preact" in names and self._last_fc is not None:
             hook(stack, self._last_fc, lambda _, out: store(roi_box_preact=out))
@@ -209,13 +214,18 @@ class GeneralizedRCNNTap(BackboneTap):
             )
 
     def forward(self, batched_inputs: list[dict], names: set[str], student: Signals) -> None:
-        images = self.preprocess(batched_inputs)
+        images = self.padded_images(batched_inputs)
         if self.run_bottom_up(images.tensor, names):
             return
         features = self.model.backbone(images.tensor)
         if any(name.startswith("roi_") for name in names) and "roi_boxes" not in student:
             student = {"roi_boxes": self._propose(images, features)}
         self.run(features, names, student)
+
+    def _cut_levels(self, levels: list[Tensor]) -> list[Tensor]:
+        """Cuts the RPN's predictions on each level."""
+        strides = self.model.proposal_generator.anchor_generator.strides
+        return [self.cut(level, stride) for level, stride in zip(levels, strides, strict=True)]
 
     def _propose(self, images: ImageList, features: dict[str, Tensor]) -> Tensor:
         """Proposes boxes by the model's own RPN, (R, 5), as many per image as ROIs are sampled in training."""
@@ -283,12 +293,15 @@ def flatten_rpn(logits: list[Tensor], deltas: list[Tensor]) -> Signals:
 def check_anchors(student: DefaultAnchorGenerator, teacher: DefaultAnchorGenerator) -> None:
     """Checks that two anchor generators make the same anchors, to within a hundredth of a pixel.
 
+    Their cells lie on the same grid only if their offsets are equal, too.
+
     Raises:
         InputError: If they do not.
     """
     cells = [[len(level) for level in generator.cell_anchors] for generator in (student, teacher)]
     if (
         list(student.strides) != list(teacher.strides)
+        or student.offset != teacher.offset
         or cells[0] != cells[1]
         or any(
             not torch.allclose(a.cpu(), b.cpu(), atol=0.01)
@@ -298,7 +311,7 @@ def check_anchors(student: DefaultAnchorGenerator, teacher: DefaultAnchorGenerat
         raise InputError(
             "MODEL.ANCHOR_GENERATOR: must be equal in student and teacher, since their predictions for anchors are "
             f"compared; got strides {list(student.strides)} and {list(teacher.strides)}, anchors per cell {cells[0]} "
-            f"and {cells[1]}."
+            f"and {cells[1]}, offsets {student.offset} and {teacher.offset}."
         )
 
 
@@ -332,15 +345,15 @@ def check_equal(key: str, what: str, values: Sequence[object]) -> None:
         )
 
 
-def record_anchors(stack: ExitStack, model: RPN | RetinaNet, prefix: str, signals: Signals) -> None:
+def record_anchors(stack: ExitStack, model: RPN | DenseDetector, prefix: str, signals: Signals) -> None:
     """Records the anchors that a model trains on, with their labels, until `stack` closes.
 
     Args:
         stack: Detaches the hook when it closes.
-        model: An RPN or a RetinaNet, whose ``losses`` receive the anchors and their labels.
+        model: An RPN, a RetinaNet or an FCOS, whose ``losses`` receive the anchors and their labels.
         prefix: First part of the names of the signals.
         signals: The dict that receives ``<prefix>_anchors``, ``<prefix>_labels``, ``<prefix>_counts`` and
-            ``<prefix>_scales``.
+            ``<prefix>_scales``, which an FCOS does not have.
     """
 
     def store(args: tuple, _) -> None:
@@ -348,7 +361,8 @@ def record_anchors(stack: ExitStack, model: RPN | RetinaNet, prefix: str, signal
         signals[f"{prefix}_anchors"] = cat(levels)
         signals[f"{prefix}_labels"] = torch.stack(args[2])
         signals[f"{prefix}_counts"] = torch.tensor([len(level) for level in levels])
-        signals[f"{prefix}_scales"] = box_scales(model)
+        if isinstance(model, RPN | RetinaNet):
+            signals[f"{prefix}_scales"] = box_scales(model)
 
     wrap(stack, model, "losses", store)
 

@@ -27,6 +27,10 @@ class SegmentationTap(BackboneTap):
             spec["sem_seg_logits"] = ShapeSpec(channels=self._head.predictor.out_channels)
         return spec
 
+    def strides(self) -> dict[str, int]:
+        stride = getattr(self._head, "common_stride", None)
+        return super().strides() | ({"sem_seg_logits": stride} if self._has_segments and stride else {})
+
     def check_alignment(self, teacher: BackboneTap, names) -> None:
         super().check_alignment(teacher, names)
         if "sem_seg_logits" in names:

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from helpers import LEVELS, tiny_cfg, with_data, write_yaml
+from helpers import LEVELS, WIDE, tiny_cfg, with_data, write_yaml
 
 from kd_det import benchmarking
 from kd_det.benchmarking import Row, Setup, case, loader_speed, measurement, switches
@@ -43,6 +43,16 @@ def test_table_and_json(benchmark, tmp_path, capsys):
     assert none["B"] < both["B"]
     assert both["ratio_low"] <= both["ratio"] <= both["ratio_high"]
     assert both["memory"] > 0
+
+
+def test_another_teacher(benchmark, tmp_path, capsys):
+    """It has random weights, sees larger images, and its config may be Python, as the command line names it."""
+    wide = write_yaml(tmp_path / "wide.yaml", tiny_cfg(options=WIDE | {"MODEL.ROI_HEADS.NUM_CLASSES": 6}))
+    benchmark("--heads", "HintHead", "--teacher", wide, "KD.TEACHER.SCALE", "1.5")
+    assert f"FPN from {wide}, random weights" in capsys.readouterr().out
+    (tmp_path / "lazy.py").write_text("x = 1")
+    with pytest.raises(SystemExit, match="describes no model"):
+        benchmark("--heads", "HintHead", "--teacher", tmp_path / "lazy.py")
 
 
 @pytest.mark.usefixtures("benchmark")
@@ -109,6 +119,8 @@ def test_loader(benchmark, monkeypatch, coco_folder, tmp_path, capsys):
         (["--heads", "none", "--switches"], "--heads: only 'none' is named"),
         (["--heads", "none", "--profile"], "--heads: only 'none' is named"),
         (["--loader", "a.yaml"], "--loader: there is no such file"),
+        (["--heads", "HintHead", "--teacher", "a.yaml"], "KD.TEACHER.CONFIG_FILE: there is no such file"),
+        (["--heads", "HintHead", "--teacher", "a.yaml", "KD.TEACHER.X", "1"], "--teacher: Non-existent key: KD.TEACH"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, message, benchmark):
