@@ -369,7 +369,7 @@ def teacher_options(cfg: CfgNode) -> dict:
         "channels_last": node.CHANNELS_LAST,
         "compiled": node.COMPILE,
         "side_stream": node.SIDE_STREAM,
-        "features": dict(node.FEATURES),
+        "features": dict(node.FEATURES or {}),
         "scale": node.SCALE,
     }
 
