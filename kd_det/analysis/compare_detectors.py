@@ -53,11 +53,7 @@ class F1Metric(DatasetEvaluator):
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for image, output in zip(inputs, outputs, strict=True):
-            if "instances" not in output:
-                raise InputError(
-                    f"--run {self.name}: its model gives {', '.join(output)}; only detectors, which give "
-                    "instances, can be compared."
-                )
+            check_detector(self.name, output)
             instances = output["instances"].to("cpu")
             # Masks, which would fill the memory, are left out.
             fields = {key: instances.get(key) for key in ("pred_boxes", "scores", "pred_classes")}
@@ -66,6 +62,22 @@ class F1Metric(DatasetEvaluator):
     def evaluate(self) -> dict[str, Any]:
         point = operating_point(match(self.images, classes=self.classes), self.threshold)
         return {"f1": {"F1": 100 * point.f1, "score threshold": point.threshold}}
+
+
+def check_detector(name: str, output: Mapping[str, Any]) -> None:
+    """Checks that a model gives instances for an image.
+
+    Args:
+        name: Name of the run, for messages.
+        output: Result of the model.
+
+    Raises:
+        InputError: If it gives something else.
+    """
+    if "instances" not in output:
+        raise InputError(
+            f"--run {name}: its model gives {', '.join(output)}; only detectors, which give instances, can be compared."
+        )
 
 
 class VOCMetric(VocEvaluator):
@@ -102,11 +114,8 @@ def evaluate_run(
     Args:
         coco_name: Name under which COCOEvaluator finds the test set.
     """
-    annotations = [annotation for record in records for annotation in record["annotations"]]
-    masks = run.cfg.MODEL.MASK_ON and all("segmentation" in each or each.get("iscrowd", 0) for each in annotations)
-    tasks = ("bbox", "segm") if masks else ("bbox",)
-    coco = CocoEvaluator(coco_name, masks=masks, tasks=tasks, distributed=False)
-    evaluators = [coco, F1Metric(run.name, dataset, records, threshold)]
+    tasks = choose_tasks(run, records)
+    evaluators = [coco_evaluator(coco_name, tasks), F1Metric(run.name, dataset, records, threshold)]
     kind = MetadataCatalog.get(dataset).evaluator_type
     if kind == "pascal_voc":
         evaluators.append(VOCMetric(dataset))
@@ -114,17 +123,41 @@ def evaluate_run(
         evaluators.append(SegmentationEvaluator(dataset, distributed=False))
     results = run.evaluate(dataset, DatasetEvaluators(evaluators))
     f1, segments = results.pop("f1"), results.pop("sem_seg", {})
-    keys = ("AP", "AP50", "AP75")
-    metrics = {f"{task} {key}": float(values[key]) for task, values in results.items() for key in keys}
-    if any(not annotation.get("iscrowd", 0) for annotation in annotations):
-        # For a detector that finds nothing, COCOEvaluator gives NaN instead of 0.
-        metrics |= {key: 0.0 for key, value in metrics.items() if key.startswith(tasks) and math.isnan(value)}
+    metrics = read_ap(results, tasks, records)
     for task in tasks:
         if by_size:  # NaN means that the test set has no objects of this size, or that nothing is found.
             metrics |= {f"{task} {key}": float(results[task][key]) for key in BY_SIZE}
         metrics |= {f"{task} {key}": value for key, value in results[task].items() if key.startswith("AP-")}
     metrics |= {f"sem_seg {key}": value for key, value in segments.items() if key == "mIoU"}
     return metrics | f1
+
+
+def choose_tasks(run: Run, records: Sequence[dict]) -> tuple[str, ...]:
+    """Returns the tasks of COCO's evaluation that a detector and the labels of some images allow."""
+    annotations = (annotation for record in records for annotation in record["annotations"])
+    masks = run.cfg.MODEL.MASK_ON and all("segmentation" in each or each.get("iscrowd", 0) for each in annotations)
+    return ("bbox", "segm") if masks else ("bbox",)
+
+
+def coco_evaluator(coco_name: str, tasks: tuple[str, ...]) -> CocoEvaluator:
+    """Builds the evaluator of COCO's metrics for a data set under the name that :func:`coco_version` returns."""
+    return CocoEvaluator(coco_name, masks="segm" in tasks, tasks=tasks, distributed=False)
+
+
+def read_ap(results: Mapping[str, Any], tasks: tuple[str, ...], records: Sequence[dict]) -> dict[str, float]:
+    """Reads AP, AP50 and AP75 of each task from the results of an evaluation.
+
+    Args:
+        results: Maps tasks to their metrics.
+        tasks: The tasks of COCO's evaluation; the results may have others, too.
+        records: Detectron2's dicts of the images.
+    """
+    keys = ("AP", "AP50", "AP75")
+    metrics = {f"{task} {key}": float(values[key]) for task, values in results.items() for key in keys}
+    if any(not annotation.get("iscrowd", 0) for record in records for annotation in record["annotations"]):
+        # For a detector that finds nothing, COCOEvaluator gives NaN instead of 0.
+        metrics |= {key: 0.0 for key, value in metrics.items() if key.startswith(tasks) and math.isnan(value)}
+    return metrics
 
 
 def coco_version(dataset: str, folder: str) -> str:

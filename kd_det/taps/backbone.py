@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kd_det.errors import InputError
 from kd_det.signals import BOX_SIGNALS, Signals
 from kd_det.taps.preprocessing import ImageModel, padded_size, padding_of
+from kd_det.taps.replacement import find_producer, replace_output
 
 
 class BackboneTap:
@@ -131,6 +132,30 @@ class BackboneTap:
         with ExitStack() as stack:
             self.attach(stack, signals, set(names))
             yield signals
+
+    @property
+    def replaceable(self) -> list[str]:
+        """Lists the signals that :meth:`replace` can change: the maps of the backbone."""
+        return [name for module in self._backbones for name, shape in module.output_shape().items() if shape.stride]
+
+    @contextmanager
+    def replace(self, name: str, function: Callable[[Tensor], Tensor], batched_inputs: list[dict]) -> Iterator[None]:
+        """Replaces a signal by a function of it while the model runs, so that all later layers see the new values.
+
+        Args:
+            name: One of :attr:`replaceable`.
+            function: Maps the signal of a batch to one of the same shape.
+            batched_inputs: A batch that the backbone is run on once, to find the module that computes the signal.
+
+        Raises:
+            InputError: If no module of the backbone computes the signal and nothing else.
+        """
+        network = next(module for module in self._backbones if name in module.output_shape())
+        images: ImageList | Tensor = self.preprocess(batched_inputs)
+        producer = find_producer(network, images if isinstance(images, Tensor) else images.tensor, name)
+        with ExitStack() as stack:
+            replace_output(stack, producer, function)
+            yield
 
     def compute(self, batched_inputs: list[dict], names: Collection[str], student: Signals) -> Signals:
         """Computes the named signals and nothing else.

@@ -1,6 +1,7 @@
 """Implements the tap of image classifiers."""
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from kd_det.registry import TAP_REGISTRY
 from kd_det.signals import Signals
 from kd_det.taps.backbone import BackboneTap, hook, wrap
+from kd_det.taps.replacement import replace_input
 
 
 class Classifier(Protocol):
@@ -64,6 +66,20 @@ class ImageClassifierTap(BackboneTap):
 
     def class_layers(self) -> list[nn.Module]:
         return [self.classifier.linear]
+
+    @property
+    def replaceable(self) -> list[str]:
+        return [*super().replaceable, "pooled"]
+
+    @contextmanager
+    def replace(self, name: str, function: Callable[[Tensor], Tensor], batched_inputs: list[dict]) -> Iterator[None]:
+        if name != "pooled":
+            with super().replace(name, function, batched_inputs):
+                yield
+            return
+        with ExitStack() as stack:
+            replace_input(stack, self.classifier.linear, function)
+            yield
 
     def attach(self, stack: ExitStack, signals: Signals, names: set[str]) -> None:
         super().attach(stack, signals, names - {"pooled"})
