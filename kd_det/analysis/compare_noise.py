@@ -102,6 +102,8 @@ def compare_noise(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset, loaded = load_runs(runs, dataset, device, whole_chains=False)
     records = DatasetCatalog.get(dataset)
+    if not records:
+        raise InputError(f"--dataset: {dataset} has no images.")
     chosen = records if images is None else choose_images(records, images)
     numbers = {id(record): i for i, record in enumerate(records)}
     inputs = [NumberedBatches(run, chosen, [numbers[id(record)] for record in chosen]) for run in loaded]
