@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Instances
 from torch import nn
 from tqdm import tqdm
 
 from kd_det.analysis.compare_detectors import check_detector, choose_tasks, coco_evaluator, coco_version, read_ap
-from kd_det.analysis.evaluation_losses import build_labelled_mapper, compute_losses
+from kd_det.analysis.evaluation_losses import build_labelled_mapper, compute_losses, propose
 from kd_det.analysis.feature_noise import FeatureNoise, measure_std, mix_seed
 from kd_det.analysis.noise_picture import draw_curves
 from kd_det.analysis.report import write
@@ -232,30 +233,45 @@ def measure_run(
     """
     noise = FeatureNoise(measure_std(run, feature, (batch for _, batch in batches)), seed)
     settings = [(strength, draw) for strength in strengths for draw in range(draws if strength else 1)]
+    proposals = [propose(run.model, batch, sampling_seed(seed, numbers)) for numbers, batch in batches]
     measured = []
     _, first = next(iter(batches))
     with build_tap(run.model).replace(feature, noise, first):
         for noise.strength, noise.draw in tqdm(settings, desc=run.name, unit="evaluation", disable=None):
-            metrics = measure_setting(run.model, noise, batches, metric)
+            metrics = measure_setting(run.model, noise, batches, proposals, metric)
             measured.append({"strength": noise.strength, "draw": noise.draw, "metrics": metrics})
     return measured
 
 
 @torch.no_grad()
 def measure_setting(
-    model: nn.Module, noise: FeatureNoise, batches: Batches, metric: DatasetEvaluator
+    model: nn.Module,
+    noise: FeatureNoise,
+    batches: Batches,
+    proposals: Sequence[list[Instances] | None],
+    metric: DatasetEvaluator,
 ) -> dict[str, float]:
-    """Measures the losses and the other metrics of a model under the current noise."""
+    """Measures the losses and the other metrics of a model under the current noise.
+
+    Args:
+        proposals: For each batch, what the model proposes without noise, if it is an R-CNN. The losses are computed on
+            these boxes at every strength; the other metrics are those of predictions from the model's own boxes.
+    """
     metric.reset()
     count, totals = 0, defaultdict[str, float](float)
-    for noise.images, batch in batches:
+    for (noise.images, batch), boxes in zip(batches, proposals, strict=True):
         count += len(batch)
-        # All strengths and draws share the seed of the sampling, so that they differ by the noise alone.
-        for name, loss in compute_losses(model, batch, mix_seed(noise.seed, noise.images[0])).items():
+        # All strengths and draws share the seed, so that they differ by the noise alone.
+        for name, loss in compute_losses(model, batch, sampling_seed(noise.seed, noise.images), boxes).items():
             totals[name] += len(batch) * loss
         metric.process(batch, model(batch))
     losses = {name: total / count for name, total in totals.items()}
     return {"loss": sum(losses.values()), **losses, **metric.evaluate()}
+
+
+def sampling_seed(seed: int, numbers: Sequence[int]) -> int:
+    """Returns the seed of the sampling of anchors and proposals in a batch, which is that of its first image."""
+    return mix_seed(seed, numbers[0])
 
 
 def summarise_strengths(runs: Sequence[dict[str, Any]], strengths: Sequence[float]) -> dict[str, list[dict[str, Any]]]:

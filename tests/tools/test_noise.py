@@ -18,7 +18,7 @@ from helpers import attached, build, tiny_cfg, tiny_inputs, with_data
 from torch import nn
 
 from kd_det.analysis.compare_noise import Accuracy, compare_noise, measure_run, measure_setting
-from kd_det.analysis.evaluation_losses import build_labelled_mapper, compute_losses
+from kd_det.analysis.evaluation_losses import build_labelled_mapper, compute_losses, propose
 from kd_det.analysis.feature_noise import FeatureNoise, draw_noise, measure_std
 from kd_det.analysis.run import Run
 from kd_det.data import DetectionMapper, register_datasets
@@ -84,7 +84,9 @@ def test_losses_are_those_of_training_with_the_statistics_of_evaluation(family):
     state = torch.get_rng_state()
     losses = compute_losses(model, batch, 3)
     assert torch.equal(torch.get_rng_state(), state)
+    assert compute_losses(model, batch, 3, propose(model, batch, 3)) == losses
     assert not any(module.training for module in model.modules())
+    assert not attached(model)
     assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
 
     model.train()
@@ -94,6 +96,22 @@ def test_losses_are_those_of_training_with_the_statistics_of_evaluation(family):
     torch.manual_seed(3)
     with EventStorage(1):
         assert losses == {name: loss.item() for name, loss in model(batch).items()}
+
+
+@pytest.mark.parametrize("family", ["mask_rcnn", "c4"])
+def test_losses_under_noise_are_those_of_the_boxes_without_noise(family):
+    model, feature, batch = make_model(family)
+    tap = build_tap(model)
+    proposals = propose(model, batch, 3)
+    noise = FeatureNoise(torch.ones(tap.spec()[feature].channels), 0)
+    noise.images = (0,)
+    boxes = []
+    for noise.strength, given in ((0.0, None), (5.0, proposals), (5.0, None)):
+        with tap.replace(feature, noise, batch), tap.record({"roi_logits"}) as signals:
+            compute_losses(model, batch, 3, given)
+        boxes.append(signals["roi_boxes"])
+    assert torch.equal(boxes[0], boxes[1])
+    assert not torch.equal(boxes[0], boxes[2])
 
 
 def test_losses_of_a_dense_detector_do_not_depend_on_the_images_before():
@@ -250,7 +268,10 @@ def test_metrics_do_not_depend_on_the_batch():
     noise.strength = 1.0
     singly = [((i,), [image]) for i, image in enumerate(images)]
     with build_tap(model).replace("res3", noise, images):
-        found = [measure_setting(model, noise, x, Accuracy("digits_test")) for x in ([(range(4), images)], singly)]
+        found = [
+            measure_setting(model, noise, x, [None] * len(x), Accuracy("digits_test"))
+            for x in ([(range(4), images)], singly)
+        ]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
