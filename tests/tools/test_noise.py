@@ -326,7 +326,6 @@ def test_classifiers(classifiers, tmp_path):
     options = {"strengths": [0, 1], "draws": 2, "images": 12}
     results = compare_noise(runs, "pooled", str(tmp_path / "one"), **options)
     assert compare_noise(runs, "pooled", str(tmp_path / "two"), **options) == results
-    assert compare_noise(runs, "pooled", str(tmp_path / "three"), **options, seed=1) != results
     plain, noisy = results["summary"]["a"]
     assert {"loss", "top1", "top5"} <= plain["metrics"].keys()
     assert plain["metrics"]["loss"]["mean"] != noisy["metrics"]["loss"]["mean"]
