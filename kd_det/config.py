@@ -244,6 +244,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     # other metric that an evaluation prints and for which higher is better. With several test sets, write
     # "name_of_the_set/bbox/AP"; for the averaged weights, "ema/...". "": no such checkpoint.
     cfg.TEST.BEST_METRIC = ""
+    # End the run as if finished once this many evaluations in a row (every TEST.EVAL_PERIOD iterations) have found no
+    # better value of TEST.BEST_METRIC; NaN is not better. model_final.pth then has the last weights and model_best.pth
+    # the best ones. The learning-rate schedule and the schedules of KD still follow SOLVER.MAX_ITER. 0: never.
+    cfg.TEST.PATIENCE = 0
 
     # ---- Weights & Biases ----
     cfg.WANDB = CfgNode()

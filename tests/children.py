@@ -73,8 +73,8 @@ class Event:
             if now.is_set():
                 self.strike_in("backward")
 
-        def save_half(data, file):
-            save(data, file)
+        def save_half(data, file, **options):
+            save(data, file, **options)
             if now.is_set() and self.phase == "write":
                 file.truncate(file.tell() // 2)
                 self.strike()

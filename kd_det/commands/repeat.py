@@ -179,6 +179,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
     baselines = find_baselines(args.student, [name for name, case in cases.items() if is_plain(*case)])
     if args.equal_compute:
         check_equal_compute(list(cases), baselines)
+        for name in sorted(set(baselines.values())):
+            patience = read_student(*cases[name]).TEST.PATIENCE
+            if patience:
+                raise InputError(
+                    f"--equal-compute: TEST.PATIENCE must be 0 for {name}, got {patience}: a run that may end early "
+                    "has no length to extend."
+                )
     folder = args.output / "teacher"
     if args.teacher_weights:
         weights, source, teachers = args.teacher_weights, f"{args.teacher}:{args.teacher_weights}", []

@@ -38,6 +38,16 @@ def check_solver(cfg: CfgNode) -> None:
         )
 
 
+def check_patience(cfg: CfgNode) -> None:
+    """Checks that a run that may end early is evaluated while it trains, by a metric."""
+    patience, metric, period = cfg.TEST.PATIENCE, cfg.TEST.BEST_METRIC, cfg.TEST.EVAL_PERIOD
+    if patience and not (metric and period):
+        raise InputError(
+            f"TEST.PATIENCE: must be 0 without TEST.BEST_METRIC and TEST.EVAL_PERIOD, got {patience} with BEST_METRIC "
+            f"{metric!r} and EVAL_PERIOD {period}."
+        )
+
+
 def check_augmentation(cfg: CfgNode) -> None:
     """Checks the sizes to which training images are resized and cropped."""
     node, crop = cfg.INPUT, cfg.INPUT.CROP

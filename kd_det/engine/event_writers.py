@@ -23,13 +23,22 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressPrinter(CommonMetricPrinter):
-    """Extends Detectron2's printer, which may divide by zero when an error makes it print an iteration twice."""
+    """Extends Detectron2's printer, which may divide by zero when an error makes it print an iteration twice.
+
+    Args:
+        cfg: The run's config.
+        trainer: The trainer; nothing is printed after its last iteration, which may come before SOLVER.MAX_ITER.
+    """
 
     last = -1
 
+    def __init__(self, cfg: CfgNode, trainer: TrainerBase):
+        super().__init__(cfg.SOLVER.MAX_ITER)
+        self.trainer = trainer
+
     def write(self) -> None:
         iteration = get_event_storage().iter
-        if iteration != self.last:
+        if iteration != self.last and iteration < self.trainer.max_iter:
             self.last = iteration
             super().write()
 
@@ -132,7 +141,7 @@ def build_writers(cfg: CfgNode, trainer: TrainerBase) -> list[EventWriter]:
     """
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     return [
-        ProgressPrinter(cfg.SOLVER.MAX_ITER),
+        ProgressPrinter(cfg, trainer),
         MetricsWriter(metrics_path(cfg)),
         *([WandbWriter(cfg, trainer)] if cfg.WANDB.PROJECT else []),
         TensorBoardWriter(cfg.OUTPUT_DIR),

@@ -93,7 +93,7 @@ def warn_of_length(cfg: CfgNode, done: int, *, key: str) -> None:
         key: The config key that the number comes from.
     """
     asked = Trainer.auto_scale_workers(cfg, comm.get_world_size()).SOLVER.MAX_ITER
-    if asked != done:
+    if asked != done and not (cfg.TEST.PATIENCE and done < asked):  # It may have ended early.
         logger.warning(
             "%s: got %d, but %s is finished after %d iterations and stays as it is; delete the folder to train again.",
             key,
@@ -263,6 +263,7 @@ def stage_config(cfg: CfgNode, folder: Path) -> CfgNode:
     cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.WARMUP_ITERS = "WarmupMultiStepLR", 0
     cfg.SOLVER.EMA_DECAY = 0.0
     cfg.DATASETS.TEST, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC, cfg.VIS_PERIOD = (), 0, "", 0
+    cfg.TEST.PATIENCE = 0
     cfg.OUTPUT_DIR = str(folder)
     cfg.WANDB.NAME = cfg.WANDB.NAME and f"{cfg.WANDB.NAME}/{folder.name}"
     cfg.freeze()

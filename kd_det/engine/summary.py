@@ -41,6 +41,8 @@ def log_summary(trainer: Trainer, *, stage: str = "") -> None:
         parts.append(inheritance_table(trainer.inheritance))
     solver, datasets = trainer.cfg.SOLVER, trainer.cfg.DATASETS
     evaluated = f"evaluated on {', '.join(datasets.TEST)}" if datasets.TEST else "not evaluated"
+    if patience := trainer.cfg.TEST.PATIENCE:
+        evaluated += f"; ends after {patience} evaluations without a better {trainer.cfg.TEST.BEST_METRIC}"
     parts.append(
         f"On {', '.join(datasets.TRAIN)}: {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images; {evaluated}."
     )

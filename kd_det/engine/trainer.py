@@ -11,16 +11,18 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import PeriodicWriter
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_det.checkpoint import KDCheckpointer, loading_checkpoint
 from kd_det.checkpoint_folder import FINAL, read_whole_header
+from kd_det.config_checks.training import check_patience
 from kd_det.construction import naming_config
 from kd_det.data.loader import seed_everything
 from kd_det.engine.divergence import explaining_divergence
+from kd_det.engine.early_stopping import EarlyStop, EarlyStopping
 from kd_det.engine.ema import build_ema
 from kd_det.engine.evaluation import build_evaluator, share_buffers
 from kd_det.engine.event_writers import build_writers, drop_lines, metrics_path
@@ -99,6 +101,10 @@ class Trainer(DefaultTrainer):
             self.complete()
         try:
             return super().train()
+        except EarlyStop:
+            if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+                verify_results(self.cfg, self._last_eval_results)
+            return None
         finally:
             # Drop the loader's iterator here: if garbage collection does it, it waits five seconds for each worker.
             loader = self._trainer.data_loader
@@ -114,6 +120,11 @@ class Trainer(DefaultTrainer):
         if resumed != final and not (header and header.run == self.run):
             self.checkpointer.save(final.stem, iteration=self.iter)
         self.max_iter = self.start_iter
+
+    def before_step(self) -> None:
+        if self.iter >= self.max_iter:  # A hook has ended the run early.
+            raise EarlyStop
+        super().before_step()
 
     def run_step(self) -> None:
         # An iteration draws the same random numbers whether or not the run was interrupted before it.
@@ -178,9 +189,12 @@ class Trainer(DefaultTrainer):
         students, configs = list(self.wrapper.students), self.wrapper.student_configs(self.cfg)
         if len(students) > 1 and comm.is_main_process():
             hooks.insert(0, PeerWriter(students, configs))
+        before_writers = next((i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)), len(hooks))
         if self.cfg.TEST.AUG.ENABLED and self.cfg.DATASETS.TEST:
-            writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
-            hooks.insert(min(writers, default=len(hooks)), TTAEvaluation(self.cfg, self.student))
+            hooks.insert(before_writers, TTAEvaluation(self.cfg, self.student))
+        if self.cfg.TEST.PATIENCE:
+            check_patience(self.cfg)
+            hooks.insert(before_writers, EarlyStopping(self.cfg))
         if comm.is_main_process():
             best = next((hook for hook in hooks if isinstance(hook, BestCheckpointer)), None)
             hooks.append(ClosingTable([config.OUTPUT_DIR for config in configs[1:]], best))

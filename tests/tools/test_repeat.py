@@ -51,6 +51,7 @@ def test_a_student_may_have_a_recipe(tmp_path):
 CONFIGS = ROOT / "configs"
 STUDENT = f"a={CONFIGS}/BCCD/student.yaml"
 DISTILLED = ["--student", f"b={CONFIGS}/BCCD/student.yaml", f"{CONFIGS}/recipes/reviewkd.yaml"]
+PATIENCE = ["TEST.PATIENCE", "3", "TEST.BEST_METRIC", "bbox/AP", "TEST.EVAL_PERIOD", "9"]
 VALID = ["--teacher", f"{CONFIGS}/BCCD/teacher.yaml", "--student", STUDENT, "--output", "x"]
 
 
@@ -68,6 +69,10 @@ VALID = ["--teacher", f"{CONFIGS}/BCCD/teacher.yaml", "--student", STUDENT, "--o
         (["--seeds", "1", "-1"], "--seeds -1: must be at least 0"),
         (["SEED", "5"], "command line: the override SEED would give all runs the same seed; use --seeds"),
         (["--equal-compute"], "--equal-compute: needs a distilled --student and a plain one"),
+        (
+            ["--equal-compute", *DISTILLED, *PATIENCE],
+            "--equal-compute: TEST.PATIENCE must be 0 for a, got 3: a run that may end early has no length to extend.",
+        ),
         (
             ["--equal-compute", "--student", f"a_as_long_as_b={CONFIGS}/BCCD/student.yaml", *DISTILLED],
             "--equal-compute: trains a student a_as_long_as_b; give the --student of this name another one",
