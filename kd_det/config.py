@@ -100,12 +100,14 @@ def add_kd_config(cfg: CfgNode) -> None:
     # The teacher's config: a file, or the name of a config of the model zoo or of kd_det, such as
     # COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml or BCCD/teacher.yaml. It may be a LazyConfig of the model zoo, such
     # as new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.py; any other .py file must be named on the command line, since
-    # its code is run.
+    # its code is run. "timm:" before a name of the timm library, such as timm:vit_small_patch14_dinov2, makes that
+    # network a teacher of feature maps.
     cfg.KD.TEACHER.CONFIG_FILE = ""
     # The teacher's checkpoint. "": the zoo's trained model for a zoo config; for other YAML configs model_final.pth in
-    # the OUTPUT_DIR of that config, if it is there, else MODEL.WEIGHTS of that config.
+    # the OUTPUT_DIR of that config, if it is there, else MODEL.WEIGHTS of that config; timm's own for timm:...
     cfg.KD.TEACHER.WEIGHTS = ""
-    # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...]; for a LazyConfig [key=value, key=value, ...].
+    # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...]; for a LazyConfig [key=value, key=value, ...];
+    # for a network of timm whose weights have a classifier of N classes [num_classes, N].
     cfg.KD.TEACHER.OPTS = []
     # Names of the teacher's classes, in the order of its indices. Class predictions are then compared for the classes
     # that the student's data sets name alike, and everything else as one class. []: the names in the data sets of the
@@ -117,7 +119,8 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TEACHER.SYNONYMS = CfgNode(new_allowed=True)
     # Maps feature maps of the student to the teacher's that stand for them, where the names differ, such as
     # {p3: res3, p4: res4, p5: res5} for a teacher without an FPN. Maps of another stride are resampled onto the
-    # student's grid.
+    # student's grid. For a network of timm, maps that are not listed have the teacher's deepest map of the nearest
+    # stride.
     cfg.KD.TEACHER.FEATURES = CfgNode(new_allowed=True)
     # Enlarge the images by this factor for the teacher, which often sees small objects better then; 1.0: as they are.
     # Boxes are scaled, and maps are brought back to the student's grid; predictions for anchors (rpn, dense) cannot be

@@ -129,7 +129,7 @@ def fit_names(loaded: dict[str, Any], model_keys: Collection[str], path: str) ->
     if loaded.get("matching_heuristics"):
         return loaded
     state = strip_wrappers(loaded["model"], set(model_keys), path)
-    if RESNET_KEY in state and not any(key.endswith(f".{RESNET_KEY}") for key in model_keys):
+    if RESNET_KEY in state and not any(f".{key}".endswith(f".{RESNET_KEY}") for key in model_keys):
         return loaded | {"model": rename_torchvision_resnet(state, path), "matching_heuristics": True}
     if "linear.weight" in state and "linear.weight" not in model_keys:
         return loaded | {"model": backbone_of_classifier(state), "matching_heuristics": True}

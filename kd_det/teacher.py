@@ -32,6 +32,7 @@ from kd_det.lazy_configs import (
 )
 from kd_det.signals import BOX_SIGNALS, Signals, flipped
 from kd_det.taps import BackboneTap, build_tap, padding_of
+from kd_det.timm_teachers import build_timm_teacher, describe_timm_teacher, is_timm_teacher
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -130,7 +131,8 @@ class Teacher:
         Raises:
             InputError: If ``features`` names a feature map that a network does not have.
         """
-        self.alignment = Alignment(student, self.tap, features=self.features, scale=self.alignment.scale)
+        features = self.tap.stand_ins(student) | self.features
+        self.alignment = Alignment(student, self.tap, features=features, scale=self.alignment.scale)
         self.alignment.check_features()
 
     def spec(self) -> dict[str, ShapeSpec]:
@@ -289,11 +291,13 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Teacher:
     if is_lazy_config(node.CONFIG_FILE):
         model = build_lazy_model(_load_lazy(cfg), teacher_cfg.MODEL.DEVICE, source)
         add_model(teacher_cfg, model, source)
+    elif is_timm_teacher(node.CONFIG_FILE):
+        model = build_timm_teacher(cfg, trained=trained)
     else:
         model = build_network(teacher_cfg, source)
     flip_channels = is_flipped(cfg, teacher_cfg, ("the student", "the teacher"))
     check_square(cfg, model)
-    if trained:
+    if trained and not is_timm_teacher(node.CONFIG_FILE):
         load_teacher(model, weights, node, teacher_cfg)
     logging.getLogger(__name__).info("Teacher: %s, weights %s", node.CONFIG_FILE, weights)
     return Teacher(
@@ -383,7 +387,7 @@ def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:
 def read_teacher_config(cfg: CfgNode) -> CfgNode:
     """Reads the teacher's own config, set to the student's device.
 
-    Of a LazyConfig it is a description; see :func:`kd_det.lazy_configs.describe_lazy_config`.
+    Of a LazyConfig or a network of timm it is a description; see :func:`kd_det.lazy_configs.describe_lazy_config`.
     """
     node = cfg.KD.TEACHER
     key = "KD.TEACHER.CONFIG_FILE"
@@ -393,6 +397,8 @@ def read_teacher_config(cfg: CfgNode) -> CfgNode:
         teacher_cfg = describe_lazy_config(_load_lazy(cfg))
         teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
         return teacher_cfg
+    if is_timm_teacher(node.CONFIG_FILE):
+        return describe_timm_teacher(cfg)
     # The teacher may be a student that was trained with heads of plugins.
     teacher_cfg = read_config(node.CONFIG_FILE, key, options=node.OPTS, options_key="KD.TEACHER.OPTS", other_heads=True)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
@@ -413,7 +419,8 @@ def default_weights(name: str, teacher_cfg: CfgNode, options: Sequence) -> str:
     """Returns the weights of a teacher for which ``KD.TEACHER.WEIGHTS`` names none.
 
     They are the zoo's trained model for a zoo config, else what a training of the config has left in its OUTPUT_DIR,
-    else MODEL.WEIGHTS of the config. A LazyConfig outside the zoo has none.
+    else MODEL.WEIGHTS of the config. A LazyConfig outside the zoo has none. Those of a
+    network of timm are timm's own, which are no file.
 
     Args:
         name: The teacher's config: a file or a name.
@@ -423,6 +430,8 @@ def default_weights(name: str, teacher_cfg: CfgNode, options: Sequence) -> str:
     Raises:
         InputError: If there are none.
     """
+    if is_timm_teacher(name):
+        return "timm's weights"
     if is_zoo_teacher(name):
         return zoo_weights(name)
     if is_lazy_config(name):

@@ -375,7 +375,8 @@ def generation_config(cfg: CfgNode, generation: int) -> CfgNode:
         cfg.KD.TEACHER.CONFIG_FILE = str(before / "config.yaml")
         cfg.KD.TEACHER.WEIGHTS = str(before / FINAL)
         cfg.KD.TEACHER.OPTS = []
-        # A student teaches its own classes.
+        # A student teaches its own classes, and its maps have their own names.
         cfg.KD.TEACHER.CLASSES, cfg.KD.TEACHER.SYNONYMS = [], CfgNode(new_allowed=True)
+        cfg.KD.TEACHER.FEATURES = CfgNode(new_allowed=True)
     cfg.freeze()
     return cfg

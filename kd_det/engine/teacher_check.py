@@ -23,6 +23,7 @@ from kd_det.lazy_configs import is_lazy_config
 from kd_det.taps import count_classes
 from kd_det.teacher import build_teacher, read_teacher_config
 from kd_det.teacher_classes import count_object_classes, divide_classes
+from kd_det.timm_teachers import is_timm_teacher
 
 logger = logging.getLogger(__name__)
 # Maps models that predict other classes than those of objects or images to the metadata that names theirs.
@@ -120,6 +121,11 @@ def check_teacher(cfg: CfgNode) -> None:
         raise InputError(f"KD.TEACHER.SANITY_CHECK: must be 0 (no check) or a number of images, got {count}.")
     if not (count and has_teacher(cfg) and cfg.KD.HEADS):
         return
+    if is_timm_teacher(cfg.KD.TEACHER.CONFIG_FILE):
+        raise InputError(
+            f"KD.TEACHER.SANITY_CHECK: got {count}, but {cfg.KD.TEACHER.CONFIG_FILE} teaches by its feature maps and "
+            "predicts nothing that could be evaluated; set it to 0."
+        )
     if not cfg.DATASETS.TEST:
         raise InputError(f"KD.TEACHER.SANITY_CHECK: got {count}, but DATASETS.TEST names no data set.")
     dataset, teacher = cfg.DATASETS.TEST[0], build_teacher(cfg)

@@ -8,6 +8,7 @@ from kd_det.taps.dense import FCOSTap, RetinaNetTap
 from kd_det.taps.preprocessing import padded_size, padding_of, preprocess_alike, shared_images
 from kd_det.taps.rcnn import GeneralizedRCNNTap
 from kd_det.taps.segmentation import PanopticFPNTap, SemanticSegmentorTap
+from kd_det.taps.timm_features import TimmFeaturesTap
 
 __all__ = [
     "BackboneTap",
@@ -17,6 +18,7 @@ __all__ = [
     "PanopticFPNTap",
     "RetinaNetTap",
     "SemanticSegmentorTap",
+    "TimmFeaturesTap",
     "build_tap",
     "count_classes",
     "describe_model",

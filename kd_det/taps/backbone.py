@@ -84,6 +84,13 @@ class BackboneTap:
         """Maps the name of each signal that is a map of the image to its pixels per cell."""
         return {name: shape.stride for name, shape in self.spec().items() if shape.stride is not None}
 
+    def stand_ins(self, student: "BackboneTap") -> dict[str, str]:
+        """Maps feature maps of a student to those of this model that stand for them where the config names none.
+
+        By default only maps of the same name are compared.
+        """
+        return {}
+
     @property
     def cut_signals(self) -> Collection[str]:
         """Lists the predictions for anchors whose levels pass through :meth:`cut` before they are flattened."""

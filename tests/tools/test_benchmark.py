@@ -55,6 +55,11 @@ def test_another_teacher(benchmark, tmp_path, capsys):
         benchmark("--heads", "HintHead", "--teacher", tmp_path / "lazy.py")
 
 
+def test_a_teacher_of_feature_maps(benchmark, capsys):
+    benchmark("--heads", "PearsonHead", "--teacher", "timm:test_vit")
+    assert "FPN from timm:test_vit, random weights" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("benchmark")
 @pytest.mark.parametrize("options", [{}, {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"}])
 def test_weights_and_boxes_stay_the_same(options):
