@@ -55,6 +55,7 @@ def test_its_logits_are_those_that_torchvision_computes(cfg):
     torch.testing.assert_close(logits, expected[:, [1, 2, 3, 0]], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_detects_in_the_pixels_of_the_original_image(cfg):
     model = build_model(cfg).eval()
     with torch.no_grad():

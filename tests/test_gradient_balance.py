@@ -270,6 +270,7 @@ def test_a_run_without_shares_goes_on_with_them(run, tmp_path):
     assert counts == dict.fromkeys(BOTH, 2)  # At once, in iteration 3, and in 4.
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_two_ranks_have_the_same_weights(run, tmp_path):
     task = Task(run, tmp_path)

@@ -42,6 +42,7 @@ def hostile_folder(coco_folder, tmp_path):
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_detectors(hostile_folder, tmp_path, save_run, run_tool):
     """Everything is there, hostile names are text, and the page holds one copy of each image."""
     name = "<b onload>'\""
