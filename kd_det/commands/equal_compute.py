@@ -11,6 +11,7 @@ from kd_det.analysis.runs import find_generations
 from kd_det.checkpoint_folder import finished_iterations
 from kd_det.commands.trainings import Training
 from kd_det.config import read_config
+from kd_det.engine.event_writers import logged_number
 from kd_det.errors import InputError
 from kd_det.files import write_whole
 
@@ -138,16 +139,7 @@ def iteration_time(path: Path) -> float:
         InputError: If there is no time in the file.
     """
     lines = path.read_bytes().splitlines() if path.is_file() else []
-    times = [time for time in map(logged_time, lines) if time > 0]
+    times = [time for time in (logged_number(line, "time") for line in lines) if 0 < time < math.inf]
     if not times:
         raise InputError(f"--equal-compute: {path} does not say how long an iteration took.")
     return statistics.median(times)
-
-
-def logged_time(line: bytes) -> float:
-    """Reads the time of a line of ``metrics.json``; returns 0 if the line has none or is damaged."""
-    try:
-        time = json.loads(line)["time"]
-    except (LookupError, RecursionError, TypeError, ValueError):
-        return 0.0
-    return float(time) if isinstance(time, int | float) and math.isfinite(time) else 0.0

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kd_det.errors import InputError
 from kd_det.files import naming, write_whole
+from kd_det.reporting.curves import read_line
 
 logger = logging.getLogger(__name__)
 
@@ -200,8 +201,10 @@ def last_iteration(path: str) -> float:
 
 def logged_iteration(line: bytes) -> float:
     """Reads the iteration of a line of ``metrics.json``; returns -1 if the line has none."""
-    try:
-        iteration = json.loads(line)["iteration"]
-    except (LookupError, RecursionError, TypeError, ValueError):
-        return -1
-    return iteration if isinstance(iteration, int | float) and iteration >= 0 else -1
+    return logged_number(line, "iteration")
+
+
+def logged_number(line: bytes, name: str) -> float:
+    """Reads a scalar of a line of ``metrics.json`` that is 0 or more; returns -1 if the line has none or is damaged."""
+    number = read_line(line).get(name)
+    return number if isinstance(number, int | float) and number >= 0 else -1

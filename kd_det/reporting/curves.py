@@ -46,7 +46,7 @@ def read_curves(path: str | Path) -> dict[str, Curve]:
         return {}
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            scalars = _read_line(line)
+            scalars = read_line(line)
             iteration = _as_number(scalars.get("iteration"))
             if math.isnan(iteration):
                 continue
@@ -60,7 +60,8 @@ def read_curves(path: str | Path) -> dict[str, Curve]:
     return {name: _sorted(*column) for name, column in columns.items()}
 
 
-def _read_line(line: str) -> Mapping[str, object]:
+def read_line(line: str | bytes) -> Mapping[str, object]:
+    """Reads the scalars of a line of ``metrics.json``; returns {} if it is damaged or not a JSON object."""
     try:
         scalars = json.loads(line)
     except (ValueError, RecursionError):
