@@ -189,6 +189,7 @@ def told(folder):
     return {key: value for line in lines for key, value in json.loads(line).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_two_ranks_give_what_one_process_gives(tmp_path):
     """Each image has the same augmentation, whoever reads it, and no batch norm makes images meet."""
@@ -211,6 +212,7 @@ def test_two_ranks_give_what_one_process_gives(tmp_path):
     assert {key: two[key] for key in found} == found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_torchrun_trains_the_quickstart_as_one_process_does(tmp_path, monkeypatch):
     """Within 15 % of each loss: each rank draws boxes of its own, and its batch norms see half of the images."""
@@ -239,6 +241,7 @@ def test_torchrun_trains_the_quickstart_as_one_process_does(tmp_path, monkeypatc
     assert (tmp_path / "two" / "log.txt.rank1").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_a_detector_evaluated_by_two_ranks(teacher, coco_folder, tmp_path):
     cfg = with_data(distilled_cfg(teacher, ["ReviewKDHead"]), coco_folder, tmp_path)
