@@ -98,10 +98,15 @@ def has_stage(head: nn.Module) -> TypeGuard[StagedHead]:
 
 
 def freeze_pretrained(head: nn.Module) -> None:
-    """Freezes what a stage before the run trains: no gradients, and evaluation mode whatever ``head.train()`` asks."""
+    """Freezes what a stage before the run trains."""
     for name in getattr(head, "pretrained", ()):
-        module = head.get_submodule(name).requires_grad_(False).eval()
-        vars(module)["train"] = lambda mode=True, module=module: module  # This hides the method of the class.
+        freeze(head.get_submodule(name))
+
+
+def freeze(module: nn.Module) -> None:
+    """Freezes a part of a head: no gradients, and evaluation mode whatever ``head.train()`` asks."""
+    module.requires_grad_(False).eval()
+    vars(module)["train"] = lambda mode=True: module  # This hides the method of the class.
 
 
 def check_feature_maps(

@@ -12,6 +12,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from kd_det.errors import InputError, check_choice
+from kd_det.heads.build import freeze
 from kd_det.heads.coders import (
     AutoEncoder,
     Feature,
@@ -22,6 +23,7 @@ from kd_det.heads.coders import (
     reconstruction_loss,
     rescale,
     valid_cells,
+    zero_padding,
 )
 from kd_det.heads.norms import check_norm
 from kd_det.losses import exploration_loss, inheritance_loss
@@ -33,6 +35,8 @@ KINDS = ("ft", "at", "od")
 # Maps each distance to the options of the losses.
 DISTANCES: dict[str, dict[str, Any]] = {"l1": {"p": 1}, "l2": {"p": 2}, "cosine": {"cosine": True}}
 DIVISIONS = ("natural", "random")
+ENCODERS = ("trained", "random")
+EXPLORE_TARGETS = ("teacher", "noise")
 
 
 @KD_HEAD_REGISTRY.register()
@@ -66,6 +70,11 @@ class InheritExploreHead(nn.Module):
     best weight on CIFAR according to the paper is 50 with "code", which equals 1.1 with "map_invariant" for ``ft``
     (32x8x8 elements) and 6.25 for ``at`` (8x8); the published configs have 1 and, for factor transfer, 500.
 
+    Two options are controls, which the paper does not have. With `encoder` "random" the exploring half's encoder keeps
+    its initial weights, so that only the student can make a difference; its batch norms then change nothing. With
+    `explore_target` "noise" the exploring half is pushed away from Gaussian noise, drawn anew in every iteration, which
+    has the length of the teacher's factor per image (or box) and tells nothing about the teacher.
+
     Args:
         features: Maps each compared feature, a map of the backbone or ``roi_features``, to its description. The student
             must have an even number of channels.
@@ -77,6 +86,8 @@ class InheritExploreHead(nn.Module):
         seed: Seed of the random division; the same on every process.
         inherit_weight: Factor of the inheriting half's loss; 0 leaves it out.
         explore_weight: Factor of the exploring half's loss; 0 leaves it out.
+        encoder: The exploring half's encoder: "trained" together with the student, or "random" and frozen.
+        explore_target: The exploring half is pushed away from the factor of the "teacher" or from "noise".
         norm: Normalisation in encoders and decoders: "BN" (published code), "SyncBN", "GN" or "LN".
         scale: "map_invariant" or "code".
         reconstruction: Loss of the auto-encoder in the stage before the run: "l2" (paper) or "l1" (published code).
@@ -100,6 +111,12 @@ class InheritExploreHead(nn.Module):
         "INHERIT_WEIGHT": 1.0,
         # Factor of the exploring half's loss, which already has its sign; 0 leaves the half out.
         "EXPLORE_WEIGHT": 1.0,
+        # The exploring half's encoder: "trained" with the student (published), or "random", a control: it keeps its
+        # initial weights, which follow from SEED.
+        "ENCODER": "trained",
+        # The exploring half is pushed away from the factor of the "teacher" (published) or, as a control, from "noise"
+        # of the same length, drawn anew in every iteration.
+        "EXPLORE_TARGET": "teacher",
         # Channels of the factors, as a share of the teacher's channels.
         "FACTOR_RATE": 0.5,
         # Normalisation in encoders and decoders: BN (published), SyncBN, GN or LN.
@@ -125,6 +142,8 @@ class InheritExploreHead(nn.Module):
         seed: int = 0,
         inherit_weight: float = config["INHERIT_WEIGHT"],
         explore_weight: float = config["EXPLORE_WEIGHT"],
+        encoder: str = config["ENCODER"],
+        explore_target: str = config["EXPLORE_TARGET"],
         norm: str = config["NORM"],
         scale: str = config["SCALE"],
         reconstruction: str = config["RECONSTRUCTION"],
@@ -134,6 +153,7 @@ class InheritExploreHead(nn.Module):
         self.boxes = boxes
         self.kind = kind
         self.distance = distance
+        self.explore_target = explore_target
         self.scale = scale
         self.reconstruction = reconstruction
         weights = {"inherit": inherit_weight, "explore": explore_weight}
@@ -153,12 +173,21 @@ class InheritExploreHead(nn.Module):
             for halves in encoders.values():
                 halves[name] = nn.Identity() if kind == "at" else coder(student // 2, factor, norm)
         self.encoders = nn.ModuleDict(encoders)
+        if encoder == "random":
+            freeze(self.encoders["explore"])
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
         node, key = cfg.KD.INHERIT_EXPLORE, "KD.INHERIT_EXPLORE"
         features = check_factor_options(key, node, student_spec, teacher_spec)
-        for option, allowed in (("KIND", KINDS), ("DISTANCE", DISTANCES), ("DIVIDE", DIVISIONS)):
+        choices = {
+            "KIND": KINDS,
+            "DISTANCE": DISTANCES,
+            "DIVIDE": DIVISIONS,
+            "ENCODER": ENCODERS,
+            "EXPLORE_TARGET": EXPLORE_TARGETS,
+        }
+        for option, allowed in choices.items():
             check_choice(f"{key}.{option}", node[option], allowed)
         if node.KIND == "od" and node.DISTANCE != "l1":
             raise InputError(f"{key}.DISTANCE: must stay l1 with KIND 'od', which has its own, got {node.DISTANCE!r}.")
@@ -176,6 +205,14 @@ class InheritExploreHead(nn.Module):
                 f"{key}: INHERIT_WEIGHT and EXPLORE_WEIGHT must be finite, 0 or more (exploration has its sign in the "
                 f"loss) and not both 0, got {weights[0]} and {weights[1]}."
             )
+        if node.ENCODER == "random" and node.KIND == "at":
+            raise InputError(f"{key}.ENCODER: must stay trained with KIND 'at', which has no encoders, got 'random'.")
+        for option in ("ENCODER", "EXPLORE_TARGET"):
+            if node[option] != cls.config[option] and not node.EXPLORE_WEIGHT:
+                raise InputError(
+                    f"{key}.{option}: must stay {cls.config[option]} with EXPLORE_WEIGHT 0, where nothing explores, "
+                    f"got {node[option]!r}."
+                )
         return {
             "features": features,
             "boxes": node.BOXES,
@@ -185,6 +222,8 @@ class InheritExploreHead(nn.Module):
             "seed": max(cfg.SEED, 0),
             "inherit_weight": node.INHERIT_WEIGHT,
             "explore_weight": node.EXPLORE_WEIGHT,
+            "encoder": node.ENCODER,
+            "explore_target": node.EXPLORE_TARGET,
             "norm": node.NORM,
             "scale": node.SCALE,
             "reconstruction": node.RECONSTRUCTION,
@@ -241,6 +280,9 @@ class InheritExploreHead(nn.Module):
         if bounded:
             target = cast_up(target).relu()
             half = with_length_of(cast_up(half).relu(), target)
+        if (part, self.explore_target) == ("explore", "noise"):
+            noise = zero_padding(torch.randn_like(target, dtype=torch.float64), mask).to(target.dtype)
+            target = with_length_of(noise.relu() if bounded else noise, target)
         options = {} if self.kind == "od" else DISTANCES[self.distance]
         loss = (inheritance_loss if part == "inherit" else exploration_loss)(half, target, kind=self.kind, **options)
         if bounded and has_event_storage():

@@ -99,6 +99,9 @@ VARIANTS = {
         "SyncBN": {"NORM": "SyncBN"},
         "inherit": {"EXPLORE_WEIGHT": 0.0},
         "explore": {"INHERIT_WEIGHT": 0.0, "EXPLORE_WEIGHT": 2.0},
+        "random_encoder": {"ENCODER": "random"},
+        "noise": {"EXPLORE_TARGET": "noise", "IN_FEATURES": ["p4"]},
+        "od_noise": {"EXPLORE_TARGET": "noise", "KIND": "od"},
         "classifier": {"IN_FEATURES": ["res2"]},
     },
     "OverhaulHead": {

@@ -14,7 +14,9 @@ from torch import nn
 
 from kd_det import Batch, InputError, add_kd_config, build_kd_heads
 from kd_det.heads import ActivationBoundaryHead, FactorTransferHead, HintHead, InheritExploreHead, OverhaulHead
+from kd_det.heads import inherit_explore as inherit_explore_module
 from kd_det.heads import overhaul as overhaul_module
+from kd_det.heads.build import freeze_pretrained
 from kd_det.heads.coders import Feature, first_boxes
 from kd_det.heads.inherit_explore import coder
 
@@ -242,6 +244,65 @@ def test_a_half_that_is_left_out(weights):
     losses = head({"p2": maps(8, 8, channels=4)}, {"p2": maps(8, 8, channels=2)}, NO_BATCH)
     assert list(losses) == [f"loss_kd_inherit_explore_{part}"]
     assert list(head.encoders) == [part]
+
+
+def test_a_random_encoder_keeps_its_weights_and_passes_gradients_to_the_student():
+    """It computes the same in training and in evaluation, and a checkpoint holds it."""
+    torch.manual_seed(0)
+    head, feature = inherit_explore(encoder="random").train(), maps(8, 8, channels=4).requires_grad_()
+    freeze_pretrained(head)
+    frozen, other = head.encoders["explore"]["p2"], inherit_explore(encoder="random")
+    before = {key: x.clone() for key, x in head.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in head.parameters() if p.requires_grad], lr=0.1)
+    losses = head({"p2": feature}, {"p2": maps(8, 8, channels=2, seed=1)}, NO_BATCH)
+    losses["loss_kd_inherit_explore_explore"].backward(retain_graph=True)
+    assert feature.grad[:, 2:].any()
+    losses["loss_kd_inherit_explore_inherit"].backward()
+    optimizer.step()
+    changed = {key for key, x in head.state_dict().items() if not torch.equal(x, before[key])}
+    assert changed
+    assert {key for key in changed if not key.startswith("encoders.inherit.")} == set()
+    x = maps(8, 8)[:, :2]
+    training = frozen(x)
+    head.eval()
+    other.load_state_dict(head.state_dict())
+    assert torch.equal(frozen(x), training)
+    assert torch.equal(other.encoders["explore"]["p2"](x), training)
+
+
+@pytest.mark.parametrize("kind", ["ft", "at", "od"])
+def test_noise_in_the_place_of_the_teachers_factor(kind):
+    """The exploring half's loss is that of new noise at each call; the inheriting half sees the teacher."""
+    student, teacher = golden_halves(kind)
+    losses = [
+        without_encoders(inherit_explore(kind=kind, explore_target=target))(student, teacher, NO_BATCH)
+        for target in ("teacher", "noise", "noise")
+    ]
+    parts = [f"loss_kd_inherit_explore_{part}" for part in ("inherit", "explore")]
+    inherit, explore = ([x[part].item() for x in losses] for part in parts)
+    assert inherit[0] == inherit[1] == inherit[2]
+    assert len(set(explore)) == 3
+
+
+def test_noise_has_the_length_of_the_teachers_factor_and_none_in_the_padding(monkeypatch):
+    """The rectified factors (3, 4) of the first image and (0, 12) of the second have the lengths 5 and 12."""
+    torch.manual_seed(0)
+    targets = []
+    monkeypatch.setattr(
+        inherit_explore_module, "exploration_loss", lambda half, target, **_: targets.append(target) or target.sum()
+    )
+    teacher = torch.zeros(2, 8, 2, 2)
+    teacher[0, :2, 0, 0], teacher[1, :2, 0, 0] = torch.tensor([3.0, 4.0]), torch.tensor([-9.0, 12.0])
+    for kind in ("od", "ft"):
+        head = without_encoders(inherit_explore(kind=kind, explore_target="noise"))
+        head({"p2": torch.ones(2, 16, 2, 2)}, {"p2": teacher}, make_batch([(8, 8), (4, 4)], mask_padding=True))
+    rectified, plain = targets
+    assert rectified.flatten(1).norm(dim=1).tolist() == pytest.approx([5, 12])
+    assert plain.flatten(1).norm(dim=1).tolist() == pytest.approx([5, 15])
+    assert (rectified >= 0).all()
+    assert (plain < 0).any()
+    assert [noise.count_nonzero() for noise in plain] == [32, 8]  # Only the first cell of the second image counts.
+    assert rectified[1].count_nonzero() <= 8
 
 
 def test_attention_maps_need_no_stage():
@@ -492,6 +553,8 @@ PREACTIVATIONS = ("OVERHAUL", "ACTIVATION_BOUNDARY")
         ("INHERIT_EXPLORE", "KIND", "ofd", "'ofd' is not one of ft, at, od."),
         ("INHERIT_EXPLORE", "DISTANCE", "l3", "'l3' is not one of l1, l2, cosine."),
         ("INHERIT_EXPLORE", "DIVIDE", "half", "'half' is not one of natural, random."),
+        ("INHERIT_EXPLORE", "ENCODER", "frozen", "'frozen' is not one of trained, random."),
+        ("INHERIT_EXPLORE", "EXPLORE_TARGET", "nothing", "'nothing' is not one of teacher, noise."),
         *[
             (node, "IN_FEATURES", [], "no stage is named; allowed are res2, res3, res4, res5.")
             for node in PREACTIVATIONS
@@ -528,6 +591,19 @@ def test_a_teacher_without_relu(node):
 def test_rectified_factors_have_a_distance_of_their_own():
     with pytest.raises(InputError, match=r"^KD.INHERIT_EXPLORE.DISTANCE: must stay l1 with KIND 'od', .* got 'l2'"):
         from_options("INHERIT_EXPLORE", {"KIND": "od", "DISTANCE": "l2"}, (make_spec(6), make_spec(6)))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"ENCODER": "random", "KIND": "at"}, "ENCODER: must stay trained with KIND 'at', which has no encoders"),
+        ({"ENCODER": "random", "EXPLORE_WEIGHT": 0.0}, "ENCODER: must stay trained with EXPLORE_WEIGHT 0"),
+        ({"EXPLORE_TARGET": "noise", "EXPLORE_WEIGHT": 0.0}, "EXPLORE_TARGET: must stay teacher with EXPLORE_WEIGHT 0"),
+    ],
+)
+def test_controls_of_what_is_not_there(options, told):
+    with pytest.raises(InputError, match=f"^KD.INHERIT_EXPLORE.{told}"):
+        from_options("INHERIT_EXPLORE", options, (make_spec(6), make_spec(6)))
 
 
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (-1.0, 1.0), (1.0, -1.0)])
