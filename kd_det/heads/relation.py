@@ -42,8 +42,8 @@ class RelationHead(nn.Module):
 
     config: ClassVar[dict[str, Any]] = {
         "WEIGHT": 1.0,
-        # Feature whose rows are compared: roi_box_features or roi_features of boxes; of a classifier a map, as published
-        # for sp, or pooled, as published for rkd, whose angles between whole maps are slow.
+        # Feature whose rows are compared: roi_box_features or roi_features of boxes; of a classifier a map, as
+        # published for sp, or pooled, as published for rkd, whose angles between whole maps are slow.
         "IN_FEATURE": "roi_box_features",
         # "rkd" (distances and angles), "sp" (Gram matrices) or "cosine" (edges of DSIG).
         "KIND": "rkd",
