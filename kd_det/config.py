@@ -126,20 +126,26 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Boxes are scaled, and maps are brought back to the student's grid; predictions for anchors (rpn, dense) cannot be
     # compared.
     cfg.KD.TEACHER.SCALE = 1.0
-    # Precision of the teacher's forward pass alone: float32, float16 or bfloat16.
-    cfg.KD.TEACHER.DTYPE = "float32"
+    # Precision of the teacher's forward pass, in which its weights are stored, too: float32, float16, bfloat16, or
+    # auto, which is SOLVER.AMP.DTYPE if SOLVER.AMP.ENABLED is True, and float32 otherwise.
+    cfg.KD.TEACHER.DTYPE = "auto"
     # Statistics that the teacher's batch norms use. "eval": those it was trained with. "train": those of the batch, as
     # in the published code of AB, OFD, and ReviewKD on CIFAR; the stored statistics do not change.
     cfg.KD.TEACHER.BATCH_NORM = "eval"
+    # Fold the teacher's batch norms into the convolutions before them, for a faster forward pass; results differ by
+    # rounding. Only Detectron2's convolutions carry their norm, so that it can be folded. Do not use it with BATCH_NORM
+    # train, nor with OverhaulHead whose MARGIN is read from the batch norms.
+    cfg.KD.TEACHER.FOLD_NORM = False
     # Store the teacher's convolution weights with the channels last, which GPUs read faster in half precision.
     cfg.KD.TEACHER.CHANNELS_LAST = False
     # Compile the teacher's backbone (without its FPN) with torch.compile; the first steps take minutes. Do not use it
     # with heads that read the backbone's internals: OverhaulHead, ActivationBoundaryHead, ReviewKDHead with
     # TEACHER_PREACT.
     cfg.KD.TEACHER.COMPILE = False
-    # Run the teacher in parallel with the student, on its own CUDA stream; this is faster when small batches leave the
-    # GPU partly idle.
-    cfg.KD.TEACHER.SIDE_STREAM = False
+    # Run the teacher in parallel with the student, on its own CUDA stream: True, False, or None (auto), which does so
+    # wherever MODEL.DEVICE is a GPU. The teacher then fills the gaps in which the student leaves the GPU idle; the
+    # student cannot reuse its memory, and the log says how much that is.
+    cfg.KD.TEACHER.SIDE_STREAM = None
     # Before training, evaluate the teacher on this many images of DATASETS.TEST[0], loaded as its own config says, and
     # warn if it has learned nothing. 0: no check.
     cfg.KD.TEACHER.SANITY_CHECK = 0

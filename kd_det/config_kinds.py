@@ -19,7 +19,7 @@ ELEMENTS: dict[str, Any] = {
     "*": "",
 }
 # Maps keys whose default is None to an example of their other values.
-OPTIONAL = {"SOLVER.WEIGHT_DECAY_BIAS": 0.0}
+OPTIONAL: dict[str, Any] = {"SOLVER.WEIGHT_DECAY_BIAS": 0.0, "KD.TEACHER.SIDE_STREAM": False}
 
 
 def first_match(table: Mapping[str, Any], key: str) -> Any:
@@ -52,6 +52,8 @@ def check_kinds(cfg: CfgNode, defaults: CfgNode, source: str) -> None:
             if value is None or key not in OPTIONAL:
                 continue
             default = OPTIONAL[key]
+            if isinstance(default, bool) and value == "auto":
+                continue  # This is another way to write None.
         check_kind(f"{source}: {key}", value, default, first_match(ELEMENTS, key))
 
 

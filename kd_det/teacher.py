@@ -32,6 +32,7 @@ from kd_det.lazy_configs import (
 )
 from kd_det.signals import BOX_SIGNALS, Signals, flipped
 from kd_det.taps import BackboneTap, build_tap, padding_of
+from kd_det.teacher_weights import check_foldable, fold_norms, store_weights
 from kd_det.timm_teachers import build_timm_teacher, describe_timm_teacher, is_timm_teacher
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,7 +42,7 @@ class Teacher:
     """Computes signals of a frozen model through its tap.
 
     It is not an ``nn.Module``: a module that holds it excludes it from its parameters, its state_dict and its
-    ``train()``.
+    ``train()``. Before its first forward pass the weights are stored in the precision of that pass.
 
     Args:
         model: The trained model. It is frozen and put into evaluation mode.
@@ -54,6 +55,7 @@ class Teacher:
         channels_last: Whether its convolution weights are stored with the channels last.
         compiled: Whether its backbone is compiled, without the FPN on top of it.
         side_stream: Whether :meth:`start` computes on a separate CUDA stream; this has no effect without a GPU.
+        fold_norm: Whether batch norms are folded into the convolutions before them, up to rounding.
         source: Origin of the model, for messages.
         cfg: Its plain config, which describes its images and its data sets; None if nothing does.
         weights: Origin of its weights.
@@ -61,7 +63,8 @@ class Teacher:
         scale: Factor by which the images are enlarged for the model.
 
     Raises:
-        InputError: If batch norms are to use the statistics of the batch, but the model has none, or only frozen ones.
+        InputError: If batch norms are to use the statistics of the batch, but the model has none, or only frozen ones;
+            or if they are to be folded, but the model has none that can be.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Teacher:
         channels_last: bool = False,
         compiled: bool = False,
         side_stream: bool = False,
+        fold_norm: bool = False,
         source: str = "a model without a file",
         cfg: CfgNode | None = None,
         weights: str = "",
@@ -95,8 +99,16 @@ class Teacher:
         self.compiled = compiled
         self.side_stream = side_stream
         self.stream: torch.cuda.Stream | None = None
+        self.fold_norm = fold_norm
+        # Whether a head reads weights of the layers after the backbone.
+        self.gives_weights = False
+        self._prepared = False
+        self._logged_memory = False
+        self._fingerprint = ""
         if batch_statistics:
             use_batch_statistics(model)
+        if fold_norm:
+            check_foldable(model)
         if channels_last:
             model.to(memory_format=torch.channels_last)
         if compiled:
@@ -109,12 +121,14 @@ class Teacher:
         return next(self.model.parameters()).device
 
     def fingerprint(self) -> str:
-        """Computes a hash of the weights."""
-        digest = hashlib.sha256()
-        for key, value in self.model.state_dict().items():
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """Computes a hash of the weights that the model was given."""
+        if not self._fingerprint:
+            digest = hashlib.sha256()
+            for key, value in self.model.state_dict().items():
+                digest.update(key.encode())
+                digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def to(self, device: torch.device) -> "Teacher":
         """Moves the model to a device, unless it is already there."""
@@ -157,6 +171,32 @@ class Teacher:
                 f"KD.TEACHER.COMPILE: must be False for heads that read {', '.join(inside)}, which a compiled backbone "
                 "does not give."
             )
+        norms = sorted(name for name in names if "_norm_" in name)
+        if self.fold_norm and norms:
+            raise InputError(
+                f"KD.TEACHER.FOLD_NORM: must be False for heads that read {', '.join(norms)}, which are gone once the "
+                "batch norms are folded."
+            )
+        self.gives_weights = any(name.endswith(("_weight", "_bias")) for name in set(names).difference(norms))
+
+    def prepare(self) -> None:
+        """Folds batch norms and stores weights in the precision of the forward pass, once, as far as asked for.
+
+        The first forward pass does this, on whose device the weights are by then. Earlier the weights are as they were
+        given, for :meth:`fingerprint` and ``KD.INHERIT``.
+        """
+        if self._prepared:
+            return
+        self._prepared = True
+        halves = self.dtype != torch.float32
+        if halves or self.fold_norm:
+            self.fingerprint()
+        if self.fold_norm:
+            count = fold_norms(self.model)
+            logging.getLogger(__name__).info("KD.TEACHER.FOLD_NORM: folded %d batch norms of the teacher.", count)
+        if halves:
+            # Heads that read the weights of a layer get all their digits.
+            store_weights(self.tap.backbone if self.gives_weights else self.model, self.dtype)
 
     @torch.no_grad()
     def __call__(self, batched_inputs: list[dict], names: Collection[str], student: Signals) -> Signals:
@@ -167,6 +207,7 @@ class Teacher:
             names: The signals that some head asked for; parts of the model that none of them needs do not run.
             student: The student's signals; ROI signals are computed on their boxes.
         """
+        self.prepare()
         view = self.alignment.view(batched_inputs, names)
         own_names = {self.alignment.own_name(name) for name in names}
         signals = self._compute(view, own_names, self.alignment.scaled_boxes(student, view))
@@ -177,7 +218,7 @@ class Teacher:
         inputs = flipped(view.inputs) if self.flip_channels else view.inputs
         self.tap.extent = view.own_extent
         try:
-            with self._autocast():
+            with self.autocast():
                 signals = self.tap.compute(inputs, names, student)
         finally:
             self.tap.extent = None
@@ -195,6 +236,7 @@ class Teacher:
             batched_inputs: The batch that the data loader gives to the student.
             names: The signals that some head asked for.
         """
+        self.prepare()  # This happens on the current stream, which may reuse the memory of the weights as they were.
         early = {self.alignment.own_name(name) for name in names if not name.startswith(BOX_SIGNALS)}
         if any(name.startswith(BOX_SIGNALS) for name in names):
             early.update(self.tap.features)
@@ -219,10 +261,11 @@ class Teacher:
             current.wait_stream(self.stream)
             for signal in started.values():
                 signal.record_stream(current)
+            self._log_stream_memory()
         late = {name for name in names if name.startswith(BOX_SIGNALS)}
         signals: Signals = started
         if late:
-            with self._autocast():
+            with self.autocast():
                 recomputed = self.tap.recompute(started, late, self.alignment.scaled_boxes(student, started.view))
             signals = started | {name: signal.detach() for name, signal in recomputed.items()}
         return self.alignment.aligned(signals, names, started.view)
@@ -236,7 +279,8 @@ class Teacher:
             return gradient
         return gradient * (torch.tensor(self.student_std).view(-1, 1, 1).to(std) / std)
 
-    def _autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
+        """Runs the model inside the block in the teacher's precision."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     @contextmanager
@@ -250,6 +294,18 @@ class Teacher:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             yield
+
+    def _log_stream_memory(self) -> None:
+        """Logs, after the first step, how much memory the side stream holds, which the main stream cannot use."""
+        if self._logged_memory or self.stream is None:
+            return
+        self._logged_memory = True
+        segments = [x for x in torch.cuda.memory_snapshot() if x["stream"] == self.stream.cuda_stream]
+        logging.getLogger(__name__).info(
+            "The teacher runs on its own CUDA stream, which holds %d MB of GPU memory for itself; "
+            "KD.TEACHER.SIDE_STREAM False saves most of it and may be slower.",
+            sum(segment["total_size"] for segment in segments) // 2**20,
+        )
 
 
 class Started(Signals):
@@ -358,24 +414,43 @@ def teacher_options(cfg: CfgNode) -> dict:
     """Collects the arguments of :class:`Teacher` that ``KD.TEACHER`` holds, such as its precision.
 
     Raises:
-        InputError: If KD.TEACHER.DTYPE or KD.TEACHER.BATCH_NORM is unknown.
+        InputError: If KD.TEACHER.DTYPE or KD.TEACHER.BATCH_NORM is unknown, or a switch excludes another.
     """
-    node = cfg.KD.TEACHER
+    node, on_gpu = cfg.KD.TEACHER, torch.device(cfg.MODEL.DEVICE).type == "cuda"
     if node.BATCH_NORM not in ("eval", "train"):
         raise InputError(f"KD.TEACHER.BATCH_NORM: got {node.BATCH_NORM!r}; allowed are eval, train.")
-    if node.DTYPE not in DTYPES:
-        raise InputError(f"KD.TEACHER.DTYPE: got {node.DTYPE!r}; allowed are {', '.join(DTYPES)}.")
-    if node.SIDE_STREAM and torch.device(cfg.MODEL.DEVICE).type != "cuda":
+    if node.DTYPE not in (*DTYPES, "auto"):
+        raise InputError(
+            f"KD.TEACHER.DTYPE: got {node.DTYPE!r}; allowed are {', '.join(DTYPES)}. auto is that of SOLVER.AMP."
+        )
+    if node.FOLD_NORM and node.BATCH_NORM == "train":
+        raise InputError("KD.TEACHER.FOLD_NORM: must be False where KD.TEACHER.BATCH_NORM is 'train', got True.")
+    if node.SIDE_STREAM is True and not on_gpu:
         logging.getLogger(__name__).warning("KD.TEACHER.SIDE_STREAM: has no effect on %s.", cfg.MODEL.DEVICE)
     return {
-        "dtype": DTYPES[node.DTYPE],
+        "dtype": teacher_dtype(cfg),
         "batch_statistics": node.BATCH_NORM == "train",
         "channels_last": node.CHANNELS_LAST,
         "compiled": node.COMPILE,
-        "side_stream": node.SIDE_STREAM,
+        "side_stream": on_gpu if node.SIDE_STREAM in (None, "auto") else node.SIDE_STREAM,
+        "fold_norm": node.FOLD_NORM,
         "features": dict(node.FEATURES or {}),
         "scale": node.SCALE,
     }
+
+
+def teacher_dtype(cfg: CfgNode) -> torch.dtype:
+    """Returns the precision of the teacher's forward pass, which by default is that of the run.
+
+    Raises:
+        InputError: If the run's precision is unknown.
+    """
+    name, amp = cfg.KD.TEACHER.DTYPE, cfg.SOLVER.AMP
+    if name == "auto":
+        name = amp.DTYPE if amp.ENABLED else "float32"
+    if name not in DTYPES:
+        raise InputError(f"SOLVER.AMP.DTYPE: got {name!r}; allowed are float16, bfloat16.")
+    return DTYPES[name]
 
 
 def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:

@@ -232,6 +232,13 @@ def test_pictures_on_a_gpu(teacher, coco_folder, tmp_path):
     assert list(found) == ["attention/p2", "attention/p4", "predictions"]
 
 
+@pytest.mark.usefixtures("drawn")
+def test_pictures_of_a_teacher_whose_weights_are_halves(teacher, coco_folder, tmp_path):
+    hook = hook_of(detectors(teacher, coco_folder, tmp_path, options={"KD.TEACHER.DTYPE": "bfloat16"}))
+    hook.model.teacher.prepare()
+    assert list(pictures(hook)) == ["attention/p2", "attention/p4", "predictions"]
+
+
 # ---- Colours ----
 def watch(hook) -> dict[str, torch.Tensor]:
     """The first image of each network's next batch."""

@@ -55,7 +55,10 @@ def combinations(names: Sequence[str], options: Mapping[str, object]) -> list[Ro
 
 
 def switches(row: Row) -> list[Row]:
-    """Makes rows with one switch each that this machine supports, after one without any; the last one has them all."""
+    """Makes rows with one switch each that this machine supports, after one without any; the last one has them all.
+
+    Switches that are on by default on a GPU are on in every row but their own.
+    """
     cuda = torch.cuda.is_available()
     dtypes = ["bfloat16", "float16"] if cuda else ["bfloat16"]
     options: dict[str, dict[str, object]] = {}
@@ -63,9 +66,12 @@ def switches(row: Row) -> list[Row]:
         options[f"SOLVER.AMP {dtype}"] = {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": dtype}
     for dtype in dtypes:
         options[f"KD.TEACHER.DTYPE {dtype}"] = {"KD.TEACHER.DTYPE": dtype}
-    keys = ["SOLVER.CHANNELS_LAST", "KD.TEACHER.CHANNELS_LAST", "KD.TEACHER.COMPILE", "KD.COMPILE_HEADS"]
-    keys += ["KD.TEACHER.SIDE_STREAM"] if cuda else []
+    keys = ["KD.TEACHER.FOLD_NORM", "SOLVER.CHANNELS_LAST", "KD.TEACHER.CHANNELS_LAST"]
+    keys += ["KD.TEACHER.COMPILE", "KD.COMPILE_HEADS"]
     options |= {key: {key: True} for key in keys}
+    if cuda:  # All other rows have it.
+        options["KD.TEACHER.SIDE_STREAM False"] = {"KD.TEACHER.SIDE_STREAM": False}
+        keys.append("KD.TEACHER.SIDE_STREAM")
     options["all, bfloat16"] = mixed_precision("bfloat16") | dict.fromkeys(keys, True)
     rows = [Row(name, row.heads, {**row.options, **switched}) for name, switched in options.items()]
     return [Row("all off", row.heads, row.options), *rows]

@@ -91,7 +91,9 @@ class Visualization(HookBase):
         maps: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in self.strides}
         predictions = {}
         for i, network in enumerate(self.networks):
-            with build_tap(network.model).record(maps) as signals:
+            half = network.dtype not in (None, torch.float32)
+            autocast = torch.autocast(device.type, dtype=network.dtype, enabled=half)
+            with build_tap(network.model).record(maps) as signals, autocast:
                 outputs = network.model.to(device)(flipped(inputs) if network.flip_channels else inputs)
             for name, strides in self.strides.items():
                 sizes = [image.shape[:2] for image in images]
