@@ -22,7 +22,9 @@ DETECTRON2 = [
 # Fuses the boxes of several detectors: kd_det/analysis/ensemble.py.
 ENSEMBLE = ["ensemble-boxes>=1.0.9"]
 # scikit-learn brings the images of the data sets digits_train and digits_test.
+# zennit is another implementation of relevance propagation, which tests compare with.
 TOOLS = ["mypy", "pytest>=7", "pytest-xdist>=3", "ruff", "scikit-learn", "types-PyYAML", "types-tabulate", "types-tqdm"]
+TOOLS += ["zennit>=0.5"]
 DOCS = ["furo", "myst-parser>=4", "sphinx>=8"]
 
 readme = Path(__file__).with_name("README.md")

@@ -77,6 +77,11 @@ def write_whole(path: str, write: Callable[[BinaryIO], object]) -> None:
             os.close(handle)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file atomically."""
+    write_whole(str(path), lambda file: file.write(text.encode()))
+
+
 def remove_unfinished(folder: str | Path) -> None:
     """Removes the unfinished files that killed processes left; no process may be in :func:`write_whole` there."""
     for path in Path(folder).glob("unfinished*.partial"):

@@ -88,13 +88,19 @@ def read_examples(run: Run, dataset: str, feature: str) -> Tensor:
 
 
 def divide(run: Run, examples: Tensor, feature: str) -> tuple[Tensor, Tensor]:
-    """Splits examples (examples, C) into the inheriting and the exploring half of the channels.
-
-    A student of IE-KD drew the order of its channels; that of any other student is taken as it is.
-    """
-    order = None
-    if Path(run.source).is_dir():
-        checkpoint = read_checkpoint(find_run(run.source)[1])
-        order = checkpoint.get("kd_heads", {}).get(f"InheritExploreHead.order_{feature}")
+    """Splits examples (examples, C) into the inheriting and the exploring half of the channels."""
+    order = channel_order(run, feature)
     inherit, explore = (examples if order is None else examples[:, order]).chunk(2, dim=1)
     return inherit, explore
+
+
+def channel_order(run: Run, feature: str) -> Tensor | None:
+    """Reads the order in which a student of IE-KD drew the channels of a feature, the inheriting half first.
+
+    Returns:
+        Indices of the channels; None for any other student, whose channels are taken in their own order.
+    """
+    if not Path(run.source).is_dir():
+        return None
+    checkpoint = read_checkpoint(find_run(run.source)[1])
+    return checkpoint.get("kd_heads", {}).get(f"InheritExploreHead.order_{feature}")

@@ -25,7 +25,6 @@ from kd_det.analysis.compare_detectors import check_detector, choose_tasks, coco
 from kd_det.analysis.evaluation_losses import build_labelled_mapper, compute_losses, propose
 from kd_det.analysis.feature_noise import FeatureNoise, measure_std, mix_seed
 from kd_det.analysis.noise_picture import draw_curves
-from kd_det.analysis.report import write
 from kd_det.analysis.run import Run
 from kd_det.analysis.runs import load_runs
 from kd_det.analysis.table import format_number, format_table, summarise, without_nan
@@ -34,6 +33,7 @@ from kd_det.data import choose_images
 from kd_det.engine import is_classifier
 from kd_det.engine.picture_grid import printable, save
 from kd_det.errors import InputError
+from kd_det.files import write_text
 from kd_det.taps import build_tap
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -122,8 +122,8 @@ def compare_noise(
             results["runs"].append({"name": run.name, "source": run.source, "seed": run.seed, "measurements": measured})
     results["summary"] = summarise_strengths(results["runs"], strengths)
     results["table"] = make_tables(results)
-    write(Path(output, "noise.json"), json.dumps(without_nan(results), indent=2) + "\n")
-    write(Path(output, "noise.md"), results["table"] + "\n")
+    write_text(Path(output, "noise.json"), json.dumps(without_nan(results), indent=2) + "\n")
+    write_text(Path(output, "noise.md"), results["table"] + "\n")
     title = f"noise in {feature}, relative to the standard deviation of each channel"
     titles = {metric: SHOWN[metric] for metric in shown_metrics(results["summary"])}
     save(draw_curves(results["summary"], titles, title), str(Path(output, "noise.png")))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kd_det.analysis.examples import draw_attention
+from kd_det.analysis.learned import read_learned
 from kd_det.analysis.run import Run
 from kd_det.analysis.runs import find_files
 from kd_det.analysis.table import COSTS, decimals, format_number
@@ -44,7 +45,7 @@ def write_report(
     """Writes the report of a comparison as one HTML file.
 
     Args:
-        path: Path of the file.
+        path: Path of the file. The results of ``kd-det relevance`` and ``kd-det noise`` in its folder are shown, too.
         results: Results of :func:`kd_det.analysis.compare`.
         runs: The models, in the order of the results.
         gallery: The test images, with what the models find in them.
@@ -56,6 +57,7 @@ def write_report(
         by_name.setdefault(run.name, run)
     firsts = list(by_name.values())
     curves = [RunCurves(run.name, run_label(run), read_curves(Path(run.source, "metrics.json"))) for run in runs]
+    sections = (verdict(results), overall(results), by_class(results), costs(results, firsts))
     page = Page(
         title=f"Comparison on {results['dataset']}",
         lead=(
@@ -64,7 +66,7 @@ def write_report(
             results["device"],
             datetime.now().strftime("%Y-%m-%d %H:%M"),
         ),
-        sections=list(filter(None, (verdict(results), overall(results), by_class(results), costs(results, firsts)))),
+        sections=list(filter(None, (*sections, read_learned(Path(path).parent)))),
         experiments=list(looks([run.experiment for run in curves]).items()),
         charts=chart_groups(curves),
         gallery=gallery,

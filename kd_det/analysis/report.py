@@ -20,7 +20,7 @@ from kd_det.analysis.table import make_difference_tables, make_table, summarise,
 from kd_det.data import choose_images
 from kd_det.engine import is_classifier
 from kd_det.errors import InputError
-from kd_det.files import write_whole
+from kd_det.files import write_text
 
 # Numbers of images in the picture and in the report's gallery.
 PICTURE_IMAGES, GALLERY_IMAGES = 4, 24
@@ -84,8 +84,8 @@ def compare(
         if run.name not in firsts:
             firsts[run.name] = run
             predictions[run.name] = [run.predict(image) for image in inputs]
-    write(Path(output, "comparison.json"), json.dumps(without_nan(results), indent=2) + "\n")
-    write(Path(output, "comparison.md"), tables(results) + "\n")
+    write_text(Path(output, "comparison.json"), json.dumps(without_nan(results), indent=2) + "\n")
+    write_text(Path(output, "comparison.md"), tables(results) + "\n")
     kind.draw(chosen, dataset, predictions, by_name, os.path.join(output, "comparison.png"))
     if html:
         shown = choose_images(records, images or GALLERY_IMAGES)
@@ -133,8 +133,3 @@ def collect(
 def tables(results: dict[str, Any]) -> str:
     """Returns all tables of a comparison as text."""
     return "\n\n".join(results[key] for key in ("table", "difference_table") if key in results)
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
-    write_whole(str(path), lambda file: file.write(text.encode()))

@@ -10,7 +10,8 @@ shows hits, false detections and missed objects at the score threshold of its be
 With --baseline, runs of the same SEED are paired: a second table has the mean difference of each metric, its 95 %
 confidence interval and, from three seeds on, a verdict: helps, hurts or no evidence.
 
-With --html, all of it is also in one file, OUTPUT/report.html, with learning curves and more test images.
+With --html, all of it is also in one file, OUTPUT/report.html, with learning curves and more test images, and with
+what kd-det relevance and kd-det noise have written to OUTPUT.
 """
 
 import argparse

@@ -18,6 +18,7 @@ COMMANDS = {
     "benchmark": "measure what distillation costs in a training step",
     "concepts": "count the visual concepts of trained models",
     "similarity": "measure the similarity of students' halves to the teacher (CKA)",
+    "relevance": "show which pixels trained models look at",
     "noise": "measure how much trained models suffer from noise in a feature",
     "quickstart": "go from nothing to a distilled student, on synthetic scenes",
     "prepare-shapes": "write the synthetic scenes of the quickstart",

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from kd_det.files import write_whole
 from kd_det.reporting import charts
 from kd_det.reporting.charts import ChartGroup, Look, Tick
-from kd_det.reporting.gallery import Attention, Gallery
+from kd_det.reporting.gallery import Attention, Gallery, Picture
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,23 @@ class DotPlot:
 
 
 @dataclass(frozen=True)
+class Illustration:
+    """Holds a picture with the title above it."""
+
+    title: str
+    picture: Picture
+
+
+@dataclass(frozen=True)
 class Section:
-    """Holds tables under a title, with the id that links lead to and a sentence that introduces them."""
+    """Holds tables and pictures under a title, with the id that links lead to and a sentence that introduces them."""
 
     id: str
     title: str
     lead: str
     tables: Sequence[Table]
     plot: DotPlot | None = None
+    pictures: Sequence[Illustration] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Page:
         lead: What was compared, on what, where and when.
         status: State of a run that the page describes; empty for a comparison.
         refresh: Seconds after which a browser loads the page again; 0: never.
-        sections: Tables.
+        sections: Tables and pictures.
         experiments: Name and look of each experiment in the charts.
         charts: Learning curves.
         gallery: Test images.

@@ -5,7 +5,7 @@ import numpy as np
 from kd_det.reporting.charts import RunCurves, chart_groups, looks
 from kd_det.reporting.curves import Curve
 from kd_det.reporting.gallery import Answer, Attention, Example, Gallery, Kind, Mark, View, embed, place_labels
-from kd_det.reporting.page import Cell, Detail, DotPlot, Dots, Page, Section, Table
+from kd_det.reporting.page import Cell, Detail, DotPlot, Dots, Illustration, Page, Section, Table
 
 ATTACK = "document.title='hacked';console.error('hacked')"
 HOSTILE = (
@@ -51,7 +51,7 @@ def hostile_page(*, classifiers: bool = False, refresh: int = 0) -> Page:
         lead=HOSTILE,
         status=HOSTILE[3],
         refresh=refresh,
-        sections=[Section("results", HOSTILE[0], HOSTILE[1], [table], plot)],
+        sections=[Section("results", HOSTILE[0], HOSTILE[1], [table], plot, [Illustration(HOSTILE[1], picture)])],
         experiments=list(looked.items()),
         charts=chart_groups(runs),
         gallery=Gallery(HOSTILE[4], examples, dict(enumerate(HOSTILE)), kinds),
