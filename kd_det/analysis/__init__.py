@@ -1,4 +1,4 @@
-"""Analyses trained models: tables and pictures of several models, CKA, visual concepts, relevance, noise and ensembles."""
+"""Analyses trained models: tables, pictures, CKA, visual concepts, relevance, noise and ensembles."""
 
 from kd_det.analysis.report import compare
 from kd_det.analysis.run import split_run
