@@ -82,10 +82,6 @@ class Alignment:
         """Lists the student's names of the maps that both networks have."""
         return [name for name in {**self._strides[0], **self._renamed} if self.own_name(name) in self._strides[1]]
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.teacher.model.parameters()).device
-
     def own_name(self, name: str) -> str:
         """Returns the teacher's own name of a signal."""
         return self._renamed.get(name, name)
@@ -157,7 +153,7 @@ class Alignment:
             enlarged = (sizes * self.scale).round().long().clamp(min=1)
             factors = enlarged / sizes.double()
             batched_inputs = [
-                {**x, "image": resize(x["image"].to(self._device), size)}
+                {**x, "image": resize(x["image"].to(self.teacher.device), size)}
                 for x, size in zip(batched_inputs, enlarged.tolist(), strict=True)
             ]
         if all(name.startswith(BOX_SIGNALS) for name in names):

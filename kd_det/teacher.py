@@ -2,38 +2,21 @@
 
 import hashlib
 import logging
-import os
-import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from kd_det.alignment import Alignment, View
-from kd_det.checkpoint import load_strictly
-from kd_det.checkpoint_folder import FINAL
-from kd_det.config import is_flipped, read_config, student_config
-from kd_det.config_checks import check_network_values
-from kd_det.config_files import is_zoo_name
-from kd_det.construction import build_network
+from kd_det.config import is_flipped
 from kd_det.errors import InputError
-from kd_det.lazy_configs import (
-    add_model,
-    build_lazy_model,
-    describe_lazy_config,
-    find_lazy_config,
-    is_lazy_config,
-    load_lazy_config,
-)
 from kd_det.signals import BOX_SIGNALS, Signals, flipped
 from kd_det.taps import BackboneTap, build_tap, padding_of
+from kd_det.teacher_kinds import teacher_kind
 from kd_det.teacher_weights import check_foldable, fold_norms, store_weights
-from kd_det.timm_teachers import build_timm_teacher, describe_timm_teacher, is_timm_teacher
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -118,7 +101,7 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.tap.device
 
     def fingerprint(self) -> str:
         """Computes a hash of the weights that the model was given."""
@@ -340,27 +323,20 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Teacher:
     Raises:
         InputError: If the config or the weights do not exist or do not fit each other.
     """
-    node, options = cfg.KD.TEACHER, teacher_options(cfg)
-    teacher_cfg = read_teacher_config(cfg)
-    weights = (node.WEIGHTS or default_weights(node.CONFIG_FILE, teacher_cfg, node.OPTS)) if trained else "random"
-    source = f"{node.CONFIG_FILE} with KD.TEACHER.OPTS"
-    if is_lazy_config(node.CONFIG_FILE):
-        model = build_lazy_model(_load_lazy(cfg), teacher_cfg.MODEL.DEVICE, source)
-        add_model(teacher_cfg, model, source)
-    elif is_timm_teacher(node.CONFIG_FILE):
-        model = build_timm_teacher(cfg, trained=trained)
-    else:
-        model = build_network(teacher_cfg, source)
+    options, kind = teacher_options(cfg), teacher_kind(cfg)
+    teacher_cfg = kind.description
+    weights = kind.weights if trained else kind.untrained_weights
+    model = kind.build(trained=trained)
     flip_channels = is_flipped(cfg, teacher_cfg, ("the student", "the teacher"))
     check_square(cfg, model)
-    if trained and not is_timm_teacher(node.CONFIG_FILE):
-        load_teacher(model, weights, node, teacher_cfg)
-    logging.getLogger(__name__).info("Teacher: %s, weights %s", node.CONFIG_FILE, weights)
+    if trained:
+        kind.load(model)
+    logging.getLogger(__name__).info("Teacher: %s, weights %s", kind.name, weights)
     return Teacher(
         model,
         flip_channels=flip_channels,
         student_std=cfg.MODEL.PIXEL_STD,
-        source=f"{node.CONFIG_FILE} with {weights}",
+        source=f"{kind.name} with {weights}",
         cfg=teacher_cfg,
         weights=weights,
         **options,
@@ -387,27 +363,6 @@ def check_square(cfg: CfgNode, model: nn.Module) -> None:
                 f"INPUT.{key}: must be at most {int(square / factor)} for a teacher that pads its images to squares of "
                 f"{square} pixels, got {cfg.INPUT[key]}."
             )
-
-
-def load_teacher(model: nn.Module, weights: str, node: CfgNode, teacher_cfg: CfgNode) -> None:
-    """Loads the weights of a teacher strictly.
-
-    Args:
-        model: The teacher.
-        weights: Path or URL of its checkpoint.
-        node: ``KD.TEACHER``.
-        teacher_cfg: The teacher's own config.
-
-    Raises:
-        InputError: If they do not fit; the message says how to train a teacher that is not trained yet.
-    """
-    try:
-        load_strictly(model, weights, key="KD.TEACHER.WEIGHTS")
-    except InputError as error:
-        if weights != teacher_cfg.MODEL.WEIGHTS:
-            raise
-        command = training_command(node.CONFIG_FILE, node.OPTS)
-        raise InputError(f"{error} If this teacher is not trained yet: {command}") from error
 
 
 def teacher_options(cfg: CfgNode) -> dict:
@@ -455,92 +410,5 @@ def teacher_dtype(cfg: CfgNode) -> torch.dtype:
 
 def load_teacher_config(cfg: CfgNode) -> tuple[CfgNode, str]:
     """Loads the teacher's own config, set to the student's device, and the path of its weights."""
-    node, teacher_cfg = cfg.KD.TEACHER, read_teacher_config(cfg)
-    return teacher_cfg, node.WEIGHTS or default_weights(node.CONFIG_FILE, teacher_cfg, node.OPTS)
-
-
-def read_teacher_config(cfg: CfgNode) -> CfgNode:
-    """Reads the teacher's own config, set to the student's device.
-
-    Of a LazyConfig or a network of timm it is a description; see :func:`kd_det.lazy_configs.describe_lazy_config`.
-    """
-    node = cfg.KD.TEACHER
-    key = "KD.TEACHER.CONFIG_FILE"
-    if not node.CONFIG_FILE:
-        raise InputError(f"{key}: no teacher is named; give a config file or the name of a zoo config.")
-    if is_lazy_config(node.CONFIG_FILE):
-        teacher_cfg = describe_lazy_config(_load_lazy(cfg))
-        teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
-        return teacher_cfg
-    if is_timm_teacher(node.CONFIG_FILE):
-        return describe_timm_teacher(cfg)
-    # The teacher may be a student that was trained with heads of plugins.
-    teacher_cfg = read_config(node.CONFIG_FILE, key, options=node.OPTS, options_key="KD.TEACHER.OPTS", other_heads=True)
-    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
-    teacher_cfg = student_config(teacher_cfg)
-    check_network_values(teacher_cfg, f"{node.CONFIG_FILE} with KD.TEACHER.OPTS")
-    return teacher_cfg
-
-
-def _load_lazy(cfg: CfgNode) -> DictConfig:
-    """Loads the LazyConfig that ``KD.TEACHER.CONFIG_FILE`` names."""
-    node = cfg.KD.TEACHER
-    return load_lazy_config(
-        node.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE", options=node.OPTS, options_key="KD.TEACHER.OPTS"
-    )
-
-
-def default_weights(name: str, teacher_cfg: CfgNode, options: Sequence) -> str:
-    """Returns the weights of a teacher for which ``KD.TEACHER.WEIGHTS`` names none.
-
-    They are the zoo's trained model for a zoo config, else what a training of the config has left in its OUTPUT_DIR,
-    else MODEL.WEIGHTS of the config. A LazyConfig outside the zoo has none. Those of a
-    network of timm are timm's own, which are no file.
-
-    Args:
-        name: The teacher's config: a file or a name.
-        teacher_cfg: What was read from it.
-        options: The overrides of it, [KEY, VALUE, KEY, VALUE, ...]; if they set MODEL.WEIGHTS, those are taken.
-
-    Raises:
-        InputError: If there are none.
-    """
-    if is_timm_teacher(name):
-        return "timm's weights"
-    if is_zoo_teacher(name):
-        return zoo_weights(name)
-    if is_lazy_config(name):
-        raise InputError(f"KD.TEACHER.WEIGHTS: no file is named, and {name} is not one of the zoo's configs.")
-    trained = os.path.join(teacher_cfg.OUTPUT_DIR, FINAL)
-    if os.path.isfile(trained) and "MODEL.WEIGHTS" not in options[::2]:
-        return trained
-    if not teacher_cfg.MODEL.WEIGHTS:
-        raise InputError(
-            f"KD.TEACHER.WEIGHTS: no file is named, and MODEL.WEIGHTS of {name} is empty; train this teacher first: "
-            f"{training_command(name, options)}"
-        )
-    return teacher_cfg.MODEL.WEIGHTS
-
-
-def is_zoo_teacher(name: str) -> bool:
-    """Returns whether the name of a teacher's config is that of a config of Detectron2's model zoo.
-
-    Raises:
-        InputError: If there is no such config.
-    """
-    if is_lazy_config(name):
-        return find_lazy_config(name, "KD.TEACHER.CONFIG_FILE") != os.path.expanduser(name)
-    return is_zoo_name(name)
-
-
-def training_command(name: str, options: Sequence) -> str:
-    """Returns the command that trains a teacher, of which :func:`default_weights` then finds the weights."""
-    return shlex.join(["kd-det", "train", "--config-file", name, *map(str, options)])
-
-
-def zoo_weights(name: str) -> str:
-    """Returns the URL of the trained model of a model-zoo config."""
-    try:
-        return model_zoo.get_checkpoint_url(name)
-    except RuntimeError as error:
-        raise InputError(f"KD.TEACHER.WEIGHTS: no file is named, and {error}") from error
+    kind = teacher_kind(cfg)
+    return kind.description, kind.weights

@@ -10,7 +10,7 @@ from kd_det.class_partition import ClassPartition
 from kd_det.data import known_class_names
 from kd_det.errors import InputError, shorten
 from kd_det.signals import SOURCES
-from kd_det.teacher import is_zoo_teacher, read_teacher_config
+from kd_det.teacher_kinds import TeacherKind, teacher_kind
 
 # Models of Detectron2's zoo with as many classes were trained on COCO.
 COCO = "coco_2017_train"
@@ -70,11 +70,24 @@ def teacher_class_names(cfg: CfgNode, count: int | None) -> list[str]:
     """
     if cfg.KD.TEACHER.CLASSES:
         return list(cfg.KD.TEACHER.CLASSES)
-    known = known_class_names(read_teacher_config(cfg))
+    kind = teacher_kind(cfg)
+    known = declared_names(kind)
     coco = MetadataCatalog.get(COCO).thing_classes
-    if not known and is_zoo_teacher(cfg.KD.TEACHER.CONFIG_FILE) and count == len(coco):
+    if not known and count == len(coco) and kind.is_in_zoo:
         return list(coco)
     return known
+
+
+def declared_names(kind: TeacherKind, metadata: str = "thing_classes") -> list[str]:
+    """Returns the names of classes that a teacher declares, or else those of its data sets; [] if there are none.
+
+    Args:
+        kind: The teacher.
+        metadata: The metadata of a data set that holds the names; a teacher itself declares only those of objects or
+            images.
+    """
+    declared = kind.class_names if metadata == "thing_classes" else ()
+    return list(declared) or known_class_names(kind.description, metadata)
 
 
 def translate_names(synonyms: Mapping[str, str], student: Sequence[str], teacher: Sequence[str]) -> list[str]:

@@ -10,20 +10,15 @@ from detectron2.modeling import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from kd_det.checkpoint import load_strictly
 from kd_det.config import default_config
 from kd_det.config_kinds import show
 from kd_det.errors import InputError
 from kd_det.timm_models import TEACHER_KEYS, create_resizable_timm_model, pretrained_description
 
+# Marks the name of a teacher as that of a network of timm, such as timm:convnext_tiny.
 PREFIX = "timm:"
 # Height and width of a test image: multiples of all usual patches and strides, and not square.
 PROBE = (224, 448)
-
-
-def is_timm_teacher(name: str) -> bool:
-    """Returns whether the name of a teacher is that of a network of timm, such as ``timm:convnext_tiny``."""
-    return name.startswith(PREFIX)
 
 
 class TimmFeatures(nn.Module):
@@ -121,33 +116,26 @@ class FeatureMaps(Backbone):
         return max(cast(int, shape.stride) for shape in self._shapes.values())
 
 
-def build_timm_teacher(cfg: CfgNode, *, trained: bool) -> TimmFeatures:
+def build_timm_teacher(cfg: CfgNode, *, pretrained: bool) -> TimmFeatures:
     """Builds the timm network that ``KD.TEACHER.CONFIG_FILE`` names.
-
-    Its weights are those in the file that ``KD.TEACHER.WEIGHTS`` names, or else timm's own, which timm fetches or takes
-    from its cache; both are loaded strictly.
 
     Args:
         cfg: The student's config.
-        trained: Whether to load weights.
+        pretrained: Whether to load timm's own weights, which timm fetches or takes from its cache.
 
     Raises:
         InputError: If timm does not know the network, it does not take images of any size, or its weights cannot be
-            fetched or do not fit.
+            fetched.
     """
-    node = cfg.KD.TEACHER
-    name = node.CONFIG_FILE.removeprefix(PREFIX)
     net = create_resizable_timm_model(
-        name,
+        cfg.KD.TEACHER.CONFIG_FILE.removeprefix(PREFIX),
         PROBE,
         keys=TEACHER_KEYS,
-        pretrained=trained and not node.WEIGHTS,
+        pretrained=pretrained,
         in_chans=3,
         **network_options(cfg),
-    ).eval()
-    if trained and node.WEIGHTS:
-        load_strictly(net, node.WEIGHTS, key=TEACHER_KEYS.weights)
-    return TimmFeatures(net).to(cfg.MODEL.DEVICE)
+    )
+    return TimmFeatures(net.eval()).to(cfg.MODEL.DEVICE)
 
 
 def describe_timm_teacher(cfg: CfgNode) -> CfgNode:

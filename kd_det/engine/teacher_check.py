@@ -19,11 +19,10 @@ from kd_det.engine.evaluation import allowed_kinds, build_evaluator
 from kd_det.engine.loaders import build_test_loader
 from kd_det.errors import InputError
 from kd_det.heads.build import student_signals
-from kd_det.lazy_configs import is_lazy_config
 from kd_det.taps import count_classes
-from kd_det.teacher import build_teacher, read_teacher_config
-from kd_det.teacher_classes import count_object_classes, divide_classes
-from kd_det.timm_teachers import is_timm_teacher
+from kd_det.teacher import build_teacher
+from kd_det.teacher_classes import count_object_classes, declared_names, divide_classes
+from kd_det.teacher_kinds import teacher_kind
 
 logger = logging.getLogger(__name__)
 # Maps models that predict other classes than those of objects or images to the metadata that names theirs.
@@ -66,21 +65,19 @@ def check_class_order(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
 
 
 def _compare_names(cfg: CfgNode, kind: str, comparing: Sequence[str]) -> None:
-    student, teacher = known_class_names(cfg, kind), known_class_names(read_teacher_config(cfg), kind)
+    named_teacher = teacher_kind(cfg)
+    student, teacher = known_class_names(cfg, kind), declared_names(named_teacher, kind)
     different = [(a, b) for a, b in zip(student, teacher, strict=False) if a != b]
     if len(student) != len(teacher) or not different:
         return
     reordered = set(student) == set(teacher)
     named = "keypoints" if kind == "keypoint_names" else "classes"
     difference = f"list the same {named} in another order" if reordered else f"name other {named}"
-    without_data = "[DATASETS.TEST, [], DATASETS.TRAIN, []]"
-    if is_lazy_config(cfg.KD.TEACHER.CONFIG_FILE):
-        without_data = "['dataloader.test.dataset.names=[]', 'dataloader.train.dataset.names=[]']"
     message = (
         f"KD.TEACHER.CONFIG_FILE: the data sets of {cfg.KD.TEACHER.CONFIG_FILE} {difference} than the student's, "
         f"{different[0][1]!r} for {different[0][0]!r}, but {', '.join(comparing)} compares them one by one. "
         + ("List the teacher's in KD.TEACHER.CLASSES to compare them by name. " if kind == "thing_classes" else "")
-        + f"If these are not the teacher's data, set KD.TEACHER.OPTS to {without_data}."
+        + f"If these are not the teacher's data, set KD.TEACHER.OPTS to {named_teacher.without_data_sets}."
     )
     if reordered:
         raise InputError(message)
@@ -99,7 +96,7 @@ def have_same_classes(cfg: CfgNode) -> bool:
 
 def _teacher_names(cfg: CfgNode, kind: str) -> list[str]:
     """Returns the names of the teacher's classes, with the student's for each synonym; [] if they are not known."""
-    node, names = cfg.KD.TEACHER, known_class_names(read_teacher_config(cfg), kind)
+    node, names = cfg.KD.TEACHER, declared_names(teacher_kind(cfg), kind)
     if kind != "thing_classes":
         return names
     return [node.SYNONYMS.get(name, name) for name in node.CLASSES or names]
@@ -121,7 +118,7 @@ def check_teacher(cfg: CfgNode) -> None:
         raise InputError(f"KD.TEACHER.SANITY_CHECK: must be 0 (no check) or a number of images, got {count}.")
     if not (count and has_teacher(cfg) and cfg.KD.HEADS):
         return
-    if is_timm_teacher(cfg.KD.TEACHER.CONFIG_FILE):
+    if not teacher_kind(cfg).predicts:
         raise InputError(
             f"KD.TEACHER.SANITY_CHECK: got {count}, but {cfg.KD.TEACHER.CONFIG_FILE} teaches by its feature maps and "
             "predicts nothing that could be evaluated; set it to 0."

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -102,6 +103,12 @@ class BackboneTap:
             return level
         height, width = (-(-pixels // stride) for pixels in self.extent)
         return level[..., :height, :width]
+
+    @property
+    def device(self) -> torch.device:
+        """Returns the device of the model."""
+        # A frozen TorchScript module has no parameters.
+        return next(chain(self.model.parameters(), self.model.buffers())).device
 
     @property
     def backbone(self) -> Backbone:
