@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from helpers import WIDE, distilled_cfg, interrupted_at, save_teacher, tiny_cfg, with_data
 
-import kd_det.teacher
+import kd_det.teacher_kinds
 from kd_det import InputError
 from kd_det.data import register_datasets
 from kd_det.engine import Trainer
@@ -267,9 +267,10 @@ def digits(tmp_path):
 
 def test_each_generation_is_taught_by_the_previous_one(digits, tmp_path, monkeypatch):
     teachers = []
-    load = kd_det.teacher.load_strictly
+    load = kd_det.teacher_kinds.load_strictly
     monkeypatch.setattr(
-        "kd_det.teacher.load_strictly", lambda model, path, key: teachers.append(path) or load(model, path, key=key)
+        "kd_det.teacher_kinds.load_strictly",
+        lambda model, path, key: teachers.append(path) or load(model, path, key=key),
     )
     train(digits(), resume=False)
     folders = [tmp_path / "output" / f"gen_{i}" for i in (1, 2, 3)]
