@@ -167,6 +167,9 @@ def test_unused_parameters_are_looked_for_in_a_stage_alone(
     register_datasets(cfg)
     kind(cfg)
     assert found[0]["find_unused_parameters"] is looked_for
+    # Otherwise DDP copies each image on its own, and each gradient twice.
+    assert found[0]["device_ids"] is None
+    assert found[0]["gradient_as_bucket_view"] is True
 
 
 def test_buckets_hold_the_student_and_the_heads(ranks):

@@ -78,6 +78,15 @@ def test_decay_grows_to_the_configured_value():
     assert not ema.module.weight.requires_grad
 
 
+def test_whole_numbers_are_those_of_the_student():
+    model = nn.BatchNorm1d(2)
+    ema = build_ema(tiny_cfg(options={"SOLVER.EMA_DECAY": 0.9}), model)
+    for count in (3, 8):
+        model.num_batches_tracked.fill_(count)
+        ema.update_parameters(model)
+        assert ema.module.num_batches_tracked == count
+
+
 @pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
 def test_invalid_decays_are_refused(decay):
     told = rf"^SOLVER.EMA_DECAY: must be 0 or more and below 1, got {decay}\.$"

@@ -1,13 +1,16 @@
 """Tests termination signals: the iteration is finished and saved, the status is 75, and the run can be resumed."""
 
 import signal
+from types import SimpleNamespace
 
 import pytest
+import torch
 from children import Event, Task, end, final_state, same, two_ranks
 from classification.models import classifier_cfg
 from helpers import distilled_cfg, run_train_net, save_teacher, with_data, write_yaml
 
-from kd_det.engine.interruption import INTERRUPTED
+from kd_det.engine import interruption
+from kd_det.engine.interruption import FIRST, INTERRUPTED, LONGEST, Interruption
 from kd_det.meta_arch import TeacherStudent
 
 STAGE, RUN = "PretrainingTrainer", "Trainer"
@@ -121,6 +124,60 @@ def test_signal_to_one_rank_ends_all_after_the_same_iteration(task, tmp_path, to
     for name in ("cut", "whole"):
         assert end(*[task.start(name, prepare=(x,), resume=True, log="log") for x in two_ranks()]) == [0, 0]
     assert same(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
+
+
+class Run:
+    """A run of two ranks whose iterations take some seconds; the other rank may be slower and may get a signal."""
+
+    def __init__(self, monkeypatch, seconds, *, slower=1.0, evaluation_period=0, start=0):
+        self.now, self.seconds, self.slower, self.start = 0.0, seconds, slower, start
+        self.agreed, self.signal_from = [], 10**9
+        monkeypatch.setattr(interruption, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(interruption.comm, "get_world_size", lambda: 2)
+        monkeypatch.setattr(interruption.comm, "_get_global_gloo_group", lambda: None)
+        monkeypatch.setattr(interruption.distributed, "all_reduce", self.all_reduce)
+        self.hook = Interruption(evaluation_period)
+        self.hook.trainer = SimpleNamespace(iter=start, start_iter=start, max_iter=10**6)
+
+    def all_reduce(self, state, operation, group):
+        self.agreed.append(self.hook.trainer.iter)
+        other = [float(self.hook.trainer.iter >= self.signal_from), float(state[1]) * self.slower]
+        state.copy_(torch.maximum(state, torch.tensor(other)))
+
+    def ends_after(self, iterations):
+        self.hook.before_train()
+        for i in range(self.start, self.start + iterations):
+            self.hook.trainer.iter = i
+            self.now += self.seconds
+            if self.hook._is_asked_to_end():
+                return i
+        return None
+
+
+def test_ranks_agree_about_once_a_second(monkeypatch):
+    run = Run(monkeypatch, 1 / 16, start=100)
+    run.signal_from = 145
+    assert run.ends_after(200) == 158
+    assert run.agreed == [*range(100, 100 + FIRST), 110, 126, 142, 158]
+
+
+def test_ranks_agree_as_often_as_suits_the_slowest(monkeypatch):
+    run = Run(monkeypatch, 1 / 16, slower=4)
+    assert run.ends_after(40) is None
+    assert run.agreed == [*range(FIRST), *range(10, 40, 4)]
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(3.0, 1), (0.0, LONGEST)])
+def test_slow_and_fast_iterations(monkeypatch, seconds, steps):
+    run = Run(monkeypatch, seconds)
+    run.ends_after(200)
+    assert run.agreed == [*range(FIRST), *range(FIRST, 200, steps)]
+
+
+def test_ranks_agree_before_each_evaluation(monkeypatch):
+    run = Run(monkeypatch, 0.0, evaluation_period=40)
+    run.ends_after(130)
+    assert run.agreed == [*range(FIRST), 10, 39, 79, 119]
 
 
 TELL_PARENT = """

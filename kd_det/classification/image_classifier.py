@@ -1,5 +1,7 @@
 """Defines the meta-architecture of image classifiers."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
@@ -72,7 +74,7 @@ class ImageClassifier(nn.Module):
 
     def preprocess_image(self, batched_inputs: list[dict]) -> Tensor:
         """Stacks the images to (N, 3, H, W), moves them to the device and normalises them."""
-        images = torch.stack([x["image"] for x in batched_inputs]).to(self.device, non_blocking=True)
+        images = stack([x["image"] for x in batched_inputs]).to(self.device, non_blocking=True)
         return (images - self.pixel_mean) / self.pixel_std
 
     def labels(self, batched_inputs: list[dict]) -> Tensor:
@@ -88,3 +90,22 @@ class ImageClassifier(nn.Module):
     def losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Computes the cross-entropy of logits (N, K) and labels (N,)."""
         return {"loss_cls": F.cross_entropy(logits.float(), labels)}
+
+
+def stack(images: Sequence[Tensor]) -> Tensor:
+    """Stacks images (C, H, W) to (N, C, H, W); nothing is copied if they lie in memory one after the other.
+
+    Views of one batch do, and so do those of a part of it.
+    """
+    first, size = images[0], images[0].numel()
+    end = (first.storage_offset() + len(images) * size) * first.element_size()
+    adjacent = end <= first.untyped_storage().nbytes() and all(
+        x.shape == first.shape
+        and x.dtype == first.dtype
+        and x.is_contiguous()
+        and x.data_ptr() == first.data_ptr() + i * size * first.element_size()
+        for i, x in enumerate(images)
+    )
+    if not adjacent:
+        return torch.stack(list(images))
+    return first.as_strided((len(images), *first.shape), (size, *first.stride()))

@@ -133,10 +133,16 @@ def build_training_loader(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=collate_fn,
         worker_init_fn=ignore_signals,
+        pin_memory=feeds_gpu(cfg),
         # The loader has its own generator: it draws a number when it starts, which a resumed run does at another
         # iteration.
         generator=torch.Generator(),
     )
+
+
+def feeds_gpu(cfg: CfgNode) -> bool:
+    """Returns whether batches go to a GPU, which copies them faster from pinned memory."""
+    return torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available()
 
 
 def build_detection_training_loader(cfg: CfgNode) -> DataLoader:

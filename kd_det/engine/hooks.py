@@ -9,10 +9,9 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
-from torch.optim.swa_utils import AveragedModel
 
 from kd_det.checkpoint_files import read_checkpoint
-from kd_det.engine.ema import EMAEvaluation
+from kd_det.engine.ema import AveragedStudent, EMAEvaluation
 from kd_det.engine.interruption import Interruption
 from kd_det.errors import InputError, UnreadableError
 
@@ -116,7 +115,7 @@ class EvaluationWriter(HookBase):
                 writer.write()
 
 
-def extend_hooks(stock: Iterable[HookBase | None], cfg: CfgNode, ema: AveragedModel | None) -> list[HookBase | None]:
+def extend_hooks(stock: Iterable[HookBase | None], cfg: CfgNode, ema: AveragedStudent | None) -> list[HookBase | None]:
     """Inserts the hooks of this package among Detectron2's.
 
     Args:
@@ -134,7 +133,7 @@ def extend_hooks(stock: Iterable[HookBase | None], cfg: CfgNode, ema: AveragedMo
     for hook in stock:
         if isinstance(hook, hooks.EvalHook):
             # A cluster may not wait as long as an evaluation takes, so this stops for a signal before it.
-            extended.append(Interruption())
+            extended.append(Interruption(cfg.TEST.EVAL_PERIOD))
         extended.append(hook)
         if isinstance(hook, hooks.PreciseBN):
             extended.append(Rewind(hook))

@@ -81,10 +81,16 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         loader.batch_sampler.seed = self.seed
-        devices = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
         turns = self.wrapper.turns
         unused = self.find_unused_parameters or turns > 1
-        wrapped = create_ddp_model(model, broadcast_buffers=False, find_unused_parameters=unused, **devices)
+        wrapped = create_ddp_model(
+            model,
+            broadcast_buffers=False,
+            find_unused_parameters=unused,
+            # With a device, DDP would move each image of a batch to it on its own before the model does it at once.
+            device_ids=None,
+            gradient_as_bucket_view=True,
+        )
         self._trainer = build_step_trainer(cfg, wrapped, loader, optimizer, turns=turns)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # This is the model without DDP around it.

@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.evaluation import inference_on_dataset
 
 from kd_det.classification.evaluator import ClassificationEvaluator
+from kd_det.classification.image_classifier import stack
 from kd_det.classification.image_loader import build_classification_test_loader, build_classification_train_loader
 from kd_det.data import register_datasets
 from kd_det.errors import InputError
@@ -66,6 +67,36 @@ def test_training_images_come_once_per_epoch(cfg, register, workers):
     assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 2
     assert epochs[0] != epochs[1]
     assert all(record["label"] == (number >= 6) for x in batches for record, number in zip(x, numbers(x), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "pinned"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_batches_for_a_gpu_are_pinned(cfg, register, monkeypatch, device, gpu, pinned):
+    register("a", [0])
+    cfg.DATASETS.TRAIN, cfg.MODEL.DEVICE = ("a",), device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    loaders = build_classification_train_loader(cfg), build_classification_test_loader(cfg, "a")
+    assert [x.loader.pin_memory for x in loaders] == [pinned] * 2
+
+
+def test_images_of_a_batch_are_stacked_without_a_copy(cfg, register):
+    register("a", [0, 1, 2, 3])
+    (batch,) = build_classification_test_loader(cfg, "a")
+    images = [x["image"] for x in batch]
+    for part in (images, images[1:3], images[3:]):
+        stacked = stack(part)
+        assert torch.equal(stacked, torch.stack(part))
+        assert stacked.data_ptr() == part[0].data_ptr()
+
+
+def test_other_images_are_stacked_by_a_copy():
+    batch = torch.arange(4.0 * 3 * 2 * 2).reshape(4, 3, 2, 2)
+    separate = [torch.zeros(3, 2, 2), torch.ones(3, 2, 2)]
+    for images in (separate, [batch[1], batch[0]], [batch[0], batch[2]], list(batch.mT)):
+        stacked = stack(images)
+        assert torch.equal(stacked, torch.stack(images))
+        assert all(stacked.data_ptr() != x.data_ptr() for x in images)
 
 
 def test_more_images_per_batch_than_there_are(cfg, register):
