@@ -141,6 +141,24 @@ def test_the_mean_entropy_comes_close_to_the_target():
         assert entropies.mean().item() == pytest.approx(target, abs=0.05)
 
 
+@pytest.mark.parametrize("bound", [0.5, 1.5, 4.0])
+def test_the_feature_changes_by_the_bound(bound):
+    """The cells' pixels count 1, 2, 3 and 4 times; the mean squared change is that of their variances."""
+    factors = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    image = 128 * torch.ones(1, 8, 8)
+    entropies = measure_entropies(lambda x: 1e4 + (x * factors).flatten(1), image, grid=2, copies=64, bound=bound)
+    change = (entropies.exp() / entropy(torch.tensor(1.0)).exp() * torch.tensor([[1, 2], [3, 4]])).square().mean()
+    assert (change / (START**2 * 7.5)).item() == pytest.approx(bound, rel=0.1)
+    assert entropies[0, 0] > entropies[1, 1]
+
+
+def test_a_bound_and_a_target_give_the_same_order_of_cells():
+    image = 128 * torch.ones(3, 16, 16)
+    entropies = measure_entropies(left_half, image, grid=4, copies=8, bound=1.5)
+    assert entropies[:, 2:].min() > entropies[:, :2].max() + 0.3
+    assert torch.equal(entropies, measure_entropies(left_half, image, grid=4, copies=8, bound=1.5))
+
+
 def test_features_that_do_not_respond_have_no_entropies():
     """One feature is constant, one is always negative and therefore rectified to 0, and one is not finite."""
     nan = math.nan

@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog
 from torch import Tensor
 from tqdm import tqdm
 
-from kd_det.analysis.probing import check_feature, feature_of_copies, labelled_boxes
+from kd_det.analysis.probing import check_feature, feature_of_copies, labelled_boxes, object_mask
 from kd_det.analysis.run import Run
 from kd_det.analysis.run_history import load_checkpoints
 from kd_det.analysis.runs import load_runs
@@ -18,10 +18,11 @@ from kd_det.analysis.table import Summary, summarise
 from kd_det.analysis.visual_concepts import concept_ratio, find_concepts, learning_effort, measure_entropies, stability
 from kd_det.data import choose_images
 from kd_det.engine import build_test_mapper
-from kd_det.errors import InputError
+from kd_det.errors import InputError, check_choice
 
 # Features that have visual concepts, in addition to maps.
 OTHERS = ("roi_features", "roi_box_features", "pooled")
+FOREGROUNDS = ("masks", "boxes")
 METRICS = ("N_fg", "N_bg", "lambda", "D_mean", "D_std", "rho")
 
 
@@ -32,12 +33,14 @@ def compare_concepts(
     dataset: str | None = None,
     images: int = 20,
     threshold: float = 0.2,
+    foreground: str = "masks",
     **search: Any,
 ) -> Summary:
     """Measures the visual concepts of each run at each of its checkpoints.
 
-    The foreground is the labelled boxes of a detector's images. The images of a classifier have none; their foreground
-    is the middle, three quarters of each side, as in the published code for images of a single object.
+    The foreground of a detector's images is the masks of their labelled objects, or the boxes of objects without a
+    mask. The images of a classifier have none; their foreground is the middle, three quarters of each side, as in the
+    published code for images of a single object.
 
     Args:
         runs: Name and source of each run: an output folder, or "CONFIG:WEIGHTS", which has one checkpoint. Runs with
@@ -47,6 +50,7 @@ def compare_concepts(
         dataset: Name of the test set; None is the first run's DATASETS.TEST.
         images: Number of its images to use, evenly spaced; for detectors, among those with objects.
         threshold: Threshold of :func:`kd_det.analysis.visual_concepts.find_concepts`.
+        foreground: "boxes" takes boxes even where there are masks.
         search: Options of :func:`kd_det.analysis.visual_concepts.measure_entropies`.
 
     Returns:
@@ -59,6 +63,7 @@ def compare_concepts(
     Raises:
         InputError: If a model cannot be read or lacks the feature, or if no image has objects and background.
     """
+    check_choice("--foreground", foreground, FOREGROUNDS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset, loaded = load_runs(runs, dataset, device, whole_chains=False)
     for run in loaded:
@@ -67,12 +72,12 @@ def compare_concepts(
     if not any(record.get("annotations", True) for record in records):
         raise InputError(f"--dataset: no image of {dataset} has objects.")
     records = choose_images(records, images)
-    metrics = [measure_run(run, feature, records, threshold, search) for run in loaded]
+    metrics = [measure_run(run, feature, records, threshold, search, masks=foreground == "masks") for run in loaded]
     return summarise([run.name for run in loaded], metrics)
 
 
 def measure_run(
-    run: Run, feature: str, records: list[dict], threshold: float, search: dict[str, Any]
+    run: Run, feature: str, records: list[dict], threshold: float, search: dict[str, Any], *, masks: bool = True
 ) -> dict[str, float]:
     """Measures one run; see :func:`compare_concepts`."""
     mapper = build_test_mapper(run.cfg)
@@ -82,7 +87,7 @@ def measure_run(
     responding = ~entropies.isnan().flatten(2).any(dim=2).any(dim=0)
     if not responding.any():
         raise InputError(f"--feature: {feature} of {run.name!r} does not change with any of the images.")
-    foreground = torch.stack([find_foreground(*image, entropies.shape[-1]) for image in images])
+    foreground = torch.stack([find_foreground(*image, entropies.shape[-1], masks=masks) for image in images])
     return count_concepts(entropies[:, responding], foreground[responding], steps, threshold)
 
 
@@ -125,13 +130,29 @@ def count_concepts(entropies: Tensor, foreground: Tensor, steps: Tensor, thresho
     return dict.fromkeys(METRICS, math.nan) | {name: value.item() for name, value in metrics.items()}
 
 
-def find_foreground(record: dict, sample: dict, grid: int) -> Tensor:
-    """Marks the cells (grid, grid) whose centres lie in a labelled box; for a classifier's image, in its middle."""
+def find_foreground(record: dict, sample: dict, grid: int, *, masks: bool = True) -> Tensor:
+    """Marks the cells (grid, grid) whose centres lie in a labelled object; for a classifier's image, in its middle.
+
+    Args:
+        record: Detectron2's dict of the image.
+        sample: The same image as the model gets it.
+        grid: Number of cells along each side.
+        masks: Whether an object is its mask, if it has one, instead of its box.
+    """
     height, width = sample["image"].shape[-2:]
     boxes = torch.tensor([[0.0, width / 8, height / 8, width * 7 / 8, height * 7 / 8]])
-    if "annotations" in record:
-        boxes = labelled_boxes([record], [sample])
     centres = (torch.arange(grid) + 0.5) / grid
+    foreground = torch.zeros(grid, grid, dtype=torch.bool)
+    if "annotations" in record:
+        rows, columns = (centres * sample["height"]).long(), (centres * sample["width"]).long()
+        without_mask = []
+        for annotation in record["annotations"]:
+            mask = object_mask(annotation, sample["height"], sample["width"]) if masks else None
+            if mask is None:
+                without_mask.append(annotation)
+            elif not annotation.get("iscrowd", 0):
+                foreground |= mask[rows][:, columns]
+        boxes = labelled_boxes([record | {"annotations": without_mask}], [sample])
     x, y = (centres * width)[None, None, :], (centres * height)[None, :, None]
     left, top, right, bottom = boxes[:, 1:, None, None].unbind(1)
-    return ((left <= x) & (x < right) & (top <= y) & (y < bottom)).any(dim=0)
+    return foreground | ((left <= x) & (x < right) & (top <= y) & (y < bottom)).any(dim=0)

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.data import DatasetCatalog
-from detectron2.utils.visualizer import GenericMask
 from torch import Tensor
 from tqdm import tqdm
 
 from kd_det.analysis.compare_halves import channel_order
+from kd_det.analysis.probing import object_mask
 from kd_det.analysis.relevance import COMPOSITES, explain
 from kd_det.analysis.relevance_figures import color_relevance, rank_correlation, relevance_inside
 from kd_det.analysis.run import Run
@@ -218,10 +218,8 @@ def find_regions(sample: Sample) -> dict[str, Tensor]:
     x0, y0, x1, y1 = box_of(sample.annotation)
     x, y = torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5
     regions = {IN_BOX: (x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)}
-    mask = sample.annotation.get("segmentation")
-    if mask:
-        regions[IN_MASK] = torch.from_numpy(GenericMask(mask, height, width).mask.astype(bool))
-    return regions
+    mask = object_mask(sample.annotation, height, width)
+    return regions if mask is None else regions | {IN_MASK: mask}
 
 
 def measure_maps(

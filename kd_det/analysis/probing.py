@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 
 import torch
 from detectron2.structures import BoxMode
+from detectron2.utils.visualizer import GenericMask
 from torch import Tensor, nn
 
 from kd_det.analysis.run import Run
@@ -48,6 +49,18 @@ def labelled_boxes(records: list[dict], batch: list[dict]) -> Tensor:
             box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
             boxes.append(torch.cat([torch.tensor([float(i)]), torch.tensor(box) * scale])[None])
     return torch.cat(boxes).float()
+
+
+def object_mask(annotation: dict, height: int, width: int) -> Tensor | None:
+    """Returns the mask of an object, (H, W), bool; None if it has none.
+
+    Args:
+        annotation: Detectron2's dict of the object, whose ``segmentation`` may be polygons or run lengths.
+        height: Height of the image in pixels of its file.
+        width: Its width.
+    """
+    segmentation = annotation.get("segmentation")
+    return torch.from_numpy(GenericMask(segmentation, height, width).mask.astype(bool)) if segmentation else None
 
 
 def feature_of_copies(model: nn.Module, feature: str, record: dict, sample: dict) -> Callable[[Tensor], Tensor]:

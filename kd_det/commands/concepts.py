@@ -36,14 +36,28 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     parser.add_argument("--batch", type=int, default=96, help="copies to compute at a time (%(default)s)")
     parser.add_argument("--weight", type=float, default=6.0, help="weight of the noise's entropy (%(default)s)")
     parser.add_argument("--threshold", type=float, default=0.2, help="threshold of a concept in nats (%(default)s)")
+    parser.add_argument(
+        "--bound",
+        type=float,
+        metavar="TAU",
+        help="compare images at this change of the feature, relative to that under the initial noise, as the paper "
+        "defines it (default: at the same mean entropy, as in the published code)",
+    )
+    parser.add_argument(
+        "--foreground",
+        default="masks",
+        metavar="KIND",
+        help="masks of the objects, where there are any, or boxes (%(default)s)",
+    )
     add_plugin_argument(parser)
     return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:
     search = {name: getattr(args, name) for name in ("grid", "steps", "copies", "batch", "weight")}
+    search["bound"] = args.bound
     for name, value in {"images": args.images, **search}.items():
-        if value <= 0:
+        if value is not None and not value > 0:
             raise InputError(f"--{name}: must be above 0, got {value}.")
     from kd_det.analysis import split_run
     from kd_det.analysis.compare_concepts import compare_concepts
@@ -53,6 +67,12 @@ def main(args: argparse.Namespace) -> None:
         import_plugin(path)
     runs = [split_run(run) for run in args.run]
     summary = compare_concepts(
-        runs, args.feature, dataset=args.dataset, images=args.images, threshold=args.threshold, **search
+        runs,
+        args.feature,
+        dataset=args.dataset,
+        images=args.images,
+        threshold=args.threshold,
+        foreground=args.foreground,
+        **search,
     )
     print(make_rows(summary, "concepts", runs))

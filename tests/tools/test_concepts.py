@@ -126,6 +126,19 @@ def test_foreground_is_the_cells_whose_centres_lie_in_boxes():
     assert found == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1]]
 
 
+def test_foreground_is_masks_where_there_are_any():
+    """Of two objects, one has a triangle as its mask and the other one has none; the mask of a crowd does not count."""
+    sample = {"image": torch.zeros(3, 20, 40), "height": 40, "width": 80}
+    triangle, everywhere = [[0, 0, 80, 0, 0, 40]], [[0, 0, 80, 0, 80, 40, 0, 40]]
+    masks = {"segmentation": triangle}, {}, {"segmentation": everywhere, "iscrowd": 1}
+    boxes = [0, 0, 80, 40], [70, 30, 10, 9], [0, 0, 80, 40]
+    annotations = [{"bbox": box, "bbox_mode": BoxMode.XYWH_ABS} | mask for box, mask in zip(boxes, masks, strict=True)]
+    found = find_foreground({"annotations": annotations}, sample, 4).int().tolist()
+    assert [row[:3] for row in found[:3]] == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
+    assert found[3] == [0, 0, 0, 1]
+    assert find_foreground({"annotations": annotations}, sample, 4, masks=False).all()
+
+
 def test_foreground_of_a_classifiers_image_is_its_middle():
     found = find_foreground({"label": 3}, {"image": torch.zeros(3, 32, 32)}, 16)
     assert found[2:14, 2:14].all()
@@ -138,5 +151,8 @@ def test_mistakes_end_in_one_line(classifier, run_tool):
     (Path(classifier).parent / "gen_1").mkdir()
     with pytest.raises(InputError, match=r"^a=.*: is a chain of generations; name one of them, such as .*/gen_1\.$"):
         compare_concepts([("a", str(Path(classifier).parent))], "res4", **SEARCH)
-    with pytest.raises(SystemExit, match="error: --copies: must be above 0, got 0"):
-        run_tool("concepts", "--feature", "res4", "--run", f"a={classifier}", "--copies", "0")
+    for option, value in (("--copies", "0"), ("--bound", "0.0"), ("--bound", "nan")):
+        with pytest.raises(SystemExit, match=f"error: {option}: must be above 0, got {value}"):
+            run_tool("concepts", "--feature", "res4", "--run", f"a={classifier}", option, value)
+    with pytest.raises(SystemExit, match="error: --foreground: 'discs' is not one of masks, boxes"):
+        run_tool("concepts", "--feature", "res4", "--run", f"a={classifier}", "--foreground", "discs")
