@@ -21,6 +21,8 @@ DETECTRON2 = [
 ]
 # Fuses the boxes of several detectors: kd_det/analysis/ensemble.py.
 ENSEMBLE = ["ensemble-boxes>=1.0.9"]
+# Write and check ONNX files: kd_det/export/onnx_file.py.
+DEPLOY = ["onnx>=1.16", "onnxruntime>=1.18"]
 # scikit-learn brings the images of the data sets digits_train and digits_test.
 # zennit is another implementation of relevance propagation, which tests compare with.
 TOOLS = ["mypy", "pytest>=7", "pytest-xdist>=3", "ruff", "scikit-learn", "types-PyYAML", "types-tabulate", "types-tqdm"]
@@ -40,16 +42,22 @@ setup(
     # The top-level configs/ is installed inside the package.
     packages=[*find_packages(include=["kd_det", "kd_det.*"]), "kd_det.configs"],
     package_dir={"kd_det.configs": "configs"},
-    package_data={"kd_det.configs": ["**/*.yaml"], "kd_det.reporting": ["templates/*"]},
+    package_data={
+        "kd_det.configs": ["**/*.yaml"],
+        "kd_det.export": ["templates/*"],
+        "kd_det.reporting": ["templates/*"],
+    },
     entry_points={"console_scripts": ["kd-det = kd_det.commands.console:main"]},
     python_requires=">=3.10",
     # Not Detectron2 itself: no index has it under its own name. Wide ranges: a build of it is tied to its own torch.
     install_requires=[
         "fvcore>=0.1.5",
+        "huggingface_hub>=0.24",
         "jinja2>=3.1",
         "numpy",
         "opencv-python",
         "pycocotools>=2.0.2",
+        "safetensors>=0.4",
         "scipy",
         "tabulate",
         # The first whose every way to load weights has weights_only; earlier ones run code from some files of hf-hub:.
@@ -59,5 +67,10 @@ setup(
         "torchvision>=0.21",
         "tqdm",
     ],
-    extras_require={"dev": DETECTRON2 + ENSEMBLE + TOOLS + DOCS, "ensemble": ENSEMBLE, "wandb": ["wandb"]},
+    extras_require={
+        "dev": DETECTRON2 + DEPLOY + ENSEMBLE + TOOLS + DOCS,
+        "deploy": DEPLOY,
+        "ensemble": ENSEMBLE,
+        "wandb": ["wandb"],
+    },
 )

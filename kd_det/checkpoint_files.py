@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 
 from kd_det.errors import UnreadableError, reason
 
@@ -33,7 +34,9 @@ class Header(NamedTuple):
 
 
 def load_safely(path: str | Path, *, mmap: bool = False) -> Any:
-    """Loads a file of ``torch.save`` without running code in it."""
+    """Loads a file of ``torch.save``, or ``.safetensors``, without running code in it."""
+    if os.fspath(path).endswith(".safetensors"):  # Not every torch reads these itself.
+        return load_file(path)
     # Before torch 2.6, weights_only is False by default.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 

@@ -57,7 +57,7 @@ ALLOWED = {
     "mutual": GROUND | {"taps", "heads", "losses", "gradients", "wrapper", "meta_arch", "peers"},
     "reporting": GROUND,
     "engine": BELOW_ENGINE | {"reporting"},
-    "export": BELOW_ENGINE | {"engine"},
+    "export": BELOW_ENGINE | {"engine", "reporting"},
     "analysis": BELOW_ENGINE | {"engine", "export", "reporting"},
     "benchmarking": BELOW_ENGINE | {"engine"},
     "commands": BELOW_ENGINE | {"engine", "export", "analysis", "benchmarking"},

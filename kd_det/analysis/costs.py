@@ -21,13 +21,19 @@ def measure_costs(runs: list[Run], samples: list[list[dict[str, Any]]]) -> list[
     """
     times = measure_times(runs, samples)
     return [
-        {
-            "parameters (M)": sum(p.numel() for p in run.model.parameters()) / 1e6,
-            "GFLOPs": statistics.fmean(sum(count_gflops(x, image) for x in run.networks) for image in images),
-            "ms per image": ms,
-        }
+        measure_networks(run, images) | {"ms per image": ms}
         for run, images, ms in zip(runs, samples, times, strict=True)
     ]
+
+
+def measure_networks(run: Run, images: list[dict[str, Any]]) -> dict[str, float]:
+    """Counts the parameters and the operations per image of a run; returns {} for an exported file."""
+    if not run.networks:
+        return {}
+    return {
+        "parameters (M)": sum(p.numel() for p in run.model.parameters()) / 1e6,
+        "GFLOPs": statistics.fmean(sum(count_gflops(x, image) for x in run.networks) for image in images),
+    }
 
 
 def measure_times(runs: list[Run], samples: list[list[dict[str, Any]]]) -> list[float]:

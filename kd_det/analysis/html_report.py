@@ -16,6 +16,7 @@ from kd_det.analysis.learned import read_learned
 from kd_det.analysis.run import Run
 from kd_det.analysis.runs import find_files
 from kd_det.analysis.table import COSTS, decimals, format_number
+from kd_det.export import ExportedModel
 from kd_det.reporting import Page, write_page
 from kd_det.reporting.charts import Axis, RunCurves, chart_groups, looks
 from kd_det.reporting.curves import read_curves
@@ -186,7 +187,9 @@ def costs(results: Mapping[str, Any], firsts: Sequence[Run]) -> Section:
 
 
 def weights_size(run: Run) -> int:
-    """Returns the number of bytes of a model's weights and buffers."""
+    """Returns the number of bytes of a model's weights and buffers, or of the exported file that holds them."""
+    if isinstance(run.model, ExportedModel):
+        return os.path.getsize(run.model.path)
     return sum(tensor.numel() * tensor.element_size() for tensor in run.model.state_dict().values())
 
 

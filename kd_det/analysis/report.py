@@ -40,8 +40,9 @@ def compare(
     """Evaluates runs on one test set and writes ``comparison.json``, ``comparison.md`` and ``comparison.png``.
 
     Args:
-        runs: Name and source of each run: an output folder, or "CONFIG:WEIGHTS". Runs with the same name are averaged.
-            For a chain of generations, each generation and their ensemble are compared.
+        runs: Name and source of each run: an output folder, "CONFIG:WEIGHTS", or an exported file beside its
+            ``student.yaml``; WEIGHTS may be an exported file, too. Runs with the same name are averaged. For a chain of
+            generations, each generation and their ensemble are compared.
         output: The folder for the files; existing files are replaced.
         dataset: Name of the test set; None is the first run's DATASETS.TEST.
         images: Number of images in the picture and in the report's gallery; speed and operations are measured on them,
@@ -64,7 +65,7 @@ def compare(
     if threshold is not None and not 0 <= threshold <= 1:
         raise InputError(f"--threshold: must be a score from 0 to 1, got {threshold}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dataset, loaded = load_runs(runs, dataset, device)
+    dataset, loaded = load_runs(runs, dataset, device, exported=True)
     # A wrong baseline is reported before the evaluation.
     expand_baselines([{"name": run.name, "seed": run.seed} for run in loaded], baselines)
     kind = compare_classifiers if is_classifier(loaded[0].cfg) else compare_detectors

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from kd_det.analysis.ensemble import Ensemble
 from kd_det.engine import Trainer
 from kd_det.errors import InputError
+from kd_det.export import ExportedModel
 
 
 @dataclass
@@ -41,7 +42,9 @@ class Run:
 
     @property
     def networks(self) -> list[nn.Module]:
-        """Returns the model, or the models of an ensemble."""
+        """Returns the model, or the models of an ensemble; there is none in an exported file."""
+        if isinstance(self.model, ExportedModel):
+            return []
         return list(self.model.models) if isinstance(self.model, Ensemble) else [self.model]
 
     @torch.no_grad()

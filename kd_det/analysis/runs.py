@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from detectron2.config import CfgNode
+from torch import nn
 
 from kd_det.analysis.ensemble import Ensemble
 from kd_det.analysis.run import Run
@@ -16,13 +17,18 @@ from kd_det.data import check_files, check_num_classes, register_datasets
 from kd_det.engine import is_classifier
 from kd_det.engine.evaluation import KINDS, check_evaluator
 from kd_det.errors import InputError
-from kd_det.export import find_run, load_student, read_student_config
+from kd_det.export import ExportedModel, find_run, is_exported, load_student, read_student_config
 
 logger = logging.getLogger(__name__)
 
 
 def load_runs(
-    runs: Sequence[tuple[str, str]], dataset: str | None, device: str, *, whole_chains: bool = True
+    runs: Sequence[tuple[str, str]],
+    dataset: str | None,
+    device: str,
+    *,
+    whole_chains: bool = True,
+    exported: bool = False,
 ) -> tuple[str, list[Run]]:
     """Loads the models of runs, after a check of all configs.
 
@@ -32,6 +38,7 @@ def load_runs(
         device: Device of the models.
         whole_chains: Whether the output folder of a chain (``KD.GENERATIONS``) becomes a run for each generation and
             one for their ensemble; otherwise it is refused.
+        exported: Whether a run may be an exported file, ONNX or TorchScript; otherwise it is refused.
 
     Returns:
         The name of the test set, and the runs.
@@ -47,10 +54,13 @@ def load_runs(
             )
     singles = [single for run, chain in zip(runs, chains, strict=True) for single in chain or [run]]
     files = [find_files(*single) for single in singles]
+    for single, (_, weights) in zip(singles, files, strict=True):
+        if is_exported(weights) and not exported:
+            raise InputError(f"{'='.join(single)}: is an exported file; only kd-det compare takes these.")
     cfgs = [read_student_config(path, "=".join(single)) for single, (path, _) in zip(singles, files, strict=True)]
     dataset = prepare_dataset(singles, cfgs, dataset)
     models = (
-        Run(*single, cfg, load_student(cfg, weights, device), seed_of(cfg))
+        Run(*single, cfg, load_model(cfg, weights, device, "=".join(single)), seed_of(cfg))
         for single, cfg, (_, weights) in zip(singles, cfgs, files, strict=True)
     )
     loaded: list[Run] = []
@@ -65,6 +75,18 @@ def load_runs(
     return dataset, loaded
 
 
+def load_model(cfg: CfgNode, weights: str, device: str, key: str) -> nn.Module:
+    """Loads a student from its checkpoint, or from an exported file, which runs on the CPU.
+
+    Args:
+        cfg: Config of the student alone.
+        weights: The checkpoint or the exported file.
+        device: Device of a student from a checkpoint.
+        key: The run, for messages.
+    """
+    return ExportedModel(weights, cfg, key) if is_exported(weights) else load_student(cfg, weights, device)
+
+
 def seed_of(cfg: CfgNode) -> int | None:
     """Returns the seed of a run; None if it drew one at random."""
     return cfg.SEED if cfg.SEED >= 0 else None
@@ -76,14 +98,16 @@ def chain_config(source: str) -> str:
 
 
 def find_files(name: str, source: str) -> tuple[str, str]:
-    """Finds the config and the weights of a run.
+    """Finds the config and the weights of a run; beside an exported file without a config lies its student.yaml.
 
     Raises:
-        InputError: If the source is neither a folder with both, nor CONFIG:WEIGHTS.
+        InputError: If the source is neither a folder with both, nor CONFIG:WEIGHTS, nor an exported file.
     """
     if os.path.isdir(source):
         return find_run(source)
     config_file, colon, weights = source.partition(":")
+    if not colon and is_exported(source):
+        return os.path.join(os.path.dirname(source), "student.yaml"), source
     if not colon:
         raise InputError(f"{name}={source}: neither an output folder nor CONFIG:WEIGHTS.")
     return config_file, weights

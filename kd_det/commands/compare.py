@@ -2,10 +2,12 @@
 
     kd-det compare --run teacher=output/teacher --run plain=output/plain --run distilled=output/distilled
 
-A run is NAME=FOLDER, the output folder of a training, or NAME=CONFIG:WEIGHTS. Runs with the same name, for example with
-different seeds, share a column: mean and standard deviation. All runs must be detectors, or all image classifiers. For
-the output folder of KD.GENERATIONS, each generation and their ensemble are compared. For each detector, the picture
-shows hits, false detections and missed objects at the score threshold of its best F1.
+A run is NAME=FOLDER, the output folder of a training, or NAME=CONFIG:WEIGHTS. It can also be a file of kd-det export,
+which runs on the CPU: NAME=EXPORTED/student.onnx or student.ts; with CONFIG:FILE its test set can be one that only
+this config defines. Runs with the same name, for example with different seeds, share a column: mean and standard
+deviation. All runs must be detectors, or all image classifiers. For the output folder of KD.GENERATIONS, each
+generation and their ensemble are compared. For each detector, the picture shows hits, false detections and missed
+objects at the score threshold of its best F1.
 
 With --baseline, runs of the same SEED are paired: a second table has the mean difference of each metric, its 95 %
 confidence interval and, from three seeds on, a verdict: helps, hurts or no evidence.

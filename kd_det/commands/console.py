@@ -14,7 +14,7 @@ COMMANDS = {
     "train": "train, resume or evaluate a detector: plain, or distilled from a teacher",
     "repeat": "train a teacher and students over several seeds, and compare them",
     "compare": "compare trained models on one test set: accuracy, size, speed, a picture",
-    "export": "export the student of a run, for Detectron2 alone and as TorchScript",
+    "export": "export the student of a run: for Detectron2 alone, as TorchScript, as ONNX",
     "benchmark": "measure what distillation costs in a training step",
     "concepts": "count the visual concepts of trained models",
     "similarity": "measure the similarity of students' halves to the teacher (CKA)",

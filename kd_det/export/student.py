@@ -1,4 +1,4 @@
-"""Exports the plain student of a run for stock Detectron2 and for TorchScript."""
+"""Exports the plain student of a run for stock Detectron2, for TorchScript and for ONNX."""
 
 import os
 import tempfile
@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from kd_det.classification import ImageClassifier
 from kd_det.config import add_kd_config
 from kd_det.config_checks import registered_parts
 from kd_det.errors import InputError
+from kd_det.export.exported_model import ExportedModel, is_exported
+from kd_det.export.model_card import Origin, make_card, measure_ms
+from kd_det.export.onnx_file import check_onnx_export, export_onnx
 from kd_det.export.run_folder import load_student
 from kd_det.export.torchscript import trace
 from kd_det.files import naming
@@ -30,12 +34,16 @@ class Exported:
         needs: Registered parts that are not Detectron2's own; empty if stock Detectron2 can build the student.
         outputs: Names of the tensors that ``student.ts`` returns, in order; empty without it.
         tried: Sizes (height, width) at which ``student.ts`` gave the same results as the eager model.
+        onnx_outputs: Names of the outputs of ``student.onnx``, in order; empty without it.
+        onnx_tried: Sizes at which ``student.onnx`` gave the same results as the eager model.
     """
 
     files: list[str]
     needs: list[str]
     outputs: list[str]
     tried: list[tuple[int, int]]
+    onnx_outputs: list[str]
+    onnx_tried: list[tuple[int, int]]
 
 
 def export_student(
@@ -46,10 +54,15 @@ def export_student(
     ema: bool = False,
     sample: Tensor | None = None,
     device: str = "cpu",
+    torchscript: bool = True,
+    onnx: bool = False,
+    safetensors: bool = False,
+    origin: Origin | None = None,
 ) -> Exported:
-    """Writes ``student.pth``, ``student.yaml`` and, given a sample, ``student.ts``; writes all of them or none.
+    """Writes ``student.pth``, ``student.yaml`` and, given a sample, ``student.ts`` and ``student.onnx``: all or none.
 
-    For an image classifier, also writes ``backbone.pth``, usable as MODEL.WEIGHTS of a detector with the same backbone.
+    If asked for, also writes ``student.safetensors`` and a model card, ``README.md``. For an image classifier, also
+    writes ``backbone.pth``, usable as MODEL.WEIGHTS of a detector with the same backbone.
     The model that is traced and checked is built from the written files.
 
     Args:
@@ -59,11 +72,18 @@ def export_student(
         ema: Whether to export the averaged weights instead of the student's latest ones.
         sample: Image (3, H, W), float32, as the model expects it: 0 to 255, channels in the order of INPUT.FORMAT.
         device: Device on which the model is traced; ``student.ts`` runs only there.
+        torchscript: Whether to write ``student.ts``.
+        onnx: Whether to write ``student.onnx``, see :func:`kd_det.export.onnx_file.export_onnx`.
+        safetensors: Whether to write ``student.safetensors``.
+        origin: Where the student comes from, for a model card; None writes no card.
 
     Raises:
         InputError: If the folder exists, the weights do not fit, there are no averaged weights, nothing is detected on
-            the sample, or the traced model gives other results than the eager one.
+            the sample, or an exported model gives other results than the eager one; for ONNX also if the architecture
+            is not supported or a package is missing.
     """
+    if onnx:
+        check_onnx_export(cfg)
     target = Path(output)
     if target.exists():
         raise InputError(f"--output: {output} exists already; delete it or choose another folder.")
@@ -74,17 +94,23 @@ def export_student(
         folder = Path(temporary, target.name)
         folder.mkdir()
         _save({"model": model.state_dict()}, folder / "student.pth")
+        if safetensors:
+            (folder / "student.safetensors").write_bytes(as_safetensors(model))
         (folder / "student.yaml").write_text(header(needs) + plain.dump(), encoding="utf-8")
         if isinstance(model, ImageClassifier):
             _save(backbone_checkpoint(model), folder / "backbone.pth")
         model = _read_back(folder, needs, device)
-        outputs: list[str] = []
-        tried: list[tuple[int, int]] = []
-        if sample is not None:
-            outputs, tried = trace(model, sample.to(device), str(folder / "student.ts"))
+        traced: tuple[list[str], list[tuple[int, int]]] = [], []
+        translated: tuple[list[str], list[tuple[int, int]]] = [], []
+        if sample is not None and torchscript:
+            traced = trace(model, sample.to(device), str(folder / "student.ts"))
+        if sample is not None and onnx:
+            translated = export_onnx(model.to("cpu"), cfg, sample, str(folder / "student.onnx"))
+        if origin is not None:
+            write_card(origin, model, cfg, sample if device == "cpu" else None, folder)
         files = sorted(os.listdir(folder))
         folder.rename(target)
-    return Exported(files, needs, outputs, tried)
+    return Exported(files, needs, *traced, *translated)
 
 
 def plain_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, list[str]]:
@@ -114,6 +140,34 @@ def plain_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, list[str]]:
         del known["KD"], known.DATASETS["COCO_FORMAT"], known.DATASETS["VOC_FORMAT"], known.DATASETS["IMAGE_FOLDER"]
     _drop_unknown(plain, known)
     return plain, needs
+
+
+def as_safetensors(model: nn.Module) -> bytes:
+    """Returns the weights of a model as the content of a safetensors file."""
+    # A file of safetensors must not hold tensors that share their memory.
+    weights = {key: value.detach().clone().contiguous() for key, value in model.state_dict().items()}
+    return save(weights, {"format": "pt"})
+
+
+def write_card(origin: Origin, model: nn.Module, cfg: CfgNode, sample: Tensor | None, folder: Path) -> None:
+    """Writes ``README.md``, with the speed of the exported files in the folder on the sample, if there is one.
+
+    Args:
+        origin: Where the student comes from.
+        model: The student.
+        cfg: Config of the student alone.
+        sample: Image (3, H, W) on the CPU, as the model expects it; None measures no speed.
+        folder: The folder of the other files.
+    """
+    files = sorted(os.listdir(folder))
+    speeds, size = {}, ""
+    if sample is not None:
+        models = {"student.pth": model}
+        models |= {name: ExportedModel(str(folder / name), cfg, name) for name in files if is_exported(name)}
+        with torch.no_grad():
+            speeds = {name: measure_ms(x, [{"image": sample}]) for name, x in models.items()}
+        size = f"{sample.shape[1]} x {sample.shape[2]} pixels"
+    make_card(origin, model, files, speeds, size).save(folder / "README.md")
 
 
 def backbone_checkpoint(model: ImageClassifier) -> dict[str, Any]:

@@ -3,23 +3,18 @@
 import warnings
 
 import torch
-import torch.nn.functional as F
-from detectron2.export import TracingAdapter
-from detectron2.modeling import GeneralizedRCNN
-from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from kd_det.classification import ImageClassifier
 from kd_det.errors import InputError
+from kd_det.export.adapter import make_adapter, resize
 
 
 def trace(model: nn.Module, sample: Tensor, path: str) -> tuple[list[str], list[tuple[int, int]]]:
     """Traces a model on an image, saves it, and compares the saved file with the eager model.
 
-    The traced function maps one image to a tuple of tensors. A detector takes images of any size. Its boxes are in
-    pixels of the image; its masks (R-CNN), (R, 1, m, m), fill their boxes, in the form that
-    ``detectron2.layers.paste_masks_in_image`` takes. A classifier takes images of the sample's size and returns its
-    scores (K,).
+    The traced function is that of :func:`make_adapter`. A detector takes images of any size, a classifier those of the
+    sample's size.
 
     Args:
         model: The model, in evaluation mode.
@@ -32,14 +27,11 @@ def trace(model: nn.Module, sample: Tensor, path: str) -> tuple[list[str], list[
     Raises:
         InputError: If nothing is detected on the sample, or the results differ.
     """
-    inference = _infer if isinstance(model, GeneralizedRCNN) else None
-    adapter = TracingAdapter(model, [{"image": sample}], inference).eval()
-    results = adapter(sample)  # The first call makes the schema.
-    output = adapter.outputs_schema(results)[0]
+    adapter, names = make_adapter(model, sample, "student.ts", "leave TorchScript out with --no-torchscript")
     if isinstance(model, ImageClassifier):
-        names, second, tolerance = list(output), sample.flip(2), 1e-5
+        second, tolerance = sample.flip(2), 1e-5
     else:
-        names, second, tolerance = _field_names(output["instances"]), _resize(sample), 1e-3
+        second, tolerance = resize(sample, 0.77, 1.13), 1e-3
     with warnings.catch_warnings():
         # The tracer warns about constants, which the comparison below shows to be harmless.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
@@ -53,27 +45,6 @@ def trace(model: nn.Module, sample: Tensor, path: str) -> tuple[list[str], list[
         _compare(adapter(image), traced(image), (height, width), tolerance)
         sizes.append((height, width))
     return names, list(dict.fromkeys(sizes))
-
-
-def _infer(model: GeneralizedRCNN, inputs: list[dict]) -> list[dict[str, Instances]]:
-    """Runs an R-CNN and leaves its masks as they are, one for each box."""
-    return [{"instances": model.inference(inputs, do_postprocess=False)[0]}]
-
-
-def _field_names(instances: Instances) -> list[str]:
-    """Returns the names of the tensors in instances."""
-    if not len(instances):
-        raise InputError(
-            "student.ts: the student detects nothing on the sample, so a traced model cannot be compared with it; "
-            "give an image with objects as --image, or leave TorchScript out with --no-torchscript."
-        )
-    return [*sorted(instances.get_fields()), "image_size"]
-
-
-def _resize(image: Tensor) -> Tensor:
-    """Resizes an image to another size and aspect ratio."""
-    height, width = image.shape[-2:]
-    return F.interpolate(image[None], (round(0.77 * height), round(1.13 * width)), mode="bilinear")[0]
 
 
 def _compare(expected: tuple[Tensor, ...], actual: tuple[Tensor, ...], size: tuple[int, int], tolerance: float) -> None:

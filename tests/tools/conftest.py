@@ -9,7 +9,7 @@ from helpers import build, write_yaml
 from kd_det.commands.console import run_command
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_tool():
     """Run ``kd-det NAME`` in this process; a user's mistake raises SystemExit with its one line."""
 
@@ -19,7 +19,7 @@ def run_tool():
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def save_run():
     """Write the output folder of a run: its config as dumped, and the student's random weights."""
 
