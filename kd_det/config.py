@@ -210,11 +210,24 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
     cfg.MODEL.CIFAR = CfgNode()
     # Name of the network, for MODEL.BACKBONE.NAME build_cifar_backbone: resnet8, 14, 20, 32, 44, 56, 110; resnet8x4,
-    # resnet32x4; wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2.
+    # resnet32x4; wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2, wrn_10_1, wrn_10_4, wrn_16_4, wrn_22_4; nin_thin, nin_wide;
+    # densenet_112_33, densenet_90_60, densenet_80_80, densenet_80_120.
     cfg.MODEL.CIFAR.NAME = "resnet20"
     # Shortcut of a ResNet where the number of channels grows: "projection" (1x1 convolution, as in the distillation
     # papers), or "padding" with zeros, without parameters (He et al., 2016, option A).
     cfg.MODEL.CIFAR.SHORTCUT = "projection"
+    # Probability with which a network in a network (nin_thin, nin_wide) drops a value between its stages, below 1.
+    cfg.MODEL.CIFAR.DROPOUT = 0.5
+    cfg.MODEL.FULLY_CONNECTED = CfgNode()
+    # Name of the network, for MODEL.BACKBONE.NAME build_fully_connected_backbone: vgg11, vgg16, vgg19, alexnet
+    # (torchvision's), or perceptron.
+    cfg.MODEL.FULLY_CONNECTED.NAME = "vgg16"
+    # Number of units of each hidden layer of a perceptron.
+    cfg.MODEL.FULLY_CONNECTED.UNITS = [1200, 1200]
+    # Probability with which these networks drop a hidden unit, below 1.
+    cfg.MODEL.FULLY_CONNECTED.DROPOUT = 0.5
+    # Probability with which a perceptron drops a pixel, below 1.
+    cfg.MODEL.FULLY_CONNECTED.INPUT_DROPOUT = 0.0
     cfg.INPUT.CLASSIFICATION = CfgNode()
     # Side of the square images that enter the network, in pixels.
     cfg.INPUT.CLASSIFICATION.SIZE = 32

@@ -17,6 +17,8 @@ from kd_det.unpickling import load_arrays
 
 # Every ResNet of torchvision and timm has this key.
 RESNET_KEY = "layer1.0.conv1.weight"
+# The first and the last layer of every VGG and AlexNet of torchvision without batch norms.
+FULLY_CONNECTED_KEYS = ("features.0.weight", "classifier.6.weight")
 # Parts of the blocks that Detectron2's ResNets have, too.
 RESNET_PARTS = re.compile(r"layer\d\.\d+\.(?:conv\d|bn\d|downsample\.[01])\.")
 
@@ -131,6 +133,9 @@ def fit_names(loaded: dict[str, Any], model_keys: Collection[str], path: str) ->
     state = strip_wrappers(loaded["model"], set(model_keys), path)
     if RESNET_KEY in state and not any(f".{key}".endswith(f".{RESNET_KEY}") for key in model_keys):
         return loaded | {"model": rename_torchvision_resnet(state, path), "matching_heuristics": True}
+    own = any(key.startswith("backbone.classifier.") for key in model_keys)
+    if own and all(key in state for key in FULLY_CONNECTED_KEYS):
+        return loaded | {"model": rename_torchvision_layers(state)}
     if "linear.weight" in state and "linear.weight" not in model_keys:
         return loaded | {"model": backbone_of_classifier(state), "matching_heuristics": True}
     part = name_part(state, model_keys)
@@ -214,6 +219,11 @@ def rename_torchvision_resnet(state: dict[str, Tensor], path: str) -> dict[str, 
         key = re.sub(r"^fc", "linear", key)
         renamed[key if key.startswith(("res", "linear")) else f"stem.{key}"] = value
     return renamed
+
+
+def rename_torchvision_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Renames the weights of torchvision's VGG or AlexNet to those of an image classifier with this backbone."""
+    return _rename(state, lambda key: f"backbone.{key}".replace("backbone.classifier.6.", "linear."))
 
 
 def backbone_of_classifier(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ A *signal* is one tensor that a network computed on one batch. The names are the
                       (C,); ``dense_box_conv4_`` in the branch of boxes
 ``dense_cls_score_``  and ``weight`` or ``bias``: parameters of the layer that computes the class logits from it,
                       (A K, C, 3, 3) and (A K,) for A anchors per cell; ``dense_bbox_pred_`` for the box deltas
+``fc6``, ``fc7``      rectified hidden layers of VGG and AlexNet, (N, 4096); a perceptron has ``fc1``, ``fc2`` and so on
 ``pooled``            pooled feature of an image classifier, (N, D)
 ``logits``            class logits of an image classifier, (N, K)
 ``logits_weight``     weight (K, D) of its linear layer, and ``logits_bias`` (K,)

@@ -8,6 +8,8 @@ from detectron2.modeling.backbone.resnet import BasicBlock
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
+from kd_det.classification.densenet import DENSENETS, build_densenet
+from kd_det.classification.network_in_network import WIDTHS, NetworkInNetwork
 from kd_det.errors import InputError
 
 # Number of blocks per stage, and number of channels of the stem and of each stage.
@@ -15,7 +17,9 @@ RESNETS = {
     **{f"resnet{depth}": ((depth - 2) // 6, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": ((depth - 2) // 6, (32, 64, 128, 256)) for depth in (8, 32)},
 }
-WIDE_RESNETS = {f"wrn_{depth}_{width}": ((depth - 4) // 6, width) for depth in (16, 40) for width in (1, 2)}
+# Depth and width.
+WRN = ((16, 1), (16, 2), (40, 1), (40, 2), (10, 1), (10, 4), (16, 4), (22, 4))
+WIDE_RESNETS = {f"wrn_{depth}_{width}": ((depth - 4) // 6, width) for depth, width in WRN}
 
 
 class CifarStem(CNNBlockBase):
@@ -157,4 +161,9 @@ def build_cifar_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         return build_cifar_resnet(name, shortcut=cfg.MODEL.CIFAR.SHORTCUT, **options)
     if name in WIDE_RESNETS:
         return WideResNet(*WIDE_RESNETS[name], **options)
-    raise InputError(f"MODEL.CIFAR.NAME: got {name!r}; allowed are {', '.join([*RESNETS, *WIDE_RESNETS])}.")
+    if name in WIDTHS:
+        return NetworkInNetwork(WIDTHS[name], dropout=cfg.MODEL.CIFAR.DROPOUT, **options)
+    if name in DENSENETS:
+        return build_densenet(name, **options)
+    allowed = ", ".join([*RESNETS, *WIDE_RESNETS, *WIDTHS, *DENSENETS])
+    raise InputError(f"MODEL.CIFAR.NAME: got {name!r}; allowed are {allowed}.")

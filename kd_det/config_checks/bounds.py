@@ -69,6 +69,8 @@ BOUNDS = {
     "MODEL.*.NUM_CONVS": Bounds(0, DEPTH.most),
     "MODEL.*.NUM_FC": Bounds(0, DEPTH.most),
     "MODEL.RESNETS.*": CHANNELS,
+    "MODEL.*DROPOUT": Bounds(0, 1, open_above=True),
+    "MODEL.FULLY_CONNECTED.UNITS": CHANNELS,
     # Below 1, Detectron2's networks freeze nothing.
     "MODEL.BACKBONE.FREEZE_AT": Bounds(-1, DEPTH.most),
     "MODEL.PIXEL_MEAN": ANY,

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 
 from kd_det.data.image_folder import ImageFolder
 from kd_det.data.paths import data_root
-from kd_det.errors import InputError
+from kd_det.errors import InputError, reason
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,56 @@ class Cifar:
 
 
 @dataclass(frozen=True)
+class Mnist:
+    """Loads the handwritten digits of MNIST, 28 x 28 pixels, from its official files, unpacked.
+
+    Attributes:
+        name: Name of the data set.
+        train: Whether to load the training images instead of the test images.
+    """
+
+    name: str
+    train: bool
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """Returns dicts like those of :class:`Cifar`; the three channels of the grey images are equal.
+
+        Raises:
+            InputError: If a file is missing or damaged.
+        """
+        self.check_files()
+        try:
+            grey, labels = _read_mnist(data_root(), self.train)
+        except (AssertionError, EOFError, IndexError, KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"{self._folder}: a file is damaged: {reason(error)} {self._advice}.") from error
+        if len(grey) != len(labels):
+            raise InputError(f"{self._folder}: {len(grey)} images, but {len(labels)} labels; {self._advice}.")
+        return _records(self.name, np.repeat(grey[..., None], 3, axis=3), labels)
+
+    def metadata(self) -> dict[str, Any]:
+        return {"evaluator_type": "classification"}
+
+    def check_files(self) -> None:
+        files = [os.path.join(self._folder, name.removesuffix(".gz")) for name, _ in MNIST.resources]
+        missing = [path for path in files if not os.path.isfile(path)]
+        if missing:
+            raise InputError(f"{missing[0]}: file not found, but {self.name!r} lies there; {self._advice}.")
+
+    @property
+    def classes(self) -> list[str]:
+        return [str(digit) for digit in range(10)]
+
+    @property
+    def _folder(self) -> str:
+        return os.path.join(data_root(), "MNIST", "raw")
+
+    @property
+    def _advice(self) -> str:
+        names = ", ".join(name for name, _ in MNIST.resources)
+        return f"download {names} from {MNIST.mirrors[0]} and unpack them there"
+
+
+@dataclass(frozen=True)
 class Digits:
     """Loads scikit-learn's handwritten digits, 8 x 8 pixels, which come with that library and need no download.
 
@@ -115,6 +165,7 @@ BUILTIN = {
     for dataset in (
         Cifar(f"cifar10_{split}", CIFAR10, split == "train"),
         Cifar(f"cifar100_{split}", CIFAR100, split == "train"),
+        Mnist(f"mnist_{split}", split == "train"),
         Digits(f"digits_{split}", split == "train"),
     )
 } | {name: ImageFolder(name, name.replace("_", "/")) for name in ("imagenet_train", "imagenet_val")}
@@ -124,6 +175,12 @@ BUILTIN = {
 def _read_cifar(reader: type[CIFAR10], root: str, train: bool) -> tuple[np.ndarray, list[int], list[str]]:
     dataset = reader(root, train)
     return np.ascontiguousarray(dataset.data), dataset.targets, dataset.classes
+
+
+@cache
+def _read_mnist(root: str, train: bool) -> tuple[np.ndarray, list[int]]:
+    dataset = MNIST(root, train)
+    return dataset.data.numpy(), dataset.targets.tolist()
 
 
 def _records(name: str, images: np.ndarray, labels: list[int]) -> list[dict[str, Any]]:

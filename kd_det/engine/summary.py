@@ -21,7 +21,12 @@ logger = logging.getLogger(__name__)
 # This is the side in pixels. An R-CNN with 50 layers takes one core 2 s at this size and 7 s at 800.
 LARGEST_ON_CPU = 320
 # Maps a part of the name of a backbone's builder to the key that describes such a backbone.
-DETAILS = {"timm": ("TIMM", "NAME"), "cifar": ("CIFAR", "NAME"), "resnet": ("RESNETS", "DEPTH")}
+DETAILS = {
+    "timm": ("TIMM", "NAME"),
+    "cifar": ("CIFAR", "NAME"),
+    "fully_connected": ("FULLY_CONNECTED", "NAME"),
+    "resnet": ("RESNETS", "DEPTH"),
+}
 
 
 def log_summary(trainer: Trainer, *, stage: str = "") -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pickle
+import struct
 from collections import Counter
 from pathlib import Path
 
@@ -88,6 +89,58 @@ def test_cifar_with_a_file_less(archives):
     (archives / "cifar-100-python/test").unlink()
     with pytest.raises(InputError, match="cifar-100-python: a file is missing or differs"):
         DatasetCatalog.get("cifar100_train")
+
+
+def write_mnist(root, images=3, labels=(7, 0, 3)):
+    """Both splits in the published format; the value of pixel (y, x) of image i is i + 10 y + x, modulo 256."""
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    pixels = np.arange(images)[:, None, None] + 10 * np.arange(28)[:, None] + np.arange(28)
+    for split in ("train", "t10k"):
+        header = struct.pack(">4i", 0x803, images, 28, 28)
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(header + pixels.astype(np.uint8).tobytes())
+        header = struct.pack(">2i", 0x801, len(labels))
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(header + bytes(labels))
+    return folder
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_mnist(datasets, split):
+    write_mnist(datasets)
+    records = DatasetCatalog.get(f"mnist_{split}")
+    assert [record["label"] for record in records] == [7, 0, 3]
+    assert [record["file_name"] for record in records] == [f"mnist_{split}[{i}]" for i in range(3)]
+    image = records[2]["image"]
+    assert (image.shape, image.dtype) == ((28, 28, 3), np.uint8)
+    assert image[3, 4].tolist() == [36, 36, 36]
+    assert class_names(f"mnist_{split}") == list("0123456789")
+
+
+def test_missing_mnist(cfg, datasets):
+    cfg.DATASETS.TRAIN = ("mnist_train",)
+    folder = write_mnist(datasets)
+    check_files(cfg)
+    (folder / "t10k-labels-idx1-ubyte").unlink()
+    told = f"^{folder}/t10k-labels-idx1-ubyte: file not found, but 'mnist_train' lies there; download train-images"
+    with pytest.raises(InputError, match=told):
+        check_files(cfg)
+
+
+def test_mnist_that_is_damaged(datasets):
+    folder = write_mnist(datasets, labels=(7, 0))
+    with pytest.raises(InputError, match=f"^{folder}: 3 images, but 2 labels; download train-images-idx3-ubyte.gz, "):
+        DatasetCatalog.get("mnist_train")
+    path = folder / "t10k-images-idx3-ubyte"
+    for content in (path.read_bytes()[:100], b"", b"not of this format"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"^{folder}: a file is damaged: "):
+            DatasetCatalog.get("mnist_test")
 
 
 def test_digits():
