@@ -3,15 +3,30 @@
 import pytest
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
-from helpers import ROOT, build, distilled_cfg, save_teacher, step, tiny_cfg, tiny_inputs
+from helpers import (
+    ROOT,
+    build,
+    distilled_cfg,
+    save_teacher,
+    step,
+    tiny_cfg,
+    tiny_inputs,
+    with_data,
+    write_yaml,
+)
+from test_teacher_classes import named
+from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from kd_det import TAP_REGISTRY
+from kd_det import TAP_REGISTRY, InputError
+from kd_det.data import register_datasets
 from kd_det.engine import import_plugin
+from kd_det.engine.teacher_check import check_teacher
 from kd_det.taps import build_tap
 
-PLUGIN = ROOT / "docs" / "examples" / "torchvision_detector.py"
+EXAMPLES = ROOT / "docs" / "examples"
+PLUGIN = EXAMPLES / "torchvision_detector.py"
 
 
 def create_small(*, num_classes, **_):
@@ -62,3 +77,120 @@ def test_it_detects_in_the_pixels_of_the_original_image(cfg):
         found = model(tiny_inputs())[1]["instances"]
     assert found.image_size == (tiny_inputs()[1]["height"], tiny_inputs()[1]["width"])
     assert set(found.pred_classes.tolist()) <= {0, 1, 2}
+
+
+# ---- TorchScript ----
+class CellDetector(nn.Module):
+    """Predicts classes and boxes at the cells of two maps, of strides 8 and 16, in a file of TorchScript."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 8, stride=8)
+        self.down = nn.Conv2d(16, 16, 2, stride=2)
+        self.classes = nn.Conv2d(16, 3, 1)
+
+    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        first = self.stem(images)
+        maps = [first, self.down(first.relu())]
+        logits = torch.cat([self.classes(x).flatten(2).transpose(1, 2) for x in maps], dim=1)
+        places = torch.arange(logits.shape[1], device=images.device)[None, :, None].float()
+        boxes = (places + torch.tensor([0.0, 0.0, 9.0, 9.0])).expand(len(images), -1, -1)
+        return maps, logits, boxes
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory):
+    """The network, and the keys of KD.TEACHER that name its file."""
+    folder = tmp_path_factory.mktemp("scripted")
+    torch.manual_seed(3)
+    network = CellDetector().eval()
+    torch.jit.script(network).save(folder / "detector.pt")
+    cfg = tiny_cfg(options={"MODEL.META_ARCHITECTURE": "TorchScriptTeacher", "INPUT.FORMAT": "RGB"})
+    cfg.MODEL.WEIGHTS = str(folder / "detector.pt")
+    return network, {"KD.TEACHER.CONFIG_FILE": write_yaml(folder / "scripted.yaml", cfg)}
+
+
+@pytest.fixture
+def scripted_cfg(scripted):
+    """Makes the config of a RetinaNet with one square anchor per cell that learns from the TorchScript module."""
+    import_plugin(str(EXAMPLES / "torchscript_teacher.py"))
+    cells = {
+        "MODEL.RETINANET.IN_FEATURES": ["p3", "p4"],
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16]],
+        "MODEL.ANCHOR_GENERATOR.OFFSET": 0.5,
+        "MODEL.RETINANET.NUM_CLASSES": 2,
+        "KD.PEARSON.IN_FEATURES": ["p3", "p4"],
+        "KD.SOFT_TARGET.SOURCES": ["dense"],
+    }
+
+    def make(options=None, names=("car", "dog")):
+        heads = ["PearsonHead", "SoftTargetHead"]
+        return named(distilled_cfg(scripted[1], heads, cells | (options or {}), "retinanet"), names)
+
+    yield make
+    META_ARCH_REGISTRY._obj_map.pop("TorchScriptTeacher")
+    TAP_REGISTRY._obj_map.pop("TorchScriptTeacherTap")
+
+
+def test_a_torchscript_module_teaches(scripted, scripted_cfg):
+    """Its images are RGB in [0, 1], normalised; its class list says that only cars are shared."""
+    network, _ = scripted
+    cfg = scripted_cfg()
+    model, inputs, seen = build(cfg), tiny_inputs(), {}
+    classes = model.teacher.classes
+    assert (classes.shared, classes.only_teacher) == (("car",), ("person", "bicycle"))
+    forwards = model._forwards
+
+    def recorded(*args):
+        losses, student, teachers = forwards(*args)
+        seen.update(teachers["teacher"])
+        return losses, student, teachers
+
+    model._forwards = recorded
+    losses = step(model, [{**x, "instances": car(x["instances"])} for x in inputs])
+    assert losses["loss_kd_pearson"] > 0
+    assert losses["loss_kd_soft_target_dense"].isfinite()
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    batch = torch.zeros(2, 3, 64, 96)
+    for i, x in enumerate(inputs):
+        image = (x["image"].flip(0) / 255 - mean) / std
+        batch[i, :, : image.shape[1], : image.shape[2]] = image
+    with torch.no_grad():
+        maps, logits, _ = network(batch)
+    torch.testing.assert_close(seen["p4"], maps[1])
+    torch.testing.assert_close(seen["dense_logits"], logits)
+
+
+def car(instances):
+    instances.gt_classes[:] = 0
+    return instances
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_torchscript_module_is_checked_and_summarised(scripted_cfg, coco_folder, tmp_path, caplog):
+    caplog.set_level("INFO", "kd_det.engine.teacher_check")
+    cfg = scripted_cfg({"KD.TEACHER.SANITY_CHECK": 2, "MODEL.RETINANET.NUM_CLASSES": 3})
+    cfg.KD.TEACHER.SYNONYMS.car = "bar"
+    cfg = with_data(cfg, coco_folder, tmp_path)
+    register_datasets(cfg)
+    check_teacher(cfg)
+    assert caplog.messages[0].startswith("Checking the teacher on 2 images of ")
+    assert caplog.messages[1].startswith("The teacher's box AP on these images: ")
+    model = build(cfg)
+    _, network = model.networks(cfg)
+    assert network.weights.endswith("detector.pt")
+    assert "1  bar (the teacher's car)" in model.describe(cfg)[1]
+
+
+def test_files_that_are_not_torchscript(scripted_cfg, tmp_path):
+    (tmp_path / "broken.pt").write_bytes(b"PK no module")
+    with pytest.raises(InputError, match=r"TorchScriptTeacher cannot be built: RuntimeError: ") as error:
+        build(scripted_cfg({"KD.TEACHER.WEIGHTS": str(tmp_path / "broken.pt")}))
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"^KD.TEACHER.WEIGHTS: there is no file /no/such.pt\.$"):
+        build(scripted_cfg({"KD.TEACHER.WEIGHTS": "/no/such.pt"}))
+
+
+@pytest.mark.parametrize("name", ["torchvision_detector.py", "torchscript_teacher.py"])
+def test_an_adapter_has_at_most_sixty_lines(name):
+    assert len((EXAMPLES / name).read_text().splitlines()) <= 60

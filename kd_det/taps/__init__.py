@@ -5,6 +5,7 @@ from kd_det.taps.build import build_tap, find_tap
 from kd_det.taps.classes import count_classes, describe_model
 from kd_det.taps.classifier import ImageClassifierTap
 from kd_det.taps.dense import FCOSTap, RetinaNetTap
+from kd_det.taps.foreign import ForeignBackbone
 from kd_det.taps.preprocessing import padded_size, padding_of, preprocess_alike, shared_images
 from kd_det.taps.rcnn import GeneralizedRCNNTap
 from kd_det.taps.segmentation import PanopticFPNTap, SemanticSegmentorTap
@@ -13,6 +14,7 @@ from kd_det.taps.timm_features import TimmFeaturesTap
 __all__ = [
     "BackboneTap",
     "FCOSTap",
+    "ForeignBackbone",
     "GeneralizedRCNNTap",
     "ImageClassifierTap",
     "PanopticFPNTap",
