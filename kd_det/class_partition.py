@@ -78,6 +78,11 @@ class ClassPartition:
         """Names the classes that only the teacher knows."""
         return tuple(name for name in self.teacher if name not in self.student)
 
+    @property
+    def covers_student(self) -> bool:
+        """Returns whether the teacher knows all classes of the student."""
+        return not self.only_student
+
     # ---- What heads see ----
     def view(self, student_signals: Collection[str], teacher_signals: Collection[str]) -> View | None:
         """Chooses the classes in which a head sees the predictions.

@@ -3,7 +3,7 @@
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +19,8 @@ from kd_det.fetching import fetch, is_url
 from kd_det.files import write_whole
 from kd_det.registry import KD_HEAD_REGISTRY, WRAPPER_REGISTRY, config_key
 
-# Meta-architectures that wrap a student; KD.STUDENT_ARCHITECTURE names the student's own one.
+# Name of the teacher that KD.TEACHER describes, among those of KD.TEACHERS.
+UNNAMED = "teacher"
 # Keys that name a file or a folder.
 PATHS = ("MODEL.WEIGHTS", "OUTPUT_DIR", "KD.TEACHER.WEIGHTS", "KD.PRETRAIN.WEIGHTS")
 # Largest number of values in a YAML file: with aliases, a few lines can stand for billions.
@@ -45,6 +46,11 @@ LONGEST = 600
 HEAD_KEYS = {
     # Weight of the head's losses.
     "WEIGHT": 1.0,
+    # Names of the teachers in KD.TEACHERS that the head learns from; "teacher" is that of KD.TEACHER. The class
+    # probabilities of several are averaged, at the head's temperature; features cannot be. []: KD.TEACHER.
+    "TEACHERS": [],
+    # Mean of the probabilities of several teachers: "arithmetic" or "geometric".
+    "AVERAGE": "arithmetic",
     # Schedule of the weight, in iterations. It is 0 before START, grows linearly over WARMUP iterations, and is 0 again
     # from STOP on (-1: never). DECAY "linear" or "cosine" lowers it to 0 at STOP (-1: at the end of the run);
     # "constant" keeps it. With a GRADIENT_SHARE above 0 and below 1, the weight is steered so that this share of the
@@ -54,10 +60,16 @@ HEAD_KEYS = {
 }
 
 
-def default_config() -> CfgNode:
-    """Makes a config with Detectron2's keys and kd_det's, all at their defaults."""
+def default_config(teachers: Iterable[str] = ()) -> CfgNode:
+    """Makes a config with Detectron2's keys and kd_det's, all at their defaults.
+
+    Args:
+        teachers: Names of teachers in ``KD.TEACHERS``, each of which has the keys of ``KD.TEACHER``.
+    """
     cfg = get_cfg()
     add_kd_config(cfg)
+    for name in teachers:
+        cfg.KD.TEACHERS[name] = cfg.KD.TEACHER.clone()
     return cfg
 
 
@@ -149,6 +161,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Before training, evaluate the teacher on this many images of DATASETS.TEST[0], loaded as its own config says, and
     # warn if it has learned nothing. 0: no check.
     cfg.KD.TEACHER.SANITY_CHECK = 0
+
+    # More teachers, by names of your choice, each with all keys of KD.TEACHER; they are defined in a file, as in
+    # {small: {CONFIG_FILE: a.yaml}, large: {CONFIG_FILE: b.yaml}}. A head's key TEACHERS names those that teach it.
+    cfg.KD.TEACHERS = CfgNode(new_allowed=True)
 
     # ---- Students that teach each other (MODEL.META_ARCHITECTURE MutualStudents) ----
     cfg.KD.MUTUAL = CfgNode()
@@ -353,13 +369,44 @@ def _drop_removed(loaded: CfgNode, *, check: bool) -> None:
 
 
 def _check_merged(cfg: CfgNode, source: str) -> None:
-    """Checks the kinds of all values and expands ``~`` in paths."""
-    check_kinds(cfg, default_config(), source)
-    for key in PATHS:
+    """Completes the named teachers, checks the kinds of all values and expands ``~`` in paths."""
+    named = cfg.get("KD", {}).get("TEACHERS", {})
+    complete_teachers(named, source)
+    check_kinds(cfg, default_config(named), source)
+    for key in (*PATHS, *(f"KD.TEACHERS.{name}.WEIGHTS" for name in named)):
         *parents, name = key.split(".")
         node = functools.reduce(lambda node, parent: node.get(parent, {}), parents, cfg)
         if name in node:
             node[name] = os.path.expanduser(node[name])
+
+
+def complete_teachers(named: dict[str, CfgNode], source: str) -> None:
+    """Gives each teacher of ``KD.TEACHERS`` all keys of ``KD.TEACHER``.
+
+    Args:
+        named: The node, which is changed in place.
+        source: Origin of the config, for messages.
+
+    Raises:
+        InputError: If a name is not allowed, or a teacher has a key or a value that ``KD.TEACHER`` does not accept.
+    """
+    for name, node in named.items():
+        if name == UNNAMED:
+            raise InputError(
+                f"{source}: KD.TEACHERS: two teachers have one name: {UNNAMED!r} is the one that KD.TEACHER describes."
+            )
+        if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
+            raise InputError(f"{source}: KD.TEACHERS: a name has letters, digits, - and _ alone, got {show(name)}.")
+        if not isinstance(node, dict):
+            raise InputError(
+                f"{source}: KD.TEACHERS.{name}: must be a mapping of keys of KD.TEACHER, got {show(node)}."
+            )
+        complete = default_config().KD.TEACHER
+        try:
+            complete.merge_from_other_cfg(node)
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{source}: KD.TEACHERS.{name}: {yacs_message(error)}") from error
+        named[name] = complete
 
 
 class _SafeReader(CfgNode):
@@ -385,6 +432,7 @@ class _SafeReader(CfgNode):
             loaded = super().load_yaml_with_base(filename, allow_unsafe=installed)
         finally:
             cls._chain.reset(token)
+        check_repeated_teachers(cls._open_cfg(filename))
         if count_values(loaded) > MOST_VALUES:
             raise InputError(f"the aliases of {filename} stand for more than {MOST_VALUES} values.")
         _find_beside(loaded, os.path.dirname(filename))
@@ -408,6 +456,26 @@ def count_values(value: Any, counts: dict[int, int] | None = None) -> int:
     return counts[id(value)]
 
 
+def check_repeated_teachers(file: IO[str]) -> None:
+    """Checks that a YAML file names no teacher of ``KD.TEACHERS`` twice, of which YAML would keep the last.
+
+    Raises:
+        InputError: If it does.
+    """
+    with file:
+        text = file.read()
+    if "TEACHERS" not in text:
+        return
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    for part in ("KD", "TEACHERS"):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        node = next((value for key, value in pairs if key.value == part), None)
+    names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise InputError(f"KD.TEACHERS: two teachers have one name, {twice!r}.")
+
+
 def _find_beside(loaded: Any, folder: str) -> None:
     """Makes configs that a file names relative to its own folder findable from every working folder."""
 
@@ -416,8 +484,11 @@ def _find_beside(loaded: Any, folder: str) -> None:
         return beside if name and os.path.isfile(beside) and not os.path.isfile(name) else name
 
     node = loaded.get("KD") if isinstance(loaded, dict) else None
-    for key, name in (("TEACHER", "CONFIG_FILE"), ("MUTUAL", "PEERS")):
-        part = node.get(key) if isinstance(node, dict) else None
+    node = node if isinstance(node, dict) else {}
+    teachers = node.get("TEACHERS")
+    named = list(teachers.values()) if isinstance(teachers, dict) else []
+    parts = [(part, "CONFIG_FILE") for part in (node.get("TEACHER"), *named)]
+    for part, name in (*parts, (node.get("MUTUAL"), "PEERS")):
         if isinstance(part, dict) and name in part:
             part[name] = list(map(find, part[name])) if isinstance(part[name], list) else find(part[name])
 

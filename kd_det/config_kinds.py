@@ -18,8 +18,8 @@ ELEMENTS: dict[str, Any] = {
     "*.STEPS": 0,
     "*": "",
 }
-# Maps keys whose default is None to an example of their other values.
-OPTIONAL: dict[str, Any] = {"SOLVER.WEIGHT_DECAY_BIAS": 0.0, "KD.TEACHER.SIDE_STREAM": False}
+# Maps patterns of keys whose default is None to an example of their other values.
+OPTIONAL: dict[str, Any] = {"SOLVER.WEIGHT_DECAY_BIAS": 0.0, "KD.TEACHER*.SIDE_STREAM": False}
 
 
 def first_match(table: Mapping[str, Any], key: str) -> Any:
@@ -49,9 +49,9 @@ def check_kinds(cfg: CfgNode, defaults: CfgNode, source: str) -> None:
     """
     for key, value, default in leaves(cfg, defaults):
         if default is None:
-            if value is None or key not in OPTIONAL:
+            default = first_match(OPTIONAL, key)
+            if value is None or default is None:
                 continue
-            default = OPTIONAL[key]
             if isinstance(default, bool) and value == "auto":
                 continue  # This is another way to write None.
         check_kind(f"{source}: {key}", value, default, first_match(ELEMENTS, key))

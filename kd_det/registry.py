@@ -35,6 +35,8 @@ signal that a network has to its :class:`ShapeSpec`. It is expected to return a 
 * ``signals``: the names of the signals that it needs from both networks;
 * ``teacher_signals``, optional: the names of the signals that it needs from the teacher, if they differ; the signals to
   compare come first, in the order of ``signals``;
+* ``temperature``, optional: the temperature at which it compares class logits, at which those of several teachers are
+  averaged;
 * ``reads_labels``, optional: whether it uses the labelled class of each row among the classes that are compared;
 * ``replaces``, optional: names of the student's own losses that its losses replace while its weight is above 0;
 * ``forward(student, teacher, batch)``: maps both networks' signals and the :class:`kd_det.signals.Batch` to a dict of

@@ -11,6 +11,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from kd_det.alignment import Alignment, View
+from kd_det.class_partition import ClassPartition
 from kd_det.config import is_flipped
 from kd_det.errors import InputError
 from kd_det.signals import BOX_SIGNALS, Signals, flipped
@@ -45,6 +46,9 @@ class Teacher:
         features: Maps names of the student's feature maps to those of the model's that stand for them.
         scale: Factor by which the images are enlarged for the model.
 
+    Attributes:
+        classes: Division of its classes from its student's; None if they are the same.
+
     Raises:
         InputError: If batch norms are to use the statistics of the batch, but the model has none, or only frozen ones;
             or if they are to be folded, but the model has none that can be.
@@ -76,6 +80,7 @@ class Teacher:
         # Until a student is known, the teacher is aligned with a twin of itself.
         self.alignment = Alignment(self.tap, self.tap, scale=scale)
         self.features = dict(features or {})
+        self.classes: ClassPartition | None = None
         self.flip_channels = flip_channels
         self.student_std = student_std
         self.dtype = dtype

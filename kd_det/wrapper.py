@@ -76,6 +76,11 @@ class StudentWrapper(nn.Module):
         return {}
 
     @property
+    def stage_teachers(self) -> dict[str, Teacher]:
+        """Maps the names of the teachers that a pre-training stage uses to them."""
+        return {}
+
+    @property
     def named_heads(self) -> dict[str, nn.Module]:
         """Maps the names in ``KD.HEADS`` to the heads."""
         return {}

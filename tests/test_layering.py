@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"config", "config_files", "config_kinds", "config_checks", "construction", "lazy_configs"}
 GROUND = CONFIG | {"errors", "lazy", "registry", "signals", "schedules", "files", "fetching", "class_partition"}
-GROUND |= {"checkpoint_files", "unpickling", "formats", "timm_models"}
+GROUND |= {"checkpoint_files", "unpickling", "formats", "timm_models", "teacher_choices"}
 DISTILS = {
     "taps",
     "heads",
@@ -21,6 +21,7 @@ DISTILS = {
     "teacher",
     "teacher_classes",
     "teacher_weights",
+    "averaging",
     "inherit",
     "gradients",
     "gradient_balance",
@@ -46,13 +47,24 @@ ALLOWED = {
     "teacher_kinds": GROUND | CHECKPOINTS | {"timm_teachers"},
     "teacher_weights": GROUND,
     "teacher": GROUND | {"taps", "alignment", "teacher_kinds", "teacher_weights"},
+    "averaging": GROUND | {"heads", "losses"},
     "inherit": GROUND | {"taps", "checkpoint"},
     "gradients": GROUND,
     "gradient_balance": GROUND | {"gradients", "heads"},
     "teacher_classes": GROUND | {"teacher_kinds", "data"},
     "wrapper": GROUND | {"heads", "teacher"},
     "meta_arch": GROUND
-    | {"taps", "teacher", "heads", "losses", "gradients", "gradient_balance", "wrapper", "teacher_classes"},
+    | {
+        "taps",
+        "teacher",
+        "heads",
+        "losses",
+        "averaging",
+        "gradients",
+        "gradient_balance",
+        "wrapper",
+        "teacher_classes",
+    },
     "peers": GROUND | {"taps", "heads", "checkpoint"},
     "mutual": GROUND | {"taps", "heads", "losses", "gradients", "wrapper", "meta_arch", "peers"},
     "reporting": GROUND,

@@ -1,6 +1,6 @@
 """Builds the three parts of a row that are measured, with random networks and synthetic scenes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -15,15 +15,20 @@ from detectron2.structures import BoxMode
 from torch import nn
 
 from kd_det.benchmarking.rows import Row, Setup
-from kd_det.config import add_kd_config, merge_list
+from kd_det.config import UNNAMED, add_kd_config, merge_list
 from kd_det.data.annotation_files import coco_annotation
 from kd_det.data.shapes import make_scene
 from kd_det.engine.step_trainer import AMP_DTYPES
 from kd_det.heads.build import build_kd_heads, teacher_signals
 from kd_det.lazy_configs import allow_lazy_config, is_lazy_config
 from kd_det.meta_arch import TeacherStudent
+from kd_det.registry import config_key
 from kd_det.taps import build_tap
 from kd_det.teacher import Teacher, build_teacher, teacher_options
+from kd_det.teacher_choices import choose_teachers, select_teacher, with_keys_of
+
+# The student, its teacher, and further teachers by their names.
+Networks = tuple[nn.Module, Teacher | None, dict[str, Teacher]]
 
 
 def detector_config(depth: int) -> CfgNode:
@@ -46,6 +51,14 @@ def row_config(row: Row, setup: Setup) -> CfgNode:
     cfg.KD.HEADS = list(row.heads)
     if setup.teacher:
         merge_list(cfg, ["KD.TEACHER.CONFIG_FILE", *setup.teacher], "--teacher")
+    for i, further in enumerate(setup.further, start=2):
+        cfg.KD.TEACHERS[f"teacher{i}"] = CfgNode()
+        options = ["KD.TEACHER.CONFIG_FILE", *further]
+        merge_list(cfg, [], "--teacher")  # This gives the new teacher its keys.
+        merge_list(cfg, [with_keys_of(f"teacher{i}", option) for option in options], "--teacher")
+    if setup.further:
+        for head in filter(lambda head: config_key(head) in cfg.KD, row.heads):
+            cfg.KD[config_key(head)].TEACHERS = [UNNAMED, *cfg.KD.TEACHERS]
     cfg.merge_from_list([part for pair in row.options.items() for part in pair])
     return cfg
 
@@ -74,14 +87,33 @@ def build_networks(cfg: CfgNode, setup: Setup) -> tuple[nn.Module, Teacher | Non
     if not cfg.KD.HEADS:
         return student, None
     if setup.teacher:
-        if is_lazy_config(cfg.KD.TEACHER.CONFIG_FILE):
-            allow_lazy_config(cfg.KD.TEACHER.CONFIG_FILE)  # The command line has named it.
-        teacher = build_teacher(cfg, trained=False)
-        silence_branches(teacher.model)
-    else:
-        teacher = Teacher(build_detector(detector_config(setup.depths[1])), **teacher_options(cfg))
+        return student, build_named_teacher(cfg, UNNAMED, student)
+    teacher = Teacher(build_detector(detector_config(setup.depths[1])), **teacher_options(cfg))
     teacher.align_with(build_tap(student))
     return student, teacher.to(device_of(student))
+
+
+def build_further_teachers(cfg: CfgNode, student: nn.Module) -> dict[str, Teacher]:
+    """Builds the teachers of ``KD.TEACHERS`` with random weights; without heads there are none."""
+    return {name: build_named_teacher(cfg, name, student) for name in cfg.KD.TEACHERS} if cfg.KD.HEADS else {}
+
+
+def build_all_networks(row: Row, setup: Setup) -> Networks:
+    """Builds the networks of a row: the student, its teacher, and further teachers."""
+    cfg = row_config(row, setup)
+    student, teacher = build_networks(cfg, setup)
+    return student, teacher, build_further_teachers(cfg, student)
+
+
+def build_named_teacher(cfg: CfgNode, name: str, student: nn.Module) -> Teacher:
+    """Builds a teacher that the command line names, with random weights, for a student."""
+    with select_teacher(cfg, name) as selected:
+        if is_lazy_config(selected.KD.TEACHER.CONFIG_FILE):
+            allow_lazy_config(selected.KD.TEACHER.CONFIG_FILE)  # The command line has named it.
+        teacher = build_teacher(selected, trained=False)
+        silence_branches(teacher.model)
+        teacher.align_with(build_tap(student))
+    return teacher.to(device_of(student))
 
 
 def make_batch(size: int, count: int) -> list[dict]:
@@ -107,19 +139,29 @@ class Case:
         setup: The networks and the batch.
         student: The student.
         teacher: The teacher; None if there are no heads.
+        further: Further teachers by their names.
 
     Attributes:
         parts: The three functions to measure: A, B and C.
     """
 
-    def __init__(self, row: Row, setup: Setup, student: nn.Module, teacher: Teacher | None):
+    def __init__(
+        self,
+        row: Row,
+        setup: Setup,
+        student: nn.Module,
+        teacher: Teacher | None,
+        further: Mapping[str, Teacher] | None = None,
+    ):
         self.cfg = cfg = row_config(row, setup)
         self.batch = make_batch(setup.size, setup.batch)
         self.student, self.teacher = student, teacher
         self.device = device_of(student)
         tap = build_tap(student)
         heads = build_kd_heads(cfg, tap.spec(), teacher.spec()) if teacher else nn.ModuleDict()
-        self.distilled = TeacherStudent(student=student, teacher=teacher, heads=heads)
+        self.distilled = TeacherStudent(
+            student=student, teacher=teacher, heads=heads, teachers=further, choices=choose_teachers(cfg)
+        )
         self.distilled.to(self.device).train()
         if cfg.SOLVER.CHANNELS_LAST:
             self.distilled.to(memory_format=torch.channels_last)
@@ -138,8 +180,8 @@ class Case:
         self._step(self.student)
 
     def teacher_forward(self) -> None:
-        if self.teacher and self.names:
-            self.teacher(self.batch, self.names, self.signals)
+        for teacher in self.distilled.teachers.values() if self.names else ():
+            teacher(self.batch, self.names, self.signals)
 
     def distilled_step(self) -> None:
         self._step(self.distilled)

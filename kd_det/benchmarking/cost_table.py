@@ -48,7 +48,8 @@ def rates(x: dict[str, float]) -> list[str]:
 
 def describe(results: dict, note: str) -> str:
     """Describes how a table was measured."""
-    teacher = results["teacher"][0] if results["teacher"] else f"R{results['depths'][1]}-FPN"
+    named = " and ".join(x[0] for x in (results["teacher"], *results["further"]) if x)
+    teacher = named or f"R{results['depths'][1]}-FPN"
     precision = "float32" if results["amp"] == "none" else f"mixed precision of {results['amp']}"
     return (
         f"\n\nMask R-CNN R{results['depths'][0]}-FPN from {teacher}, random weights, "

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from detectron2.utils.events import EventStorage
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from kd_det.benchmarking.case import Case, build_networks, row_config
+from kd_det.benchmarking.case import Case, Networks, build_all_networks
 from kd_det.benchmarking.rows import Row, Setup
-from kd_det.teacher import Teacher
+from kd_det.engine.cli import import_plugin
 
 WARM_UP = 2
 
@@ -49,12 +48,12 @@ def measure(rows: Sequence[Row], setup: Setup, *, arithmetic: bool = False) -> d
 
 def measure_times(rows: Sequence[Row], setup: Setup, arithmetic: bool) -> dict[str, dict[str, float]]:
     """Maps the name of each row to its summary of A, B and C; see :func:`summary`."""
-    networks: dict[tuple, tuple[nn.Module, Teacher | None]] = {}
+    networks: dict[tuple, Networks] = {}
     cases: dict[str, Case] = {}
     for row in rows:
         key = bool(row.heads), tuple(row.options.items())
         if key not in networks:
-            networks[key] = build_networks(row_config(row, setup), setup)
+            networks[key] = build_all_networks(row, setup)
         cases[row.name] = Case(row, setup, *networks[key])
     measured: dict[str, list[tuple[float, ...]]] = {name: [] for name in cases}
     with tqdm(total=(setup.rounds + WARM_UP) * len(cases), desc="time", unit="case", disable=None) as progress:
@@ -113,7 +112,7 @@ def measure_memory(job: tuple[Row, Setup]) -> float:
     """Measures the peak memory of the steps of one row in MB; must run in a process of its own."""
     row, setup = job
     with EventStorage():
-        case = Case(row, setup, *build_networks(row_config(row, setup), setup))
+        case = Case(row, setup, *build_all_networks(row, setup))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         for _ in range(WARM_UP):
@@ -123,7 +122,15 @@ def measure_memory(job: tuple[Row, Setup]) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def import_plugins(paths: Sequence[str]) -> None:
+    """Imports plugins into a new process."""
+    for path in paths:
+        import_plugin(path)
+
+
 def in_new_processes(jobs: Sequence[tuple[Row, Setup]]) -> list[float]:
     """Measures the peak memory of each job in a new process."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+    plugins = jobs[0][1].plugins
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1, initializer=import_plugins, initargs=(plugins,), maxtasksperchild=1) as pool:
         return list(tqdm(pool.imap(measure_memory, jobs), total=len(jobs), desc="memory", unit="case", disable=None))

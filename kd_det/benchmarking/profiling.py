@@ -6,7 +6,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch.profiler import ProfilerActivity, record_function
 
-from kd_det.benchmarking.case import Case, build_networks, row_config
+from kd_det.benchmarking.case import Case, build_all_networks
 from kd_det.benchmarking.measurement import WARM_UP
 from kd_det.benchmarking.rows import Row, Setup
 
@@ -28,7 +28,7 @@ def profile(row: Row, setup: Setup, trace: Path | None) -> str:
     """
     cuda = torch.cuda.is_available()
     with EventStorage():
-        case = Case(row, setup, *build_networks(row_config(row, setup), setup))
+        case = Case(row, setup, *build_all_networks(row, setup))
         name_parts(case)
         for _ in range(WARM_UP):
             case.distilled_step()
@@ -47,7 +47,8 @@ def profile(row: Row, setup: Setup, trace: Path | None) -> str:
 def name_parts(case: Case) -> None:
     """Gives names to the forward passes of a case, which the profile shows."""
     parts: list[tuple[str, object, str]] = [("student", case.student, "forward")]
-    parts += [("teacher", case.teacher, "start"), ("teacher, boxes", case.teacher, "finish")]
+    for name, teacher in case.distilled.teachers.items():
+        parts += [(name, teacher, "start"), (f"{name}, boxes", teacher, "finish")]
     parts += [(name, head, "forward") for name, head in case.distilled.heads.items()]
     for name, owner, method in parts:
         setattr(owner, method, record_function(f"kd_det: {name}")(getattr(owner, method)))

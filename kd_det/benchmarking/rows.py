@@ -18,6 +18,8 @@ class Setup:
         size: Side of the images in pixels.
         rounds: Number of times that each part of a row is measured.
         teacher: Config of another teacher than the ResNet, and overrides of KD.TEACHER; () for the ResNet.
+        further: The same of more teachers, whose probabilities all heads average with those of `teacher`.
+        plugins: Files that register what the teachers are made of.
     """
 
     depths: tuple[int, int]
@@ -25,6 +27,8 @@ class Setup:
     size: int
     rounds: int
     teacher: tuple[str, ...] = ()
+    further: tuple[tuple[str, ...], ...] = ()
+    plugins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
     kd-det benchmark --switches --heads ReviewKDHead,SoftTargetHead
     kd-det benchmark --profile --heads ReviewKDHead --output profile
     kd-det benchmark --heads ReviewKDHead --teacher new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.py KD.TEACHER.SCALE 1.5
+    kd-det benchmark --heads SoftTargetHead --teacher a.yaml --teacher b.yaml
     kd-det benchmark --loader CONFIG DATALOADER.NUM_WORKERS 2
 
 Mask R-CNN R18-FPN learns from Mask R-CNN R101-FPN, with random weights, on synthetic scenes. Per combination of heads:
@@ -29,7 +30,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_det.engine.arguments import make_parser
+from kd_det.engine.arguments import add_plugin_argument, make_parser
+from kd_det.engine.cli import import_plugin
 from kd_det.errors import InputError
 from kd_det.files import naming
 
@@ -78,10 +80,13 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     parser.add_argument(
         "--teacher",
         nargs="+",
+        action="append",
         default=[],
         metavar=("CONFIG", "KEY VALUE"),
-        help="another teacher, with random weights: its config, as for kd-det train, and overrides",
+        help="another teacher, with random weights: its config, as for kd-det train, and overrides; if there are "
+        "several, the heads average their probabilities",
     )
+    add_plugin_argument(parser)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--switches", action="store_true", help="measure each switch against all of them off")
     mode.add_argument("--profile", action="store_true", help="profile the distillation step")
@@ -102,6 +107,8 @@ def main(args: argparse.Namespace) -> None:
 
     from kd_det import benchmarking
 
+    for path in args.plugin:
+        import_plugin(path)
     if args.loader:
         print(benchmarking.measure_loader(args.loader[0], args.loader[1:]))
         return
@@ -113,7 +120,9 @@ def main(args: argparse.Namespace) -> None:
         batch=args.batch or batch,
         size=args.size or size,
         rounds=args.rounds,
-        teacher=tuple(args.teacher),
+        teacher=tuple(args.teacher[0]) if args.teacher else (),
+        further=tuple(map(tuple, args.teacher[1:])),
+        plugins=tuple(args.plugin),
     )
     rows = benchmarking.combinations(args.heads, benchmarking.mixed_precision(args.amp))
     if args.profile:

@@ -118,7 +118,7 @@ BOUNDS = {
     "TEST.PRECISE_BN.NUM_ITER": COUNT,
     "KD.*.SCHEDULE.STOP": Bounds(-1),
     "KD.*.SCHEDULE.GRADIENT_SHARE": Bounds(0, 1, open_above=True),
-    "KD.TEACHER.SCALE": Bounds(0, 16, open_below=True),
+    "KD.TEACHER*.SCALE": Bounds(0, 16, open_below=True),
     "KD.ATTENTION_TRANSFER.POWER": Bounds(1, 100),
     "KD.*.FACTOR_RATE": Bounds(0, 100, open_below=True),
     "*": Bounds(),

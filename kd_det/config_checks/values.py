@@ -49,7 +49,7 @@ def check_network_values(cfg: CfgNode, source: str) -> None:
 
 def check_each(cfg: CfgNode, *, sections: tuple[str, ...] = ("",)) -> None:
     """Checks each value on its own, for the keys that begin with one of the sections."""
-    defaults = default_config()
+    defaults = default_config(cfg.KD.TEACHERS)
     # A head that is defined outside this package checks its own values.
     foreign = tuple(f"KD.{config_key(name)}." for name, head in KD_HEAD_REGISTRY if not is_own(head))
     for key, value, _ in leaves(cfg, defaults):

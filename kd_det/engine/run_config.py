@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from kd_det.config import default_config, has_peers, is_wrapped, merge_list, read_config
+from kd_det.config import UNNAMED, default_config, has_peers, is_wrapped, merge_list, read_config
 from kd_det.config_checks import check_parts, check_run_values
 from kd_det.config_files import default_output_dir, find_config
 from kd_det.data import (
@@ -33,6 +33,7 @@ from kd_det.files import write_whole
 from kd_det.lazy_configs import allow_lazy_config, is_lazy_config
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
 from kd_det.taps import find_tap
+from kd_det.teacher_choices import used_teachers
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def check_run(cfg: CfgNode, source: str) -> None:
 
 
 def warn_of_idle_heads(cfg: CfgNode) -> None:
-    """Warns about heads without a teacher, and about heads that never reach their full weight before the run ends."""
+    """Warns of heads without a teacher and the reverse, and of heads that never reach their full weight in the run."""
     if cfg.KD.HEADS and not is_wrapped(cfg):
         logger.warning(
             "KD.HEADS: the run does not use %s, because MODEL.META_ARCHITECTURE is %s; name a student's config before "
@@ -133,6 +134,11 @@ def warn_of_idle_heads(cfg: CfgNode) -> None:
             cfg.MODEL.META_ARCHITECTURE,
         )
         return
+    idle = [name for name in cfg.KD.TEACHERS if name not in used_teachers(cfg)]
+    if idle:
+        logger.warning(
+            "KD.TEACHERS: no head learns from %s; a head's key TEACHERS names its teachers.", ", ".join(idle)
+        )
     end = cfg.SOLVER.MAX_ITER
     for name in cfg.KD.HEADS:
         key = config_key(name)
@@ -179,8 +185,11 @@ def make_config(args: argparse.Namespace) -> CfgNode:
     if heads is not None:
         cfg.KD.HEADS = heads
     merge_list(cfg, args.opts, "command line")
-    if is_lazy_config(cfg.KD.TEACHER.CONFIG_FILE) and (args.teacher or "KD.TEACHER.CONFIG_FILE" in args.opts[::2]):
-        allow_lazy_config(cfg.KD.TEACHER.CONFIG_FILE)
+    nodes = {"KD.TEACHER": cfg.KD.TEACHER} | {f"KD.TEACHERS.{name}": node for name, node in cfg.KD.TEACHERS.items()}
+    for key, node in nodes.items():
+        named = f"{key}.CONFIG_FILE" in args.opts[::2] or (args.teacher and node is cfg.KD.TEACHER)
+        if is_lazy_config(node.CONFIG_FILE) and named:
+            allow_lazy_config(node.CONFIG_FILE)
     if len(files) > 1 and has_peers(cfg) and not cfg.KD.MUTUAL.PEERS:
         cfg.KD.MUTUAL.PEERS = files[:1]  # A recipe does not know the student, two of which teach each other.
     by_arguments = args.teacher or args.teacher_weights or heads
@@ -220,7 +229,7 @@ def add_teacher(cfg: CfgNode, source: str) -> None:
         raise InputError(
             f"KD.HEADS: {source} names no distillation heads; name some with --kd-heads, or in a further config file."
         )
-    if not cfg.KD.TEACHER.CONFIG_FILE:
+    if not cfg.KD.TEACHER.CONFIG_FILE and UNNAMED in used_teachers(cfg):
         raise InputError(
             f"KD.TEACHER.CONFIG_FILE: {source} names no teacher for {', '.join(cfg.KD.HEADS) or 'KD.INHERIT'}; "
             "name one with --teacher."

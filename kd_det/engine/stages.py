@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kd_det.checkpoint import KDCheckpointer, loading_checkpoint
 from kd_det.checkpoint_folder import FINAL, TAG, finished_iterations, read_tag
-from kd_det.config import has_teacher, save_config, student_config
+from kd_det.config import UNNAMED, has_teacher, save_config, student_config
 from kd_det.construction import naming_config
 from kd_det.engine.event_writers import last_iteration, metrics_path
 from kd_det.engine.output_folder import claiming
@@ -28,6 +28,7 @@ from kd_det.heads.build import has_stage
 from kd_det.meta_arch import TeacherStudent, check_finite
 from kd_det.signals import Batch
 from kd_det.teacher import Teacher, load_teacher_config
+from kd_det.teacher_choices import naming_teacher, used_teachers
 from kd_det.wrapper import StudentWrapper
 
 logger = logging.getLogger(__name__)
@@ -118,13 +119,14 @@ class Pretraining(TeacherStudent):
     """
 
     frozen_adapters = False
-    teacher: Teacher  # A head that has a stage has a teacher.
 
     @configurable
     def __init__(self, **parts):
         super().__init__(**parts)
         staged = [head for head in self.heads.values() if has_stage(head)]
-        self.teacher.check({name for head in staged for name in head.pretrain_teacher_signals})
+        for name, teacher in self.teachers.items():
+            with naming_teacher(name):
+                teacher.check(self._stage_signals(name))
         self.pretrains_student = any(head.pretrains_student for head in staged)
         self.heads.requires_grad_(False)
         for head in staged:
@@ -147,7 +149,12 @@ class Pretraining(TeacherStudent):
 
     @property
     def checkpointables(self) -> dict[str, object]:
-        return super().checkpointables | {"kd_teacher": TeacherIdentity(self.teacher)}
+        return super().checkpointables | teacher_identities(self)
+
+    def _stage_signals(self, teacher: str) -> set[str]:
+        """Lists the signals that the stage needs from a teacher."""
+        heads = self._heads_of(teacher).values()
+        return {name for head in heads if has_stage(head) for name in head.pretrain_teacher_signals}
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
         """Computes the losses of the stage.
@@ -155,15 +162,18 @@ class Pretraining(TeacherStudent):
         Raises:
             FloatingPointError: If a loss is not finite.
         """
-        heads = [head for head in self.heads.values() if has_stage(head)]
-        names = {name for head in heads for name in head.pretrain_signals}
-        teacher_names = {name for head in heads for name in head.pretrain_teacher_signals}
+        heads = {name: head for name, head in self.heads.items() if has_stage(head)}
+        names = {name for head in heads.values() for name in head.pretrain_signals}
         student = self.tap.compute(batched_inputs, names, {}) if names else {}
-        teacher = self.teacher.to(self.device)(batched_inputs, teacher_names, {})
+        teachers = {
+            name: teacher.to(self.device)(batched_inputs, self._stage_signals(name), {})
+            for name, teacher in self.stage_teachers.items()
+        }
         batch = Batch.from_inputs(batched_inputs, mask_padding=self.mask_padding)
         losses: dict[str, Tensor] = {}
-        for head in heads:
-            losses |= head.pretrain(student, teacher, batch)
+        for name, head in heads.items():
+            # What a stage needs from a teacher cannot be averaged, so there is only one.
+            losses |= head.pretrain(student, teachers[self.choices[name].names[0]], batch)
         check_finite(losses, get_event_storage().iter)
         return losses
 
@@ -197,6 +207,14 @@ class TeacherIdentity:
                 f"KD.PRETRAIN: the stage was trained with another teacher, {before}, {but}; train it again, or use "
                 "the previous teacher."
             )
+
+
+def teacher_identities(model: StudentWrapper) -> dict[str, TeacherIdentity]:
+    """Maps the keys of the stage's checkpoint to the identities of the teachers that the stage uses."""
+    return {
+        "kd_teacher" if name == UNNAMED else f"kd_teacher_{name}": TeacherIdentity(teacher)
+        for name, teacher in model.stage_teachers.items()
+    }
 
 
 def check_stage(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
@@ -279,10 +297,9 @@ def load_stage(model: StudentWrapper, path: str, *, check_only: bool = False) ->
     Raises:
         InputError: If the file cannot be read, belongs to another teacher, or lacks keys of a student that it trained.
     """
-    assert model.teacher is not None
     student = model.students[0]
     trained = any(getattr(head, "pretrains_student", False) for head in model.named_heads.values()) and not check_only
-    parts = {"kd_teacher": TeacherIdentity(model.teacher), **({} if check_only else model.checkpointables)}
+    parts = teacher_identities(model) | ({} if check_only else model.checkpointables)
     checkpointer = KDCheckpointer(student if trained else copy.deepcopy(student), **parts)
     try:
         with loading_checkpoint("KD.PRETRAIN.WEIGHTS", path):
@@ -315,6 +332,11 @@ def train_generations(cfg: CfgNode, *, resume: bool, begin: Callable[[], None]) 
         raise InputError(
             f"KD.GENERATIONS: got {cfg.KD.GENERATIONS}, but there is no teacher: MODEL.META_ARCHITECTURE is "
             f"{cfg.MODEL.META_ARCHITECTURE}, KD.HEADS {list(cfg.KD.HEADS)}; TeacherStudent and a head are needed."
+        )
+    if UNNAMED not in used_teachers(cfg):
+        raise InputError(
+            f"KD.GENERATIONS: got {cfg.KD.GENERATIONS}, but no head learns from KD.TEACHER, whose place the previous "
+            f"generation takes; name it as {UNNAMED!r} in the TEACHERS of a head."
         )
     if cfg.KD.GENERATIONS > 1 and cfg.KD.PRETRAIN.WEIGHTS:
         raise InputError(

@@ -13,7 +13,7 @@ from detectron2.evaluation import inference_on_dataset
 from torch import nn
 
 from kd_det.class_partition import CLASS_PREDICTIONS, ClassPartition
-from kd_det.config import has_teacher, student_config
+from kd_det.config import UNNAMED, has_teacher, student_config
 from kd_det.data import choose_images, class_names, known_class_names
 from kd_det.engine.evaluation import allowed_kinds, build_evaluator
 from kd_det.engine.loaders import build_test_loader
@@ -21,6 +21,7 @@ from kd_det.errors import InputError
 from kd_det.heads.build import student_signals
 from kd_det.taps import count_classes
 from kd_det.teacher import build_teacher
+from kd_det.teacher_choices import heads_of, select_teacher, used_teachers, with_keys_of
 from kd_det.teacher_classes import count_object_classes, declared_names, divide_classes
 from kd_det.teacher_kinds import teacher_kind
 
@@ -57,14 +58,22 @@ def check_class_order(cfg: CfgNode, heads: Mapping[str, nn.Module]) -> None:
     Raises:
         InputError: If the names are the same in another order. Different names cause only a warning.
     """
+    for name in used_teachers(cfg) or [UNNAMED]:
+        taught = {head: heads[head] for head in heads_of(name, cfg, heads)}
+        with select_teacher(cfg, name) as selected:
+            _check_class_order(selected, taught, name)
+
+
+def _check_class_order(cfg: CfgNode, heads: Mapping[str, nn.Module], teacher: str) -> None:
+    """Checks the classes of the teacher in ``KD.TEACHER``, whose name is `teacher`, for the heads that it teaches."""
     for kind, predictions in PREDICTIONS.items():
         comparing = [name for name, head in heads.items() if predictions.intersection(student_signals(head))]
         by_name = kind == "thing_classes" and (cfg.KD.TEACHER.CLASSES or cfg.KD.TEACHER.SYNONYMS)
         if comparing and not by_name:
-            _compare_names(cfg, kind, comparing)
+            _compare_names(cfg, kind, comparing, teacher)
 
 
-def _compare_names(cfg: CfgNode, kind: str, comparing: Sequence[str]) -> None:
+def _compare_names(cfg: CfgNode, kind: str, comparing: Sequence[str], name: str) -> None:
     named_teacher = teacher_kind(cfg)
     student, teacher = known_class_names(cfg, kind), declared_names(named_teacher, kind)
     different = [(a, b) for a, b in zip(student, teacher, strict=False) if a != b]
@@ -81,7 +90,7 @@ def _compare_names(cfg: CfgNode, kind: str, comparing: Sequence[str]) -> None:
     )
     if reordered:
         raise InputError(message)
-    logger.warning("%s", message)
+    logger.warning("%s", with_keys_of(name, message))
 
 
 def have_same_classes(cfg: CfgNode) -> bool:
@@ -103,7 +112,7 @@ def _teacher_names(cfg: CfgNode, kind: str) -> list[str]:
 
 
 def check_teacher(cfg: CfgNode) -> None:
-    """Evaluates the teacher on KD.TEACHER.SANITY_CHECK images, if any, and warns if it fails on them.
+    """Evaluates each teacher on its SANITY_CHECK images, if any, and warns if it fails on them.
 
     The images are spread evenly over DATASETS.TEST[0] (for a detector, over its images with objects) and are read as
     the teacher's own config says. The metrics, box AP, top-1 accuracy or the mean accuracy of the pixels of a semantic
@@ -116,8 +125,17 @@ def check_teacher(cfg: CfgNode) -> None:
     count = cfg.KD.TEACHER.SANITY_CHECK
     if count < 0:
         raise InputError(f"KD.TEACHER.SANITY_CHECK: must be 0 (no check) or a number of images, got {count}.")
-    if not (count and has_teacher(cfg) and cfg.KD.HEADS):
+    if not (has_teacher(cfg) and cfg.KD.HEADS):
         return
+    for name in used_teachers(cfg):
+        with select_teacher(cfg, name) as selected:
+            if selected.KD.TEACHER.SANITY_CHECK:
+                _evaluate_teacher(selected, name)
+
+
+def _evaluate_teacher(cfg: CfgNode, name: str) -> None:
+    """Evaluates the teacher in ``KD.TEACHER``, whose name is `name`; see :func:`check_teacher`."""
+    count = cfg.KD.TEACHER.SANITY_CHECK
     if not teacher_kind(cfg).predicts:
         raise InputError(
             f"KD.TEACHER.SANITY_CHECK: got {count}, but {cfg.KD.TEACHER.CONFIG_FILE} teaches by its feature maps and "
@@ -155,21 +173,21 @@ def check_teacher(cfg: CfgNode) -> None:
             evaluated = "coco"  # VOC's evaluator would read all objects from the annotation files.
     with tempfile.TemporaryDirectory() as folder, subset(dataset, count, folder, evaluated, classes) as images:
         teacher_cfg.OUTPUT_DIR = folder
-        logger.info("Checking the teacher on %d images of %s.", images, dataset)
+        logger.info("Checking %s on %d images of %s.", title_of(name), images, dataset)
         evaluator = build_evaluator(teacher_cfg, SUBSET, tasks=("bbox", "sem_seg"))
         model = Translated(teacher.model, classes) if classes else teacher.model
         results = inference_on_dataset(model, build_test_loader(teacher_cfg, SUBSET), evaluator)
     if "classification" in results:
         assert known is not None
         possible = len(classes.shared) if classes else known
-        report("top-1 accuracy", results["classification"]["top1"], least_accuracy(possible, images), dataset)
+        report("top-1 accuracy", results["classification"]["top1"], least_accuracy(possible, images), dataset, name)
     if "bbox" in results:
         # NaN means that the detector finds nothing.
         ap = results["bbox"]["AP"]
-        report("box AP", 0.0 if math.isnan(ap) else ap, LEAST_AP, dataset)
+        report("box AP", 0.0 if math.isnan(ap) else ap, LEAST_AP, dataset, name)
     if "sem_seg" in results:
         metrics = results["sem_seg"]
-        report("mean accuracy of pixels", metrics["mACC"], least_pixel_accuracy(metrics), dataset)
+        report("mean accuracy of pixels", metrics["mACC"], least_pixel_accuracy(metrics), dataset, name)
 
 
 class Translated(nn.Module):
@@ -259,17 +277,20 @@ def least_pixel_accuracy(metrics: Mapping[str, float]) -> float:
     return 100 * (chance + LEAST_GAIN * (1 - chance))
 
 
-def report(metric: str, value: float, least: float, dataset: str) -> None:
-    """Logs the value that the teacher reaches, and warns if it is too low."""
-    logger.info("The teacher's %s on these images: %.2f", metric, value)
+def title_of(name: str) -> str:
+    """Returns what a teacher of this name is called in a sentence."""
+    return "the teacher" if name == UNNAMED else f"teacher {name}"
+
+
+def report(metric: str, value: float, least: float, dataset: str, name: str) -> None:
+    """Logs the value that the teacher of a name reaches, and warns if it is too low."""
+    title = title_of(name)
+    logger.info("%s's %s on these images: %.2f", title[0].upper() + title[1:], metric, value)
     if value < least:
-        logger.warning(
-            "KD.TEACHER.SANITY_CHECK: the teacher has learned next to nothing about %s: its %s is %.2f, below %.2f. "
-            "Likely causes: KD.TEACHER.WEIGHTS belongs to another model or is not trained; INPUT.FORMAT, "
-            "MODEL.PIXEL_MEAN or MODEL.PIXEL_STD of its config are not those that it was trained with (RGB for BGR, 0 "
-            "to 1 for 0 to 255); its classes are in another order.",
-            dataset,
-            metric,
-            value,
-            least,
+        message = (
+            f"KD.TEACHER.SANITY_CHECK: {title} has learned next to nothing about {dataset}: its {metric} is "
+            f"{value:.2f}, below {least:.2f}. Likely causes: KD.TEACHER.WEIGHTS belongs to another model or is not "
+            "trained; INPUT.FORMAT, MODEL.PIXEL_MEAN or MODEL.PIXEL_STD of its config are not those that it was "
+            "trained with (RGB for BGR, 0 to 1 for 0 to 255); its classes are in another order."
         )
+        logger.warning("%s", with_keys_of(name, message))

@@ -13,6 +13,8 @@ from kd_det.signals import Batch, Signals
 
 # Logits of the classes that data sets name.
 NAMED = ("roi_logits", "dense_logits", "logits")
+# The shapes of the student's signals and of the teacher's, by their names.
+Specs = tuple[Mapping[str, ShapeSpec], Mapping[str, ShapeSpec]]
 
 
 class StagedHead(Protocol):
@@ -64,8 +66,22 @@ def build_kd_heads(
         >>> heads["HintHead"].signals
         ('p3',)
     """
+    return build_heads_of_teachers(cfg, dict.fromkeys(cfg.KD.HEADS, (student_spec, teacher_spec)))
+
+
+def build_heads_of_teachers(cfg: CfgNode, specs: Mapping[str, Specs]) -> nn.ModuleDict:
+    """Builds the heads that ``KD.HEADS`` names, each of which may learn from another teacher.
+
+    Args:
+        cfg: The whole config.
+        specs: Maps the name of each head to the arguments of :func:`build_kd_heads` that describe the signals.
+
+    Raises:
+        InputError: For the reasons of :func:`build_kd_heads`.
+    """
     heads = nn.ModuleDict()
     for name in cfg.KD.HEADS:
+        student_spec, teacher_spec = specs[name]
         if name not in KD_HEAD_REGISTRY:
             known = ", ".join(sorted(head for head, _ in KD_HEAD_REGISTRY))
             raise InputError(f"KD.HEADS: {name!r} is not a distillation head; registered are {known}.")

@@ -7,27 +7,27 @@ from detectron2.layers import ShapeSpec
 from tabulate import tabulate
 from torch import nn
 
-from kd_det.heads.build import has_stage, student_signals, teacher_signals
+from kd_det.heads.build import Specs, has_stage, student_signals, teacher_signals
 from kd_det.schedules import WeightSchedule
 
 
 def head_table(
     heads: Mapping[str, nn.Module],
     schedules: Mapping[str, Callable[[int], float]],
-    student_spec: Mapping[str, ShapeSpec],
-    teacher_spec: Mapping[str, ShapeSpec],
-    shares: Mapping[str, float] | None = None,
+    specs: Mapping[str, Specs],
+    *,
+    teachers: Mapping[str, str],
+    shares: Mapping[str, float],
 ) -> str:
     """Formats a table of heads, with one line for each pair of signals or each signal without a counterpart.
 
     Args:
         heads: The heads by their names.
         schedules: The :class:`WeightSchedule` of each.
-        student_spec: Maps each signal of the student to its shape.
-        teacher_spec: Maps each signal of the teacher to its shape.
+        specs: Maps each head to the shapes of the student's signals and of its teacher's.
+        teachers: Maps each head to its teachers, in words; empty if there is only one.
         shares: Maps each head whose weight is steered to its share of the gradient.
     """
-    specs, shares = (student_spec, teacher_spec), shares or {}
     rows: list[list[str]] = []
     for name, head in heads.items():
         schedule = schedules[name]
@@ -36,11 +36,13 @@ def head_table(
         if not any(signals) and has_stage(head):
             signals = head.pretrain_signals, head.pretrain_teacher_signals
             when = "in the pre-training stage only"
-        sides = [[shape(x, spec) for x in side] for side, spec in zip(signals, specs, strict=True)]
+        sides = [[shape(x, spec) for x in side] for side, spec in zip(signals, specs[name], strict=True)]
         weight = f"share {shares[name]:g}" if name in shares else f"{schedule.weight:g}"
-        cells = [[name, weight, when], *[["", "", ""]] * (max(map(len, sides)) - 1)]
+        first = [name, weight, when, *([teachers[name]] if teachers else [])]
+        cells = [first, *[[""] * len(first)] * (max(map(len, sides)) - 1)]
         rows += [[*cell, *pair] for cell, pair in zip(cells, zip_longest(*sides, fillvalue=""), strict=True)]
-    return tabulate(rows, ["head", "weight", "schedule", "student", "teacher"], disable_numparse=True)
+    titles = ["head", "weight", "schedule", *(["learns from"] if teachers else []), "student", "teacher"]
+    return tabulate(rows, titles, disable_numparse=True)
 
 
 def describe_schedule(schedule: WeightSchedule) -> str:

@@ -60,6 +60,18 @@ def test_a_teacher_of_feature_maps(benchmark, capsys):
     assert "FPN from timm:test_vit, random weights" in capsys.readouterr().out
 
 
+def test_several_teachers(benchmark, tmp_path, capsys):
+    """All of them run, each with its own overrides; features of several are refused."""
+    files = [write_yaml(tmp_path / f"{i}.yaml", tiny_cfg(options={"MODEL.ROI_HEADS.NUM_CLASSES": 6})) for i in (1, 2)]
+    several = ("--teacher", files[0], "--teacher", files[1], "KD.TEACHER.DTYPE", "bfloat16")
+    benchmark("--heads", "SoftTargetHead", *several)
+    assert f"FPN from {files[0]} and {files[1]}, random weights" in capsys.readouterr().out
+    with pytest.raises(
+        SystemExit, match=r"KD.HINT.TEACHERS: names 2 teachers, teacher, teacher2, but HintHead compares"
+    ):
+        benchmark("--heads", "HintHead", *several)
+
+
 @pytest.mark.usefixtures("benchmark")
 @pytest.mark.parametrize("options", [{}, {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"}])
 def test_weights_and_boxes_stay_the_same(options):
