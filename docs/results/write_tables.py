@@ -114,7 +114,7 @@ def make_table(numbers: dict[str, Any]) -> str:
     runs, (main, *others) = numbers["runs"], numbers["columns"]
     names, seeds = [run["name"] for run in runs], defaultdict(list)
     for run in runs:
-        seeds[run["name"]].append(str(run["seed"]))
+        seeds[run["name"]].append("" if run["seed"] is None else str(run["seed"]))
     summary = summarise(names, [{metric: value_of(run, metric) for metric in run["metrics"]} for run in runs])
     baselines = {name: [base for each, base in numbers["baselines"] if each == name] for name in summary}
     found = find_differences(runs, [(name, base) for name, base in numbers["baselines"]])["differences"]
