@@ -7,7 +7,7 @@ fail = { echo "setup: $(1)" >&2; exit 1; }
 RETRY := pip failed for the reason above. It needs network access and room for 6 GB and the downloads. Run make again \
 to go on; if that does not help, delete .venv first
 
-.PHONY: quickstart test test-slow test-all lint docs dist
+.PHONY: quickstart test test-slow test-all gpu-check lint docs dist
 
 quickstart: .venv/.ready
 	.venv/bin/python tools/quickstart.py
@@ -23,6 +23,13 @@ test-slow: .venv/.ready
 	$(PYTEST) -m slow
 
 test-all: test test-slow
+
+# The tests that need a GPU, and checks and times on it: a table to paste into an issue, after about eight minutes.
+# Without a GPU: make gpu-check GPU_CHECK=--rehearse
+GPU_CHECK ?=
+gpu-check: .venv/.ready
+	.venv/bin/python -m pytest -q -m 'gpu and not slow' tests
+	.venv/bin/python -W ignore tools/gpu_check.py $(GPU_CHECK)
 
 lint: .venv/.ready
 	.venv/bin/python -m ruff check .

@@ -103,6 +103,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.GRADIENT_SHARES = 0
     # Compile the heads with torch.compile; the first steps take minutes.
     cfg.KD.COMPILE_HEADS = False
+    # Make equal runs equal bit for bit on a GPU as well, as they are on a CPU: PyTorch then uses deterministic
+    # algorithms alone, which are slower and need more memory for boxes (roi_align). On a GPU the losses of semantic
+    # segmentations have no such algorithm, and PyTorch ends the run with an error that names the operation.
+    cfg.KD.DETERMINISTIC = False
     # Write OUTPUT_DIR/report.html, a page for a browser with curves and the latest results, after every this many
     # evaluations (see TEST.EVAL_PERIOD); a browser left open follows the run. 0: at the end of the run only.
     cfg.KD.REPORT_PERIOD = 0

@@ -1,6 +1,7 @@
 import logging
 
 import pytest
+import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import WIDE, save_teacher, tiny_cfg, tiny_inputs, write_coco_folder
@@ -11,6 +12,13 @@ from kd_det import add_kd_config
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, help="how often test_soak.py kills runs in all (8), and print what it did")
     parser.addoption("--kill-seed", default="0", help="when and how (%(default)s)")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(scope="session")

@@ -153,11 +153,8 @@ def test_training_is_the_same_bit_for_bit(config, tmp_path, options):
     assert lines[1].keys() - lines[0].keys() == {f"kd/gradient/{x}" for x in ("task", *HEADS, "ReviewKDHead")}
 
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
 @pytest.mark.parametrize(
-    ("device", "dtype"), [("cpu", torch.bfloat16), pytest.param("cuda", torch.float16, marks=NEEDS_GPU)]
+    ("device", "dtype"), [("cpu", torch.bfloat16), pytest.param("cuda", torch.float16, marks=pytest.mark.gpu)]
 )
 def test_mixed_precision(teacher, inputs, device, dtype):
     """Close to the shares of float32, and nothing overflows."""

@@ -27,7 +27,6 @@ HEADS = [
 ]
 SOURCES = {"KD.SOFT_TARGET.SOURCES": ["roi", "rpn", "mask"], "KD.OVERHAUL.IN_FEATURES": ["res3", "res4"]}
 NAMES = ["p2", "p5", "res4", "rpn_logits", "roi_logits", "roi_features", "mask_logits"]
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def gradients(model, batches):
@@ -79,7 +78,7 @@ def trained(teacher, batches, options, device="cpu"):
 
 
 @pytest.mark.parametrize(("dtype", "parts"), [("bfloat16", 1), ("bfloat16", 2), ("float16", 1)])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_mixed_precision(teacher, batches, dtype, parts, device):
     options = {"SOLVER.ACCUMULATE": parts}
     full, losses, dtypes, _ = trained(teacher, batches, options, device)
@@ -198,9 +197,11 @@ def test_without_a_gpu_there_is_no_side_stream(teacher, batches, caplog):
     assert difference(gradients(on, batches), gradients(off, batches)) == 0
 
 
-@on_gpu
-@pytest.mark.parametrize("switch", ["SIDE_STREAM", "CHANNELS_LAST", "COMPILE"])
-def test_on_a_gpu(teacher, batches, switch):
+@pytest.mark.gpu
+@pytest.mark.parametrize("switch", ["SIDE_STREAM", "CHANNELS_LAST", pytest.param("COMPILE", marks=pytest.mark.slow)])
+def test_on_a_gpu(teacher, batches, switch, monkeypatch):
+    # Algorithms for other memory formats round differently in TF32, by more than is allowed here.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     heads = [name for name in HEADS if name != "OverhaulHead"]
     off, on = (switched(teacher, {f"KD.TEACHER.{switch}": x}, heads, device="cuda") for x in (False, True))
     assert difference(gradients(on, batches * 5), gradients(off, batches * 5)) < 1e-3

@@ -226,7 +226,7 @@ def test_training_images_are_shown_without_a_test_set(tmp_path, drawn):
     assert drawn["draw_classifications"][0][0]["file_name"].startswith("digits_train")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_pictures_on_a_gpu(teacher, coco_folder, tmp_path):
     found = pictures(hook_of(detectors(teacher, coco_folder, tmp_path, options={"MODEL.DEVICE": "cuda"})))
     assert list(found) == ["attention/p2", "attention/p4", "predictions"]

@@ -4,8 +4,8 @@ import multiprocessing
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from kd_det.benchmarking.case import Case, Networks, build_all_networks
+from kd_det.benchmarking.gpu_use import measure_use, milliseconds
+from kd_det.benchmarking.head_memory import recording_kept_memory
 from kd_det.benchmarking.rows import Row, Setup
 from kd_det.engine.cli import import_plugin
 
+# On a GPU the first steps also choose algorithms and reserve memory.
 WARM_UP = 2
+WARM_UP_ON_GPU = 5
 
 
 def measure(rows: Sequence[Row], setup: Setup, *, arithmetic: bool = False) -> dict:
@@ -26,11 +30,13 @@ def measure(rows: Sequence[Row], setup: Setup, *, arithmetic: bool = False) -> d
     Args:
         rows: The rows, whose names differ.
         setup: The networks and the batch of all rows.
-        arithmetic: Whether to count operations, too, which is impossible for compiled modules.
+        arithmetic: Whether to count operations and the memory that heads keep, too, which is impossible for compiled
+            modules.
 
     Returns:
-        ``rows``, which maps a row's name to ``A``, ``B``, ``C`` (ms), their ratios, images per second, and ``memory``
-        (MB); the fields of `setup`; ``device``, ``memory_kind`` and ``plain_memory``.
+        ``rows``, which maps a row's name to ``A``, ``B``, ``C`` (ms), their ratios, images per second, ``memory`` (MB),
+        and on a GPU what C does there: ``gpu`` (ms), ``idle`` (share), ``kernels`` and ``waits``; the fields of
+        `setup`; ``device``, ``memory_kind`` and ``plain_memory``.
     """
     cuda = torch.cuda.is_available()
     # Memory comes first, because a new process would inherit the peak of this one.
@@ -46,7 +52,7 @@ def measure(rows: Sequence[Row], setup: Setup, *, arithmetic: bool = False) -> d
     }
 
 
-def measure_times(rows: Sequence[Row], setup: Setup, arithmetic: bool) -> dict[str, dict[str, float]]:
+def measure_times(rows: Sequence[Row], setup: Setup, arithmetic: bool) -> dict[str, dict[str, Any]]:
     """Maps the name of each row to its summary of A, B and C; see :func:`summary`."""
     networks: dict[tuple, Networks] = {}
     cases: dict[str, Case] = {}
@@ -56,23 +62,34 @@ def measure_times(rows: Sequence[Row], setup: Setup, arithmetic: bool) -> dict[s
             networks[key] = build_all_networks(row, setup)
         cases[row.name] = Case(row, setup, *networks[key])
     measured: dict[str, list[tuple[float, ...]]] = {name: [] for name in cases}
-    with tqdm(total=(setup.rounds + WARM_UP) * len(cases), desc="time", unit="case", disable=None) as progress:
-        for i in range(setup.rounds + WARM_UP):
+    warm_up = WARM_UP_ON_GPU if torch.cuda.is_available() else WARM_UP
+    with tqdm(total=(setup.rounds + warm_up) * len(cases), desc="time", unit="case", disable=None) as progress:
+        for i in range(setup.rounds + warm_up):
             for name, case in cases.items():
                 # The order of the parts alternates, so that a drifting load cancels out.
                 times = [milliseconds(part) for part in case.parts[:: 1 if i % 2 else -1]]
-                if i >= WARM_UP:
+                if i >= warm_up:
                     measured[name].append(tuple(times[:: 1 if i % 2 else -1]))
                 progress.update()
     results = {name: summary(rounds, setup.batch) for name, rounds in measured.items()}
-    if arithmetic:
-        for name, case in cases.items():
+    for name, case in cases.items():
+        if arithmetic:
             a, b, c = map(gigaflops, case.parts)
-            results[name]["ratio_of_operations"] = c / (a + b)
+            results[name] |= {"ratio_of_operations": c / (a + b), "kept": kept_memory(case)}
+        if torch.cuda.is_available():
+            use = measure_use(case.distilled_step, rounds=setup.rounds, warm_up=0)
+            results[name] |= {"gpu": use.busy, "idle": use.idle, "kernels": use.kernels, "waits": use.waits}
     return results
 
 
-def summary(rounds: Sequence[tuple[float, ...]], images: int) -> dict[str, float]:
+def kept_memory(case: Case) -> float:
+    """Measures the memory in MB that the heads of a case keep until the backward pass, beyond the signals."""
+    with recording_kept_memory(case.distilled.heads) as kept:
+        case.distilled_step()
+    return sum(kept.values()) / 2**20
+
+
+def summary(rounds: Sequence[tuple[float, ...]], images: int) -> dict[str, Any]:
     """Summarises rounds of (A, B, C) in milliseconds: their medians, and the median and quartiles of C / (A + B)."""
     ratios = [c / (a + b) for a, b, c in rounds]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
@@ -84,21 +101,6 @@ def summary(rounds: Sequence[tuple[float, ...]], images: int) -> dict[str, float
         "ratio_to_plain": statistics.median(c / a for a, _, c in rounds),
         "images_per_second": 1000 * images / times["C"],
     }
-
-
-def milliseconds(function: Callable[[], None]) -> float:
-    """Measures the time of one call in milliseconds."""
-    synchronize()
-    start = time.perf_counter()
-    function()
-    synchronize()
-    return 1000 * (time.perf_counter() - start)
-
-
-def synchronize() -> None:
-    """Waits for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def gigaflops(function: Callable[[], None]) -> float:

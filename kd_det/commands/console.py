@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "compare trained models on one test set: accuracy, size, speed, a picture",
     "export": "export the student of a run: for Detectron2 alone, as TorchScript, as ONNX",
     "benchmark": "measure what distillation costs in a training step",
+    "gpu-check": "check kd_det on a GPU, and print a table for an issue",
     "concepts": "count the visual concepts of trained models",
     "similarity": "measure the similarity of students' halves to the teacher (CKA)",
     "relevance": "show which pixels trained models look at",

@@ -38,6 +38,15 @@ def check_solver(cfg: CfgNode) -> None:
         )
 
 
+def check_determinism(cfg: CfgNode) -> None:
+    """Checks that a deterministic run does not choose algorithms by measuring their speed."""
+    if cfg.KD.DETERMINISTIC and cfg.CUDNN_BENCHMARK:
+        raise InputError(
+            "CUDNN_BENCHMARK: must be False where KD.DETERMINISTIC is True, because it chooses algorithms by their "
+            "speed, which differs from run to run; got True."
+        )
+
+
 def check_patience(cfg: CfgNode) -> None:
     """Checks that a run that may end early is evaluated while it trains, by a metric."""
     patience, metric, period = cfg.TEST.PATIENCE, cfg.TEST.BEST_METRIC, cfg.TEST.EVAL_PERIOD

@@ -7,7 +7,13 @@ from kd_det.config_checks.bounds import check_bounds
 from kd_det.config_checks.choices import check_listed_choice, check_unique
 from kd_det.config_checks.networks import check_network
 from kd_det.config_checks.parts import check_parts
-from kd_det.config_checks.training import check_augmentation, check_patience, check_solver, check_tta
+from kd_det.config_checks.training import (
+    check_augmentation,
+    check_determinism,
+    check_patience,
+    check_solver,
+    check_tta,
+)
 from kd_det.config_kinds import leaves
 from kd_det.errors import InputError
 from kd_det.registry import KD_HEAD_REGISTRY, config_key
@@ -28,6 +34,7 @@ def check_run_values(cfg: CfgNode) -> None:
     check_augmentation(cfg)
     check_tta(cfg)
     check_patience(cfg)
+    check_determinism(cfg)
 
 
 def check_network_values(cfg: CfgNode, source: str) -> None:

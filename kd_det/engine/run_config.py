@@ -24,6 +24,7 @@ from kd_det.data import (
     register_datasets,
 )
 from kd_det.engine.cli import import_plugin
+from kd_det.engine.determinism import make_deterministic
 from kd_det.engine.evaluation import check_evaluation
 from kd_det.engine.launching import use_own_gpu
 from kd_det.engine.output_folder import claim
@@ -57,6 +58,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args.eval_only and not args.resume and "OUTPUT_DIR" not in args.opts[::2] and write_into_run_folder(cfg)
     )
     check_run(cfg, f"{describe_files(files)} with the overrides")
+    make_deterministic(cfg)
     with deferring_log() as messages:
         if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
             logger.warning("MODEL.DEVICE: this machine has no GPU; using cpu instead of %s.", cfg.MODEL.DEVICE)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import build, write_yaml
+from helpers import LEVELS, build, tiny_cfg, write_yaml
 
+from kd_det.benchmarking import case
 from kd_det.commands.console import run_command
 
 
@@ -17,6 +18,24 @@ def run_tool():
         run_command(name, list(map(str, arguments)))
 
     return run
+
+
+@pytest.fixture
+def tiny_networks(monkeypatch):
+    """Makes the networks of measurements tiny; the deeper one is wider."""
+
+    def config(depth):
+        options = {
+            "MODEL.RESNETS.RES2_OUT_CHANNELS": {18: 8, 34: 16}[depth],
+            "MODEL.RESNETS.NORM": "FrozenBN",
+            "SOLVER.BASE_LR": 0.0,
+        }
+        cfg = tiny_cfg(options=options | {"MODEL.ROI_HEADS.NUM_CLASSES": 6})
+        cfg.KD.SOFT_TARGET.SOURCES = ["roi", "rpn", "mask"]
+        cfg.KD.HINT.IN_FEATURES = LEVELS
+        return cfg
+
+    monkeypatch.setattr(case, "detector_config", config)
 
 
 @pytest.fixture(scope="session")

@@ -2,32 +2,24 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from helpers import LEVELS, WIDE, tiny_cfg, with_data, write_yaml
+from helpers import WIDE, tiny_cfg, with_data, write_yaml
+from torch import nn
+from torch.autograd import DeviceType
 
 from kd_det import benchmarking
-from kd_det.benchmarking import Row, Setup, case, loader_speed, measurement, switches
+from kd_det.benchmarking import Row, Setup, case, loader_speed, measurement, switches, switches_table
+from kd_det.benchmarking.gpu_use import Use, measure_use, summarize_events
+from kd_det.benchmarking.head_memory import recording_kept_memory
 
 
 @pytest.fixture
-def benchmark(run_tool, monkeypatch):
+def benchmark(run_tool, monkeypatch, tiny_networks):
     """Run the command with tiny detectors, and without processes of their own."""
-
-    def config(depth):
-        options = {
-            "MODEL.RESNETS.RES2_OUT_CHANNELS": {18: 8, 34: 16}[depth],
-            "MODEL.RESNETS.NORM": "FrozenBN",
-            "SOLVER.BASE_LR": 0.0,
-        }
-        cfg = tiny_cfg(options=options | {"MODEL.ROI_HEADS.NUM_CLASSES": 6})
-        cfg.KD.SOFT_TARGET.SOURCES = ["roi", "rpn", "mask"]
-        cfg.KD.HINT.IN_FEATURES = LEVELS
-        return cfg
-
-    monkeypatch.setattr(case, "detector_config", config)
     monkeypatch.setattr(measurement, "in_new_processes", lambda jobs: [measurement.measure_memory(job) for job in jobs])
     tiny = ["--size", 64, "--batch", 1, "--rounds", 2, "--depths", 18, 34]
     return lambda *arguments: run_tool("benchmark", *tiny, *arguments)
@@ -43,6 +35,7 @@ def test_table_and_json(benchmark, tmp_path, capsys):
     assert none["B"] < both["B"]
     assert both["ratio_low"] <= both["ratio"] <= both["ratio_high"]
     assert both["memory"] > 0
+    assert none["kept"] == 0 < both["kept"]
 
 
 def test_another_teacher(benchmark, tmp_path, capsys):
@@ -108,6 +101,66 @@ def test_each_row_has_its_switch_and_the_common_options():
     assert rows["KD.TEACHER.COMPILE"] == {"SOLVER.AMP.ENABLED": True, "KD.TEACHER.COMPILE": True}
     together = rows.pop("all, bfloat16")
     assert all(options.keys() <= together.keys() for options in rows.values())
+
+
+# ---- On a GPU ----
+def test_columns_of_a_gpu():
+    """They are there if they were measured."""
+    times = {"A": 40.0, "B": 10.0, "C": 48.0, "ratio": 0.96, "ratio_to_plain": 1.2, "images_per_second": 41.7}
+    on_gpu = {"gpu": 36.0, "idle": 0.25, "kernels": 1500.0, "waits": 12}
+    setup = {"depths": (18, 101), "batch": 2, "size": 800, "rounds": 3, "teacher": (), "amp": "none"}
+    setup |= {"device": "a GPU", "memory_kind": "allocated", "plain_memory": 1.0, "heads": ("HintHead",)}
+    tables = [switches_table(setup | {"rows": {"a": times | x | {"memory": 2.0}}}) for x in ({}, on_gpu)]
+    assert ["idle" in table for table in tables] == [False, True]
+    header, _, row = ([x.strip() for x in line.split("|")] for line in tables[1].splitlines()[:3])
+    found = dict(zip(header, row, strict=True))
+    assert [found[key] for key in ("C on the GPU, ms", "idle", "kernels", "waits")] == ["36.0", "25%", "1500", "12"]
+
+
+def event(name, start, end, device=DeviceType.CUDA, **others):
+    return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end), **others)
+
+
+def test_time_on_the_gpu_counts_once():
+    """Streams overlap, copies are no kernels, and names of parts are neither."""
+    events = [
+        event("aten::add", 0, 9000, DeviceType.CPU),
+        event("kd_det: student", 0, 9000, is_user_annotation=True),
+        event("kernel", 1000, 2000, is_user_annotation=False),
+        event("kernel of the other stream", 1500, 3500),
+        event("inside", 1600, 1700),
+        event("Memcpy HtoD", 5000, 5500),
+    ]
+    assert summarize_events(events) == (3.0, 3)
+
+
+def test_use_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    calls = []
+    use = measure_use(lambda: calls.append(0), rounds=3, warm_up=2)
+    assert (use.busy, use.idle, use.kernels, use.waits, len(calls)) == (None, None, None, None, 5)
+    assert Use(wall=4.0, busy=3.0).idle == 0.25
+
+
+# ---- Memory ----
+class Exponential(nn.Module):
+    """Keeps the exponential of the student's signal, and nothing else of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(5))
+
+    def forward(self, student, teacher, batch):
+        return {"loss": ((student["a"] * self.factor).exp() * teacher["a"]).sum()}
+
+
+def test_memory_that_a_head_keeps():
+    heads = nn.ModuleDict({"a": Exponential()})
+    signals = [{"a": torch.ones(3, 5, requires_grad=x)} for x in (True, False)]
+    with recording_kept_memory(heads) as kept:
+        heads["a"](*signals, None)
+    assert kept == {"a": 3 * 5 * 4}
+    assert "forward" not in vars(heads["a"])
 
 
 def test_profile(benchmark, tmp_path, capsys):
