@@ -115,6 +115,19 @@ def tiny_cfg(family: str = "mask_rcnn", options: dict | None = None) -> CfgNode:
     return cfg
 
 
+def measured_cfg(depth: int) -> CfgNode:
+    """Config of a tiny Mask R-CNN for measurements, in the place of one of this depth; the deeper one is wider."""
+    options = {
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": {18: 8, 34: 16}[depth],
+        "MODEL.RESNETS.NORM": "FrozenBN",
+        "SOLVER.BASE_LR": 0.0,
+    }
+    cfg = tiny_cfg(options=options | {"MODEL.ROI_HEADS.NUM_CLASSES": 6})
+    cfg.KD.SOFT_TARGET.SOURCES = ["roi", "rpn", "mask"]
+    cfg.KD.HINT.IN_FEATURES = LEVELS
+    return cfg
+
+
 def write_yaml(path: Path, cfg: CfgNode) -> str:
     path.write_text(cfg.dump(), encoding="utf-8")
     return str(path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LEVELS, build, tiny_cfg, write_yaml
+from helpers import build, measured_cfg, write_yaml
 
 from kd_det.benchmarking import case
 from kd_det.commands.console import run_command
@@ -22,20 +22,8 @@ def run_tool():
 
 @pytest.fixture
 def tiny_networks(monkeypatch):
-    """Makes the networks of measurements tiny; the deeper one is wider."""
-
-    def config(depth):
-        options = {
-            "MODEL.RESNETS.RES2_OUT_CHANNELS": {18: 8, 34: 16}[depth],
-            "MODEL.RESNETS.NORM": "FrozenBN",
-            "SOLVER.BASE_LR": 0.0,
-        }
-        cfg = tiny_cfg(options=options | {"MODEL.ROI_HEADS.NUM_CLASSES": 6})
-        cfg.KD.SOFT_TARGET.SOURCES = ["roi", "rpn", "mask"]
-        cfg.KD.HINT.IN_FEATURES = LEVELS
-        return cfg
-
-    monkeypatch.setattr(case, "detector_config", config)
+    """Makes the networks of measurements tiny."""
+    monkeypatch.setattr(case, "detector_config", measured_cfg)
 
 
 @pytest.fixture(scope="session")

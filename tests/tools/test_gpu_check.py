@@ -6,8 +6,9 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 from children import run_processes
+from helpers import measured_cfg
 
-from kd_det.benchmarking import gpu_checks
+from kd_det.benchmarking import case, gpu_checks
 from kd_det.benchmarking.gpu_checks import REHEARSAL, Finding
 from kd_det.commands import gpu_check
 
@@ -50,10 +51,15 @@ def test_rehearsal(check, capsys):
     assert "KD.TEACHER.FOLD_NORM True: " in table
 
 
+def train_tiny_rank(*arguments):
+    case.detector_config = measured_cfg
+    gpu_checks.train_rank(*arguments)
+
+
 @pytest.mark.slow
 def test_two_processes(check, capsys, monkeypatch):
     monkeypatch.setattr(
-        gpu_checks, "start_processes", lambda function, args, nprocs: run_processes(function, *args, number=nprocs)
+        gpu_checks, "start_processes", lambda _, args, nprocs: run_processes(train_tiny_rank, *args, number=nprocs)
     )
     check("--only", "processes")
     assert "weights of two processes are equal: True" in capsys.readouterr().out
