@@ -16,7 +16,6 @@ VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 def restored(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     yield
     torch.use_deterministic_algorithms(False)
     os.environ.pop(VARIABLE, None)

@@ -260,13 +260,11 @@ def check_determinism(scale: Scale) -> list[Finding]:
 def restoring_flags() -> Iterator[None]:
     """Restores PyTorch's switches of determinism after the block."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
-    filled = torch.utils.deterministic.fill_uninitialized_memory
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.deterministic = before[1]
-        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @contextmanager

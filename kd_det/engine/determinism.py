@@ -20,5 +20,3 @@ def make_deterministic(cfg: CfgNode) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
-    # This would write NaN into all new memory to expose code that reads it, which takes time and changes no result.
-    torch.utils.deterministic.fill_uninitialized_memory = False
