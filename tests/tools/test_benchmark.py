@@ -108,7 +108,7 @@ def test_columns_of_a_gpu():
     """They are there if they were measured."""
     times = {"A": 40.0, "B": 10.0, "C": 48.0, "ratio": 0.96, "ratio_to_plain": 1.2, "images_per_second": 41.7}
     on_gpu = {"gpu": 36.0, "idle": 0.25, "kernels": 1500.0, "waits": 12}
-    setup = {"depths": (18, 101), "batch": 2, "size": 800, "rounds": 3, "teacher": (), "amp": "none"}
+    setup = vars(Setup(depths=(18, 101), batch=2, size=800, rounds=3)) | {"amp": "none"}
     setup |= {"device": "a GPU", "memory_kind": "allocated", "plain_memory": 1.0, "heads": ("HintHead",)}
     tables = [switches_table(setup | {"rows": {"a": times | x | {"memory": 2.0}}}) for x in ({}, on_gpu)]
     assert ["idle" in table for table in tables] == [False, True]
