@@ -90,6 +90,7 @@ def make_card(
     student = student_config(cfg)
     title = Path(origin.folder).resolve().name if origin.folder else architecture(student)
     metrics, source = read_metrics(origin)
+    spread = read_spread(origin)
     test = ", ".join(cfg.DATASETS.TEST) or "no data set"
     task = task_of(student)
     main = next((name for name in METRICS if name in metrics), None)
@@ -127,7 +128,7 @@ def make_card(
         teacher=describe_teacher(cfg),
         heads=describe_heads(cfg),
         schedule=f"{cfg.SEED}, {cfg.SOLVER.MAX_ITER}, {cfg.SOLVER.IMS_PER_BATCH}",
-        metrics={name: f"{value:.2f}" for name, value in metrics.items()},
+        metrics={name: f"{value:.2f}{spread.get(name, '')}" for name, value in metrics.items()},
         metrics_source=source,
         differences=read_differences(origin),
         speeds=dict(speeds),
@@ -196,6 +197,14 @@ def read_metrics(origin: Origin) -> tuple[dict[str, float], str]:
         if known_numbers(found):
             last, iteration = known_numbers(found), scalars.get("iteration")
     return last, f"in the last evaluation of the run (iteration {iteration})"
+
+
+def read_spread(origin: Origin) -> dict[str, str]:
+    """Describes the mean and the standard deviation of metrics over the seeds of a run of ``kd-det repeat``."""
+    comparison, run = read_comparison(origin)
+    column = comparison.get("summary", {}).get(run["name"], {}) if run else {}
+    known = {name: column[name] for name in METRICS if name in column and column[name]["mean"] is not None}
+    return {name: f" (all seeds: {x['mean']:.2f} ± {x['std']:.2f})" for name, x in known.items()}
 
 
 def read_differences(origin: Origin) -> list[tuple[str, ...]]:
