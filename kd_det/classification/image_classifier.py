@@ -97,6 +97,8 @@ def stack(images: Sequence[Tensor]) -> Tensor:
 
     Views of one batch do, and so do those of a part of it.
     """
+    if torch.jit.is_tracing():  # A trace would keep the size of this image as a constant.
+        return torch.stack(list(images))
     first, size = images[0], images[0].numel()
     end = (first.storage_offset() + len(images) * size) * first.element_size()
     adjacent = end <= first.untyped_storage().nbytes() and all(
