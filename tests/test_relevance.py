@@ -266,6 +266,25 @@ def test_a_norm_counts_as_part_of_its_convolution():
         torch.testing.assert_close(*maps, rtol=1e-3, atol=1e-4 * maps[0].abs().max().item())
 
 
+class InPlace(nn.Module):
+    """Changes its tensor by methods whose results it ignores."""
+
+    def forward(self, x):
+        x = x.clone()
+        x.mul_(3.0)
+        x.div_(2.0)
+        return x
+
+
+def test_what_happens_in_place_counts():
+    """The clip of a ReLU6 passes relevance on, where a gradient would be 0."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, bias=False), nn.ReLU6(inplace=True), InPlace(), nn.Flatten(), nn.Linear(144, 2, False)]
+    for composite in ("zero", "layered"):
+        relevance, logit = relevance_map(nn.Sequential(*layers), image_of(8, 8), label=1, composite=composite)
+        assert relevance.sum().item() == pytest.approx(logit, rel=1e-3)
+
+
 # ---- Parts of a feature ----
 @pytest.mark.parametrize(("name", "feature"), [("cifar", "res3"), ("mask_rcnn", "p2")])
 def test_the_halves_of_a_feature_add_up(models, name, feature):

@@ -16,7 +16,7 @@ relevance of what is active.
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,13 @@ LAYERS = ("conv1d", "conv2d", "conv3d", "linear")
 # ---- Rules ----
 @dataclass(frozen=True)
 class Zero:
-    """LRP-0: contributions are a_j w_jk."""
+    """LRP-0: contributions are a_j w_jk.
+
+    Attributes:
+        needs_signs: Whether the rule looks at the sums of positive contributions.
+    """
+
+    needs_signs: ClassVar[bool] = False
 
     def __call__(self, total: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the sums of the rule's contributions, and what the relevance is divided by.
@@ -73,6 +79,7 @@ class Gamma(Zero):
     Invariant Representations by Joint Wasserstein Distance Minimization", 2023, https://arxiv.org/abs/2106.04923.
     """
 
+    needs_signs: ClassVar[bool] = True
     gamma: float = 0.25
 
     def __call__(self, total: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +90,8 @@ class Gamma(Zero):
 @dataclass(frozen=True)
 class ZPlus(Zero):
     """z-plus, or alpha-1-beta-0: only positive contributions a_j w_jk count, those of two negative factors included."""
+
+    needs_signs: ClassVar[bool] = True
 
     def __call__(self, total: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
         return positive, positive
@@ -218,8 +227,11 @@ class RelevanceMode(TorchFunctionMode):
         args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, nn.Parameter) else x, (args, kwargs))
         if not any(map(carries_relevance, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func)).strip("_")
-        name = OPERATORS.get(name, name)
+        full_name = getattr(func, "__name__", str(func))
+        name = OPERATORS.get(full_name.strip("_"), full_name.strip("_"))
+        # A method such as add_ changes its tensor, and its caller may ignore what it returns; += uses it.
+        in_place = full_name.endswith("_") and not full_name.endswith("__")
+        one_constant = len(args) == 2 and not all(map(carries_relevance, args))
         last, self._last = self._last, None
         if name in LAYERS and carries_relevance(args[0]):
             return self._run_layer(func, name, args, kwargs, is_output)
@@ -227,14 +239,14 @@ class RelevanceMode(TorchFunctionMode):
             scale, shift = self._read_batch_norm(*args, **kwargs)
             return self._add(*self._multiply(args[0], scale, last), shift)
         if name in ("hardtanh", "relu6"):
-            return self._pass_through(args[0], func(*args, **kwargs))
-        if name in ("add", "mul") and not kwargs and len(args) == 2 and not all(map(carries_relevance, args)):
+            return self._pass_through(args[0], func(args[0].clone(), *args[1:], **kwargs))
+        if name in ("add", "mul") and one_constant and not kwargs and not in_place:
             relevant, constant = args if carries_relevance(args[0]) else reversed(args)
             if name == "mul":
                 return self._multiply(relevant, constant, last)[0]
             return self._add(relevant, last, torch.as_tensor(constant).to(relevant))
         output = func(*args, **kwargs)
-        linear = name == "add" or (name == "div" and not carries_relevance(args[1]))
+        linear = name == "add" or (name == "mul" and one_constant) or (name == "div" and not carries_relevance(args[1]))
         if not any(map(carries_relevance, tree_leaves(output))):
             self._last = last  # It only looked at the tensor, for example at its shape.
         elif not linear and name not in COVERED:
@@ -261,12 +273,12 @@ class RelevanceMode(TorchFunctionMode):
             above, below = weight.clamp(min=0), weight.clamp(max=0)
             low, high = self.pixels.low, self.pixels.high
             positive, negative = apply(low, above) + apply(high, below), apply(low, below) + apply(high, above)
-        elif isinstance(rule, Gamma | ZPlus):
+        elif rule.needs_signs:
             positive = apply(x.clamp(min=0), weight.clamp(min=0))
             if (x < 0).any():
                 positive = positive + apply(x.clamp(max=0), weight.clamp(max=0))
             negative = total - positive
-        else:  # Other rules do not look at the signs.
+        else:
             positive = negative = total
         if bias is None:
             bias = weight.new_zeros(len(weight))
