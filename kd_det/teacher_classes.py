@@ -70,7 +70,18 @@ def teacher_class_names(cfg: CfgNode, count: int | None) -> list[str]:
     """
     if cfg.KD.TEACHER.CLASSES:
         return list(cfg.KD.TEACHER.CLASSES)
-    kind = teacher_kind(cfg)
+    return trained_class_names(teacher_kind(cfg), count)
+
+
+def trained_class_names(kind: TeacherKind, count: int | None) -> list[str]:
+    """Returns the names of the classes that a model was trained on, in the order of its indices; [] if not known.
+
+    They are those of :func:`declared_names`, or COCO's for a model of the zoo with 80 classes.
+
+    Args:
+        kind: The model.
+        count: Number of classes that it predicts.
+    """
     known = declared_names(kind)
     coco = MetadataCatalog.get(COCO).thing_classes
     if not known and count == len(coco) and kind.is_in_zoo:

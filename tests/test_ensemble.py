@@ -10,7 +10,7 @@ from helpers import build, distilled_cfg, tiny_cfg, tiny_inputs
 from torch import nn
 
 from kd_det import InputError
-from kd_det.analysis.ensemble import Ensemble
+from kd_det.analysis.ensemble import Ensemble, fuse_instances, load_boxes_fusion
 
 SIZE = (50, 100)
 
@@ -122,6 +122,28 @@ def test_different_detectors_can_be_combined():
 def test_models_that_do_not_fit_are_refused(make, message):
     with pytest.raises(InputError, match=f"^Ensemble: .*{message}"):
         Ensemble(make())
+
+
+def test_fused_masks_by_hand():
+    """Each fused box has the mask of the detection of its class that overlaps it most; one without any is left out."""
+    first = detections([[10, 10, 30, 40], [60, 10, 90, 40]], [0.9, 0.8], [1, 0])
+    second = detections([[16, 10, 30, 40], [10, 10, 30, 40]], [0.3, 0.2], [1, 2])
+    second.pred_masks = torch.zeros(2, *SIZE, dtype=torch.bool)
+    second.pred_masks[0, 5] = second.pred_masks[1, 7] = True
+    fuse = load_boxes_fusion()
+    joined = fuse_instances(fuse, [first, second], masks=True)
+    # The object that only the first model, which has no masks, found is left out.
+    assert joined.pred_classes.tolist() == [1, 2]
+    torch.testing.assert_close(joined.pred_boxes.tensor[0], torch.tensor([11.5, 10, 30, 40]), atol=1e-4, rtol=0)
+    assert torch.equal(joined.pred_masks, second.pred_masks)
+    first.pred_masks = torch.zeros(2, *SIZE, dtype=torch.bool)
+    first.pred_masks[0, 1] = first.pred_masks[1, 2] = True
+    joined = fuse_instances(fuse, [first, second], masks=True)
+    assert joined.pred_classes.tolist() == [1, 0, 2]
+    # The fused box of class 1 is nearer to the first model's.
+    assert torch.equal(joined.pred_masks, torch.cat([first.pred_masks, second.pred_masks[1:]]))
+    nothing = fuse_instances(fuse, [detections([], [], []), first[:0]], masks=True)
+    assert nothing.pred_masks.shape == (0, *SIZE)
 
 
 def test_missing_package_is_reported(monkeypatch):

@@ -71,8 +71,9 @@ ALLOWED = {
     "engine": BELOW_ENGINE | {"reporting"},
     "export": BELOW_ENGINE | {"engine", "reporting"},
     "analysis": BELOW_ENGINE | {"engine", "export", "reporting"},
+    "labeling": BELOW_ENGINE | {"engine", "export", "analysis", "reporting"},
     "benchmarking": BELOW_ENGINE | {"engine"},
-    "commands": BELOW_ENGINE | {"engine", "export", "analysis", "benchmarking"},
+    "commands": BELOW_ENGINE | {"engine", "export", "analysis", "labeling", "benchmarking"},
     "__main__": {"commands"},
 }
 ALLOWED_IN_LOSSES = {"torch", "__future__", *sys.stdlib_module_names}

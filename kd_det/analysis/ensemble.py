@@ -1,10 +1,10 @@
 """Combines several models into one for inference, such as the generations of a born-again chain."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from kd_det.errors import InputError
@@ -66,25 +66,67 @@ class Ensemble(nn.Module):
         predictions = zip(*(model(batched_inputs) for model in self.models), strict=True)
         if self.fuse is None:
             return [{"scores": torch.stack([x["scores"] for x in outputs]).mean(dim=0)} for outputs in predictions]
-        return [{"instances": self._fuse(self.fuse, [x["instances"] for x in outputs])} for outputs in predictions]
+        return [
+            {
+                "instances": fuse_instances(
+                    self.fuse,
+                    [x["instances"] for x in outputs],
+                    iou_threshold=self.iou_threshold,
+                    detections_per_image=self.detections_per_image,
+                )
+            }
+            for outputs in predictions
+        ]
 
-    def _fuse(self, fuse: BoxFusion, instances: list[Instances]) -> Instances:
-        """Fuses the detections of all models in one image."""
-        height, width = instances[0].image_size
-        size = np.array([width, height, width, height])
-        boxes, scores, classes = fuse(
-            [(as_array(x.pred_boxes.tensor) / size).clip(0, 1) for x in instances],
-            [as_array(x.scores) for x in instances],
-            [as_array(x.pred_classes) for x in instances],
-            iou_thr=self.iou_threshold,
-        )
-        # The highest scores come first.
-        best, device = slice(self.detections_per_image), instances[0].scores.device
-        fused = Instances((height, width))
-        fused.pred_boxes = Boxes(torch.as_tensor(boxes[best] * size, dtype=torch.float32, device=device))
-        fused.scores = torch.as_tensor(scores[best], dtype=torch.float32, device=device)
-        fused.pred_classes = torch.as_tensor(classes[best], dtype=torch.int64, device=device)
+
+def fuse_instances(
+    fuse: BoxFusion,
+    instances: Sequence[Instances],
+    *,
+    iou_threshold: float = 0.55,
+    detections_per_image: int | None = 100,
+    masks: bool = False,
+) -> Instances:
+    """Fuses the detections of several models in one image; see :class:`Ensemble`.
+
+    Args:
+        fuse: Result of :func:`load_boxes_fusion`.
+        instances: The detections of each model, all for the same size of the image.
+        iou_threshold: Overlap (IoU) above which boxes are taken for the same object.
+        detections_per_image: Maximum number of detections that are kept; None keeps all.
+        masks: Whether a fused box gets the mask, (H, W) bool, of the detection of its class that overlaps it most;
+            masks are not averaged. Detections without masks, of other models, give their boxes alone, and a fused box
+            that no detection with a mask overlaps is left out.
+    """
+    height, width = instances[0].image_size
+    size = np.array([width, height, width, height])
+    boxes, scores, classes = fuse(
+        [(as_array(x.pred_boxes.tensor) / size).clip(0, 1) for x in instances],
+        [as_array(x.scores) for x in instances],
+        [as_array(x.pred_classes) for x in instances],
+        iou_thr=iou_threshold,
+    )
+    # The highest scores come first.
+    best, device = slice(detections_per_image), instances[0].scores.device
+    fused = Instances((height, width))
+    fused.pred_boxes = Boxes(torch.as_tensor(boxes[best] * size, dtype=torch.float32, device=device))
+    fused.scores = torch.as_tensor(scores[best], dtype=torch.float32, device=device)
+    fused.pred_classes = torch.as_tensor(classes[best], dtype=torch.int64, device=device)
+    return add_masks(fused, [x for x in instances if x.has("pred_masks")]) if masks else fused
+
+
+def add_masks(fused: Instances, masked: Sequence[Instances]) -> Instances:
+    """Gives each fused box the mask of the detection of its class that overlaps it most, and drops those without."""
+    if not any(map(len, masked)):
+        fused = fused[:0]
+        fused.pred_masks = torch.zeros((0, *fused.image_size), dtype=torch.bool, device=fused.scores.device)
         return fused
+    boxes = Boxes.cat([x.pred_boxes for x in masked])
+    classes = torch.cat([x.pred_classes for x in masked])
+    overlaps = pairwise_iou(fused.pred_boxes, boxes) * (fused.pred_classes[:, None] == classes)
+    overlap, index = overlaps.max(dim=1)
+    fused.pred_masks = torch.cat([x.pred_masks for x in masked])[index]
+    return fused[overlap > 0]
 
 
 def load_boxes_fusion() -> BoxFusion:

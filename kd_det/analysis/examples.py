@@ -68,8 +68,8 @@ def detection_gallery(
         file = image_name(image, i)
         caption = f"objects: {len(objects[i])}"
         by_model = {name: marks[i] for name, marks in found.items()}
-        views = [_view("ground truth", caption, file, objects[i], picture)]
-        views += [_view(name, count(marks), file, marks, picture) for name, marks in by_model.items()]
+        views = [make_view("ground truth", caption, file, objects[i], picture)]
+        views += [make_view(name, count(marks), file, marks, picture) for name, marks in by_model.items()]
         categories = {mark.category for marks in (objects[i], *by_model.values()) for mark in marks}
         differing = differing_classes(list(by_model.values()))
         examples.append(Example(file, picture, caption, sorted(categories), sorted(differing), views))
@@ -134,7 +134,16 @@ def differing_classes(models: Sequence[Sequence[picture_grid.Mark]]) -> set[int]
     return {category for category in categories if len({outcome(marks, category) for marks in models}) > 1}
 
 
-def _view(title: str, caption: str, file: str, marks: Sequence[picture_grid.Mark], picture: Picture) -> View:
+def make_view(title: str, caption: str, file: str, marks: Sequence[picture_grid.Mark], picture: Picture) -> View:
+    """Describes an image with marks on it, the most important first.
+
+    Args:
+        title: Heading of the view: a model, or what the marks are.
+        caption: Text next to the heading.
+        file: Name of the image.
+        marks: The marks.
+        picture: The image.
+    """
     drawn = []
     for mark in marks:
         x0, y0, x1, y1 = (round(float(x), 1) for x in mark.box)

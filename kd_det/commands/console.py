@@ -15,6 +15,7 @@ COMMANDS = {
     "repeat": "train a teacher and students over several seeds, and compare them",
     "compare": "compare trained models on one test set: accuracy, size, speed, a picture",
     "export": "export the student of a run: for Detectron2 alone, as TorchScript, as ONNX",
+    "label": "label folders of images with a trained detector, for training on them",
     "benchmark": "measure what distillation costs in a training step",
     "gpu-check": "check kd_det on a GPU, and print a table for an issue",
     "concepts": "count the visual concepts of trained models",

@@ -116,12 +116,19 @@ class Gallery:
         examples: The images.
         classes: Maps indices of classes to their names.
         kinds: The kinds of marks; empty for classifiers.
+        title: Heading of the gallery.
     """
 
     note: str
     examples: Sequence[Example]
     classes: dict[int, str]
     kinds: Sequence[Kind] = ()
+    title: str = "Test images"
+
+    @property
+    def compares(self) -> bool:
+        """Returns whether there are models to compare, which may differ."""
+        return any(len(example.views) != 1 for example in self.examples)
 
 
 @dataclass(frozen=True)
