@@ -304,12 +304,17 @@ def add_kd_config(cfg: CfgNode) -> None:
     # $DETECTRON2_DATASETS, or datasets/.
     cfg.DATASETS.IMAGE_FOLDER = CfgNode(new_allowed=True)
     # COCO files, each as name: {JSON: annotation file, IMAGE_ROOT: folder; FLIP_PAIRS: pairs of keypoints that swap in
-    # mirrored images, [[left_eye, right_eye], ...], if their names do not show it}. Relative paths lie under
-    # $DETECTRON2_DATASETS, or datasets/.
+    # mirrored images, [[left_eye, right_eye], ...], if their names do not show it; SCORES: "weight" multiplies what a
+    # box adds to the classification losses of an R-CNN by its score, from 0 to 1, which kd-det label writes; "ignore"
+    # (default)}. Relative paths lie under $DETECTRON2_DATASETS, or datasets/.
     cfg.DATASETS.COCO_FORMAT = CfgNode(new_allowed=True)
     # Pascal VOC folders, each as name: {ROOT: folder with Annotations, ImageSets/Main, JPEGImages; SPLIT: a file in
     # ImageSets/Main; CLASSES: [...]; YEAR: 2007 for the 11-point AP, 2012 (default) for the area under the curve}.
     cfg.DATASETS.VOC_FORMAT = CfgNode(new_allowed=True)
+    # Share of each data set of DATASETS.TRAIN in every batch, relative to their sum, in a file only: {labelled: 1,
+    # by_teacher: 3}. Images are then drawn without regard to DATALOADER.ASPECT_RATIO_GROUPING. {}: all images are drawn
+    # equally often.
+    cfg.DATASETS.MIX = CfgNode(new_allowed=True)
 
 
 def merge_file(cfg: CfgNode, path: str) -> None:

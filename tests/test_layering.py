@@ -29,6 +29,7 @@ DISTILS = {
     "meta_arch",
     "peers",
     "mutual",
+    "score_weights",
 }
 CHECKPOINTS = {"checkpoint", "checkpoint_folder"}
 BELOW_ENGINE = GROUND | DISTILS | CHECKPOINTS | {"data", "classification", "backbones"}
@@ -67,6 +68,7 @@ ALLOWED = {
     },
     "peers": GROUND | {"taps", "heads", "checkpoint"},
     "mutual": GROUND | {"taps", "heads", "losses", "gradients", "wrapper", "meta_arch", "peers"},
+    "score_weights": GROUND,
     "reporting": GROUND,
     "engine": BELOW_ENGINE | {"reporting"},
     "export": BELOW_ENGINE | {"engine", "reporting"},

@@ -58,6 +58,8 @@ def build_classification_train_loader(cfg: CfgNode) -> SplitBatches:
         )
     if not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN: no data set is named.")
+    if cfg.DATASETS.MIX:
+        raise InputError(f"DATASETS.MIX: must be empty for image classifiers, got {dict(cfg.DATASETS.MIX)}.")
     records = [record for name in cfg.DATASETS.TRAIN for record in _load(cfg, name)]
     dataset = SeededDataset(records, ClassificationMapper(cfg, is_train=True))
     return SplitBatches(build_training_loader(cfg, dataset, sampler_factory(cfg, records), collate_fn=default_collate))

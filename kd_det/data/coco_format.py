@@ -12,7 +12,9 @@ from typing import Any
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from kd_det.config_kinds import show
 from kd_det.data.coco_file import CocoFile, read_coco
+from kd_det.data.coco_masks import are_numbers
 from kd_det.data.keypoints import mirrored_pairs
 from kd_det.errors import InputError
 
@@ -52,12 +54,14 @@ class CocoFormat:
         image_root: The folder that contains the images.
         flip_pairs: Pairs of keypoints that swap places in a mirrored image; None takes those whose names differ only in
             left and right.
+        scores: "weight" if the scores of annotations are the weights of their boxes in losses, else "ignore".
     """
 
     name: str
     json_file: str
     image_root: str
     flip_pairs: tuple[tuple[str, str], ...] | None = None
+    scores: str = "ignore"
 
     def __str__(self) -> str:
         return f"{self.json_file} with {self.image_root}"
@@ -154,7 +158,8 @@ class CocoFormat:
                 MetadataCatalog.remove(path)
 
     def _load(self, json_file: str) -> list[dict[str, Any]]:
-        return load_coco_json(json_file, self.image_root, self.name)
+        keys = ["score"] if self.scores == "weight" else None
+        return load_coco_json(json_file, self.image_root, self.name, keys)
 
     def _load_changed(self) -> list[dict[str, Any]]:
         file = self._read()
@@ -169,9 +174,25 @@ class CocoFormat:
                     annotation["segmentation"] = []
         return records
 
+    def _check_scores(self, annotations: list[dict[str, Any]]) -> None:
+        """Checks that scores can be weights; annotations without a score have the weight 1."""
+        key, scored = f"DATASETS.COCO_FORMAT.{self.name}.SCORES", False
+        for i, item in enumerate(annotations):
+            score = item.get("score")
+            scored |= score is not None
+            if score is not None and not (are_numbers([score]) and 0 <= score <= 1):
+                raise InputError(
+                    f"{self.json_file}: annotations[{i}] has score {show(score)}; a number from 0 to 1 is needed where "
+                    f"{key} is weight."
+                )
+        if annotations and not scored:
+            raise InputError(f"{self.json_file}: no annotation has a score, but {key} is weight; set it to ignore.")
+
     def _read(self) -> CocoFile:
         self.check_files()
         file = read_coco(self.json_file)
+        if self.scores == "weight":
+            self._check_scores(file.data["annotations"])
         paths = []
         for image in file.data["images"]:
             path = os.path.join(self.image_root, image["file_name"])

@@ -16,9 +16,11 @@ from kd_det.data.image_folder import ImageFolder
 from kd_det.data.mapper import check_masks
 from kd_det.data.paths import resolve
 from kd_det.data.voc_format import VocFormat
-from kd_det.errors import InputError
+from kd_det.errors import InputError, check_choice
 
 logger = logging.getLogger(__name__)
+# What the scores of annotations are for.
+SCORES = ("weight", "ignore")
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -42,9 +44,11 @@ def define_datasets(cfg: CfgNode) -> Iterator[tuple[str, CocoFormat | VocFormat 
     for name, entry in cfg.DATASETS.COCO_FORMAT.items():
         key = f"DATASETS.COCO_FORMAT.{name}"
         required: dict[str, Any] = {"JSON": str, "IMAGE_ROOT": str}
-        json_file, image_root, pairs = _read_entry(key, entry, required, {"FLIP_PAIRS": None})
+        values = _read_entry(key, entry, required, {"FLIP_PAIRS": None}, for_scores={"SCORES": "ignore"})
+        json_file, image_root, pairs, scores = values
         flip_pairs = None if pairs is None else _read_pairs(f"{key}.FLIP_PAIRS", pairs)
-        yield key, CocoFormat(name, resolve(json_file), resolve(image_root), flip_pairs)
+        check_choice(f"{key}.SCORES", scores, SCORES)
+        yield key, CocoFormat(name, resolve(json_file), resolve(image_root), flip_pairs, scores)
     for name, entry in cfg.DATASETS.VOC_FORMAT.items():
         key = f"DATASETS.VOC_FORMAT.{name}"
         required = {"ROOT": str, "SPLIT": str, "CLASSES": (list, tuple)}
@@ -167,14 +171,23 @@ def _own_names(dataset: Any, kind: str) -> list[str] | None:
     return None
 
 
-def _read_entry(key: str, entry: Any, required: dict[str, Any], optional: dict[str, Any] | None = None) -> list[Any]:
-    """Returns the values of an entry, those of the required keys first."""
-    optional = optional or {}
+def _read_entry(
+    key: str,
+    entry: Any,
+    required: dict[str, Any],
+    optional: dict[str, Any] | None = None,
+    *,
+    for_scores: dict[str, Any] | None = None,
+) -> list[Any]:
+    """Returns the values of an entry: those of the required keys, the optional keys, and the keys for scores."""
+    optional, for_scores = optional or {}, for_scores or {}
     allowed = ", ".join([*required, *optional])
+    also = f" A file with scores may have {', '.join(for_scores)}, too." if for_scores else ""
     if not isinstance(entry, dict):
-        raise InputError(f"{key}: {entry!r} found; a mapping with the keys {allowed} is needed.")
+        raise InputError(f"{key}: {entry!r} found; a mapping with the keys {allowed} is needed.{also}")
+    optional = {**optional, **for_scores}
     for unknown in sorted(set(entry) - set(required) - set(optional)):
-        raise InputError(f"{key}.{unknown}: unknown key; allowed are {allowed}.")
+        raise InputError(f"{key}.{unknown}: unknown key; allowed are {allowed}.{also}")
     for name, kind in required.items():
         if not isinstance(entry.get(name), kind) or entry[name] == "":
             found = f"{entry[name]!r} found" if name in entry else "missing"

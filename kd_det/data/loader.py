@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from kd_det.config import student_config
 from kd_det.data.datasets import load_training_images
 from kd_det.data.mapper import DetectionMapper
+from kd_det.data.mixing import MixedSampler, read_shares
 from kd_det.data.proposals import proposal_files
 from kd_det.data.workers import ignore_signals
 from kd_det.errors import InputError
@@ -151,12 +152,52 @@ def build_detection_training_loader(cfg: CfgNode) -> DataLoader:
     Raises:
         InputError: If there is no image, the sampler is unknown or the batch does not split evenly.
     """
+    shares = read_shares(cfg)
     with proposal_files(cfg, "TRAIN", cfg.DATASETS.TRAIN) as files:
-        records = load_training_images(cfg, proposal_files=files)
+        parts = [load_training_images(cfg, proposal_files=files)] if shares is None else load_each(cfg, files)
+    records = [record for part in parts for record in part]
     check_segments(cfg, records)
-    groups = [int(x["width"] > x["height"]) for x in records] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
+    grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING and shares is None
+    groups = [int(x["width"] > x["height"]) for x in records] if grouped else None
     dataset = SeededDataset(records, DetectionMapper(cfg, is_train=True))
-    return build_training_loader(cfg, dataset, sampler_factory(cfg, records), groups=groups)
+    make_sampler = sampler_factory(cfg, records) if shares is None else mixer_factory(cfg, parts, shares)
+    return build_training_loader(cfg, dataset, make_sampler, groups=groups)
+
+
+def load_each(cfg: CfgNode, files: Sequence[str] | None) -> list[list[dict[str, Any]]]:
+    """Loads the images of each data set of DATASETS.TRAIN; see :func:`load_training_images`.
+
+    Args:
+        cfg: The run's config.
+        files: A file of proposals for each data set, or None.
+    """
+    parts = []
+    for i, name in enumerate(cfg.DATASETS.TRAIN):
+        part = cfg.clone()
+        part.defrost()
+        part.DATASETS.TRAIN = (name,)
+        parts.append(load_training_images(part, proposal_files=files and [files[i]]))
+    return parts
+
+
+def mixer_factory(
+    cfg: CfgNode, parts: Sequence[Sequence[dict[str, Any]]], shares: Sequence[float]
+) -> Callable[[int], Sampler]:
+    """Returns a function that maps a seed to the sampler for DATASETS.MIX.
+
+    Args:
+        cfg: The run's config.
+        parts: The images of each data set.
+        shares: The share of each data set.
+
+    Raises:
+        InputError: If another sampler is asked for.
+    """
+    sampler = cfg.DATALOADER.SAMPLER_TRAIN
+    if sampler != "TrainingSampler":
+        raise InputError(f"DATALOADER.SAMPLER_TRAIN: must be TrainingSampler with DATASETS.MIX, got {sampler!r}.")
+    counts, images = [len(part) for part in parts], cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    return lambda seed: MixedSampler(counts, shares, images, seed)
 
 
 def check_segments(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:

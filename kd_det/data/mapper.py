@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
@@ -14,7 +15,8 @@ from kd_det.errors import InputError
 class DetectionMapper(DatasetMapper):
     """Extends the stock mapper with errors that name the image, and with support for images without objects.
 
-    An image without annotations gets empty instances, even with cropping, where the stock mapper fails.
+    An image without annotations gets empty instances, even with cropping, where the stock mapper fails. Where
+    annotations have a `score`, the instances have ``gt_scores`` (N,).
 
     Raises:
         InputError: When called, if the image cannot be read, if its size differs from that in its annotation, or if
@@ -49,11 +51,26 @@ class DetectionMapper(DatasetMapper):
         things = _trained_on(dataset_dict)
         if self.use_instance_mask:
             check_masks(dataset_dict)
-        if things:
+        if any("score" in annotation for annotation in things):
+            self._transform_scored(dataset_dict, transforms, image_shape)
+        elif things:
             super()._transform_annotations(dataset_dict, transforms, image_shape)
         else:
             dataset_dict.pop("annotations")
             dataset_dict["instances"] = utils.annotations_to_instances([], image_shape)
+
+    def _transform_scored(self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]) -> None:
+        """Transforms annotations whose scores become ``gt_scores`` of the instances; those without a score have 1."""
+        things = _trained_on(dataset_dict)
+        classes = torch.tensor([annotation["category_id"] for annotation in things])
+        scores = torch.tensor([float(annotation.get("score", 1.0)) for annotation in things])
+        # The stock method drops objects that cropping leaves nothing of; their places stand in for classes meanwhile.
+        for place, annotation in enumerate(things):
+            annotation["category_id"] = place
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
+        instances = dataset_dict["instances"]
+        places = instances.gt_classes
+        instances.gt_classes, instances.gt_scores = classes[places], scores[places]
 
 
 def check_masks(record: dict[str, Any]) -> None:

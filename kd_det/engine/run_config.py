@@ -23,6 +23,7 @@ from kd_det.data import (
     count_training_images,
     register_datasets,
 )
+from kd_det.data.mixing import read_shares
 from kd_det.engine.cli import import_plugin
 from kd_det.engine.determinism import make_deterministic
 from kd_det.engine.evaluation import check_evaluation
@@ -69,6 +70,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         check_num_classes(cfg, train=not args.eval_only)
         check_evaluation(cfg)
         check_annotations(cfg, train=not args.eval_only)
+        if not args.eval_only:
+            read_shares(cfg)
         if cfg.SOLVER.IN_EPOCHS and not args.eval_only:
             epochs_to_iterations(cfg, count_training_images(cfg))
     cfg.freeze()

@@ -39,6 +39,7 @@ from kd_det.engine.visualization import build_visualization
 from kd_det.errors import InputError
 from kd_det.inherit import Inheritance, inherit
 from kd_det.peers import PeerWriter, load_peer_weights
+from kd_det.score_weights import weigh_by_scores, weighted_datasets
 from kd_det.taps import build_tap
 from kd_det.wrapper import as_wrapper
 
@@ -72,6 +73,9 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         self.wrapper = as_wrapper(model)
         check_class_order(cfg, self.wrapper.named_heads)
+        if datasets := weighted_datasets(cfg):
+            for student in self.wrapper.students:
+                weigh_by_scores(student, datasets)
         if cfg.SOLVER.CHANNELS_LAST:
             model.to(memory_format=torch.channels_last)
         self.student, parts = self.wrapper.students[0], self.wrapper.checkpointables

@@ -137,7 +137,9 @@ def plain_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, list[str]]:
     known = get_cfg()
     if needs:
         add_kd_config(known)
-        del known["KD"], known.DATASETS["COCO_FORMAT"], known.DATASETS["VOC_FORMAT"], known.DATASETS["IMAGE_FOLDER"]
+        del known["KD"]
+        for key in ("COCO_FORMAT", "VOC_FORMAT", "IMAGE_FOLDER", "MIX"):
+            del known.DATASETS[key]
     _drop_unknown(plain, known)
     return plain, needs
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -281,3 +282,27 @@ def test_missing_or_unreadable_files(dataset, tmp_path):
         dataset()
     with pytest.raises(InputError, match=r"nowhere: folder not found; DATASETS.COCO_FORMAT.x.IMAGE_ROOT names it"):
         CocoFormat("x", str(tmp_path / "a.json"), str(tmp_path / "nowhere"))()
+
+
+def test_scores_as_weights(dataset, data):
+    data["annotations"][0]["score"] = 0.5
+    assert "score" not in load(dataset, data)[0]["annotations"][0]
+    weighted = dataclasses.replace(dataset, scores="weight")
+    data["annotations"].append({**data["annotations"][0], "id": 8})
+    del data["annotations"][1]["score"]
+    assert [annotation.get("score") for annotation in load(weighted, data)[0]["annotations"]] == [0.5, None]
+
+
+@pytest.mark.parametrize("score", [1.01, -0.1, math.nan, "high", True, [0.5]])
+def test_wrong_scores(dataset, data, score):
+    data["annotations"][0]["score"] = score
+    load(dataset, data)
+    with pytest.raises(
+        InputError, match=r"a.json: annotations\[0\] has score .*; a number from 0 to 1 is needed where "
+    ):
+        load(dataclasses.replace(dataset, scores="weight"), data)
+
+
+def test_a_file_without_scores_has_no_weights(dataset, data):
+    with pytest.raises(InputError, match=r"no annotation has a score, but DATASETS.COCO_FORMAT.mine.SCORES is weight"):
+        load(dataclasses.replace(dataset, scores="weight"), data)

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 
 from kd_det.data import DetectionMapper
@@ -86,3 +87,23 @@ def test_other_errors_stay_as_they_are(cfg, record):
     del record["annotations"][0]["bbox_mode"]
     with pytest.raises(KeyError, match="bbox_mode"):
         DetectionMapper(cfg, is_train=True)(record)
+
+
+def test_scores_stay_with_their_objects(cfg, record):
+    """Cropping leaves nothing of the first object."""
+    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.MIN_SIZE_TRAIN = "none", (40,)
+    boxes = [[0, 0, 2, 2], [20, 10, 50, 30], [40, 20, 60, 40]]
+    record["annotations"] = [THING | {"bbox": box, "category_id": 5 + i} for i, box in enumerate(boxes)]
+    for i in (0, 2):
+        record["annotations"][i]["score"] = 0.25 * (i + 1)
+    record["annotations"].insert(1, THING | {"iscrowd": 1, "score": 0.5})
+    mapper = DetectionMapper(cfg, is_train=True)
+    instances = mapper(record)["instances"]
+    assert instances.gt_classes.tolist() == [5, 6, 7]
+    assert instances.gt_scores.tolist() == [0.25, 1.0, 0.75]
+    crop = T.CropTransform(10, 5, 50, 35)
+    mapper.augmentations = T.AugmentationList([crop])
+    instances = mapper(record)["instances"]
+    assert instances.gt_classes.tolist() == [6, 7]
+    assert instances.gt_scores.tolist() == [1.0, 0.75]
+    assert record["annotations"][0]["category_id"] == 5

@@ -46,6 +46,11 @@ def define_shapes(cfg, root):
             COCO | {"FLIP_PAIRS": [["a", "b", "c"]]},
             "DATASETS.COCO_FORMAT.x.FLIP_PAIRS: [['a', 'b', 'c']] found; a",
         ),
+        (COCO | {"SCORES": "loss"}, "DATASETS.COCO_FORMAT.x.SCORES: 'loss' is not one of weight, ignore."),
+        (
+            COCO | {"SCORE": "weight"},
+            "unknown key; allowed are JSON, IMAGE_ROOT, FLIP_PAIRS. A file with scores may have",
+        ),
         (VOC | {"SPLIT": 7}, "DATASETS.VOC_FORMAT.x.SPLIT: 7 found; text is needed."),
         (VOC | {"CLASSES": "cat"}, "DATASETS.VOC_FORMAT.x.CLASSES: 'cat' found; a list is needed."),
         (VOC | {"CLASSES": []}, "DATASETS.VOC_FORMAT.x.CLASSES: [] found; a list of different names is needed."),
