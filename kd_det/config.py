@@ -299,6 +299,12 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Name of the run; "": OUTPUT_DIR. Stages and generations append the name of their folder.
     cfg.WANDB.NAME = ""
 
+    # Share of the images of DATASETS.TRAIN that are trained on, above 0. They are drawn once, by TRAIN_SHARE_SEED; an
+    # epoch is a pass over them.
+    cfg.DATASETS.TRAIN_SHARE = 1.0
+    # Seed of the draw, 0 or more. It does not depend on SEED, so that runs with different seeds share their images.
+    cfg.DATASETS.TRAIN_SHARE_SEED = 0
+
     # ---- Data sets named here need no code ----
     # Image folders, each as name: {ROOT: folder with one folder of images per class}. Relative paths lie under
     # $DETECTRON2_DATASETS, or datasets/.

@@ -104,6 +104,15 @@ def test_arguments_override_a_distillation_config(teacher, tmp_path):
     assert (cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS) == ("other.yaml", "")
 
 
+def test_overrides_of_a_files_teacher_are_not_those_of_another():
+    student, overrides = "Classification/imagenet_resnet18.yaml", ["MODEL.RESNETS.DEPTH", 34]
+    assert overrides == configure(config=student).KD.TEACHER.OPTS
+    arguments = ["--teacher", student, "--kd-heads", "SoftTargetHead"]
+    assert configure(*arguments, config=student).KD.TEACHER.OPTS == []
+    given = configure(*arguments, "KD.TEACHER.OPTS", str(overrides), config=student)
+    assert overrides == given.KD.TEACHER.OPTS
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

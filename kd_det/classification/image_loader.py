@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, default_collate
 
 from kd_det.classification.image_mapper import ClassificationMapper
+from kd_det.data.datasets import draw_share
 from kd_det.data.loader import SeededDataset, build_training_loader, feeds_gpu, sampler_factory
 from kd_det.data.workers import ignore_signals
 from kd_det.errors import InputError
@@ -60,7 +61,7 @@ def build_classification_train_loader(cfg: CfgNode) -> SplitBatches:
         raise InputError("DATASETS.TRAIN: no data set is named.")
     if cfg.DATASETS.MIX:
         raise InputError(f"DATASETS.MIX: must be empty for image classifiers, got {dict(cfg.DATASETS.MIX)}.")
-    records = [record for name in cfg.DATASETS.TRAIN for record in _load(cfg, name)]
+    records = draw_share(cfg, [record for name in cfg.DATASETS.TRAIN for record in _load(cfg, name)])
     dataset = SeededDataset(records, ClassificationMapper(cfg, is_train=True))
     return SplitBatches(build_training_loader(cfg, dataset, sampler_factory(cfg, records), collate_fn=default_collate))
 

@@ -174,7 +174,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     read_student([args.teacher], args.opts, "--teacher")
     if "SEED" in args.opts[::2] and len(args.seeds) > 1:
         raise InputError("command line: the override SEED would give all runs the same seed; use --seeds.")
-    named = ("KD.TEACHER.CONFIG_FILE", args.teacher)
+    # A student's file may have overrides for the teacher that it names itself.
+    named = ("KD.TEACHER.CONFIG_FILE", args.teacher, "KD.TEACHER.OPTS", "[]")
     cases = {name: (configs, [*named, *args.opts], f"--student {name}") for name, configs in args.student}
     baselines = find_baselines(args.student, [name for name, case in cases.items() if is_plain(*case)])
     if args.equal_compute:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import filter_images_with_only_crowd_annotations
@@ -123,7 +124,8 @@ def load_training_images(cfg: CfgNode, **options: Any) -> list[dict[str, Any]]:
         records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=filter_empty, min_keypoints=keypoints, **options
         )
-        return _leave_out_maskless(records, filter_empty) if cfg.MODEL.MASK_ON else records
+        records = _leave_out_maskless(records, filter_empty) if cfg.MODEL.MASK_ON else records
+        return draw_share(cfg, records)
     except AssertionError as error:
         reasons = [
             filter_empty and "DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out images without objects.",
@@ -149,6 +151,19 @@ def _leave_out_maskless(records: list[dict[str, Any]], filter_empty: bool) -> li
     records = filter_images_with_only_crowd_annotations(records) if filter_empty else records
     assert records, "No object has a mask."
     return records
+
+
+def draw_share(cfg: CfgNode, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Draws the share DATASETS.TRAIN_SHARE of the images, at least one, in their order.
+
+    The draw depends on DATASETS.TRAIN_SHARE_SEED and the number of images alone.
+    """
+    share = cfg.DATASETS.TRAIN_SHARE
+    if share == 1:
+        return records
+    generator = torch.Generator().manual_seed(cfg.DATASETS.TRAIN_SHARE_SEED)
+    drawn = torch.randperm(len(records), generator=generator)[: max(round(share * len(records)), 1)]
+    return [records[i] for i in sorted(drawn.tolist())]
 
 
 def count_training_images(cfg: CfgNode) -> int:

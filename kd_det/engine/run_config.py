@@ -183,7 +183,7 @@ def make_config(args: argparse.Namespace) -> CfgNode:
         teacher = os.path.expanduser(args.teacher)
         # A resumed run names its LazyConfig again, only to allow it.
         if not is_lazy_config(teacher) or teacher != cfg.KD.TEACHER.CONFIG_FILE:
-            cfg.KD.TEACHER.WEIGHTS = ""
+            cfg.KD.TEACHER.WEIGHTS, cfg.KD.TEACHER.OPTS = "", []
         cfg.KD.TEACHER.CONFIG_FILE = teacher
     if args.teacher_weights:
         cfg.KD.TEACHER.WEIGHTS = os.path.expanduser(args.teacher_weights)

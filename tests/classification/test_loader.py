@@ -13,7 +13,7 @@ from detectron2.evaluation import inference_on_dataset
 from kd_det.classification.evaluator import ClassificationEvaluator
 from kd_det.classification.image_classifier import stack
 from kd_det.classification.image_loader import build_classification_test_loader, build_classification_train_loader
-from kd_det.data import register_datasets
+from kd_det.data import count_training_images, register_datasets
 from kd_det.errors import InputError
 
 
@@ -67,6 +67,26 @@ def test_training_images_come_once_per_epoch(cfg, register, workers):
     assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 2
     assert epochs[0] != epochs[1]
     assert all(record["label"] == (number >= 6) for x in batches for record, number in zip(x, numbers(x), strict=True))
+
+
+def test_a_share_of_the_images(cfg, register):
+    """The same images in each epoch and with each SEED; others with another seed of the draw."""
+    register("a", [0] * 12)
+    cfg.DATASETS.TRAIN = ("a",)
+    cfg.DATASETS.TRAIN_SHARE = 0.34
+    assert count_training_images(cfg) == 4
+    chosen = []
+    for draw in (0, 0, 1):
+        cfg.DATASETS.TRAIN_SHARE_SEED, cfg.SEED = draw, len(chosen)
+        batches = itertools.islice(build_classification_train_loader(cfg), 3)
+        epochs = [sorted(numbers(batch)) for batch in batches]
+        assert epochs[0] == epochs[1] == epochs[2]
+        chosen.append(epochs[0])
+    assert all(len(set(images)) == 4 for images in chosen)
+    assert chosen[0] == chosen[1] != chosen[2]
+    cfg.DATASETS.TRAIN_SHARE = 0.01
+    assert count_training_images(cfg) == 1
+    assert sum(map(len, build_classification_test_loader(cfg, "a"))) == 12
 
 
 @pytest.mark.parametrize(
