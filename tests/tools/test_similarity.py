@@ -5,6 +5,7 @@ import pytest
 import torch
 from classification.models import classifier_cfg
 from detectron2.data import DatasetCatalog
+from detectron2.layers import ShapeSpec
 from detectron2.structures import BoxMode
 from helpers import tiny_cfg, with_data
 
@@ -14,6 +15,7 @@ from kd_det.analysis.probing import labelled_boxes
 from kd_det.classification.image_mapper import ClassificationMapper
 from kd_det.errors import InputError
 from kd_det.export import load_student
+from kd_det.heads import InheritExploreHead
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -52,6 +54,49 @@ def test_halves_follow_the_order_that_the_run_drew(classifiers):
     }.items():
         assert found[pair]["mean"] == pytest.approx(linear_cka(*sides).item(), abs=1e-6), pair
     assert found["inherit, teacher"]["mean"] != pytest.approx(found["explore, teacher"]["mean"], abs=1e-4)
+
+
+@pytest.fixture
+def ie_run(tmp_path, save_run):
+    """An output folder of IE-KD with random weights, whose inheriting half is the first, and its head."""
+    cfg = classifier_cfg(options=DIGITS | {"KD.INHERIT_EXPLORE.IN_FEATURES": ["res4"]})
+    folder = save_run(tmp_path / "ie", cfg, seed=3)
+    spec = {"res4": ShapeSpec(channels=64, stride=4)}
+    torch.manual_seed(0)
+    head = InheritExploreHead(cfg, spec, spec).eval()
+    state = {f"InheritExploreHead.{key}": x for key, x in head.state_dict().items()}
+    path = f"{folder}/model_0000001.pth"
+    torch.save(torch.load(path) | {"kd_heads": state}, path)
+    return folder, head
+
+
+def test_halves_in_each_others_encoders(classifiers, ie_run):
+    """Compared with factors computed from the models themselves."""
+    cfg, (teacher, _) = classifiers
+    student, head = ie_run
+    maps = {}
+    for name, folder in (("teacher", teacher), ("student", student)):
+        model = load_student(cfg, f"{folder}/model_0000001.pth", "cpu")
+        mapper = ClassificationMapper(cfg, is_train=False)
+        images = [mapper(record) for record in DatasetCatalog.get("digits_test")]
+        with torch.no_grad():
+            maps[name] = model.backbone(model.preprocess_image(images))["res4"]
+    halves = dict(zip(("inherit", "explore"), maps["student"].chunk(2, dim=1), strict=True))
+    found = compare_halves(teacher, [("a", student)], "res4", swap=True)["a"]
+    with torch.no_grad():
+        target = head.auto_encoders["res4"].encoder(maps["teacher"]).mean(dim=(2, 3)).double()
+        for half in halves:
+            for encoder in halves:
+                factor = head.encoders[encoder]["res4"](halves[half]).mean(dim=(2, 3)).double()
+                expected = linear_cka(factor, target).item()
+                assert found[f"{half} by {encoder}"]["mean"] == pytest.approx(expected, abs=1e-5)
+    assert len({round(x["mean"], 6) for x in found.values()}) == 4
+
+
+def test_runs_without_encoders_cannot_be_swapped(classifiers):
+    _, (teacher, student) = classifiers
+    with pytest.raises(InputError, match=r"^--swap: 'a' is not the output folder of a run of IE-KD that has enc"):
+        compare_halves(teacher, [("a", student)], "res4", swap=True)
 
 
 def test_each_name_has_a_row(classifiers, run_tool, capsys):
