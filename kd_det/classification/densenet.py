@@ -27,10 +27,10 @@ class CifarDenseNet(Backbone):
     growth rate.
 
     Born-again networks (Furlanello et al., 2018, https://arxiv.org/abs/1805.04770) are named by depth and growth rate,
-    but no code is published, and no DenseNet-BC has these depths. The networks here are those that have the published
-    numbers of parameters: the one of 6.3 million is of depth 106, as the paper calls it in one place; those of 16.1,
-    22.4 and 50.4 million have as many layers per block as fit into the depth, and halve the channels at the end of each
-    stage, as the paper says, so also behind the last block.
+    but no code is published, and no DenseNet-BC has a depth of 90 or 80. The networks here are those that have the
+    published numbers of parameters, to half a percent: the one of 6.3 million is of depth 106, as the paper calls it in
+    one place; those of 16.1, 22.4 and 50.4 million have as many layers per block as fit into the depth, and halve the
+    channels at the end of each stage, as the paper says, and so behind the last block, too.
 
     The outputs are ``pooled`` and the blocks, whose maps are not normalised.
 
