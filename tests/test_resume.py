@@ -340,3 +340,22 @@ def test_heads_of_another_shape(make, tmp_path, value):
     torch.save(data | {"kd_heads": value}, tmp_path / "run" / FINAL)
     with pytest.raises(InputError, match=r"^--resume: .*run was written by a run with another config \("):
         Trainer(cfg).resume_or_load(resume=True)
+
+
+def test_a_random_encoder_stays_that_of_the_first_iteration(make, tmp_path):
+    """Through the stage, the run and an interruption, after which noise in the teacher's place is the same, too."""
+    node = {"ENCODER": "random", "EXPLORE_TARGET": "noise", "IN_FEATURES": ["res4"]}
+    options = {"KD.HEADS": ["InheritExploreHead"]} | {f"KD.INHERIT_EXPLORE.{key}": x for key, x in node.items()}
+    cfg, final = make("stage", **options), tmp_path / "run" / FINAL
+    train(cfg, resume=False)
+    whole, stage = load(final), load(tmp_path / "run" / "pretrain" / FINAL)
+    frozen = {key: x for key, x in whole["kd_heads"].items() if ".encoders.explore." in key}
+    assert frozen
+    assert all(torch.equal(x, stage["kd_heads"][key]) for key, x in frozen.items())
+    final.unlink()
+    with interrupted_at(2):
+        train(cfg, resume=False)
+    assert not final.exists()
+    train(cfg, resume=True)
+    resumed = load(final)
+    assert all(same(resumed[part], whole[part]) for part in ("model", "kd_heads"))
