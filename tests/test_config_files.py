@@ -119,6 +119,14 @@ def test_a_recipe_makes_a_plain_student_a_distilled_one(write, named):
     assert cfg.KD.HINT.IN_FEATURES == ["p3", "p4", "p5", "p6", "p7"]
 
 
+def test_the_recommended_heads_are_those_of_the_recipe():
+    named = make_config(parse("--config-file", STUDENT, "--kd-heads", "recommended"))
+    assert named == make_config(parse("--config-file", STUDENT, "recipes/recommended.yaml"))
+    assert named.KD.HEADS == ["PearsonHead", "SoftTargetHead", "BoxTargetHead"]
+    with pytest.raises(InputError, match=r"KD\.TEACHER\.CONFIG_FILE: .* names no teacher for PearsonHead"):
+        make_config(parse("--config-file", ZOO, "--kd-heads", "recommended"))
+
+
 def test_the_students_file_names_its_teacher(write):
     student = write("KD: {TEACHER: {CONFIG_FILE: t.yaml, WEIGHTS: t.pth}, HINT: {IN_FEATURES: [res4]}}", "student.yaml")
     assert make_config(parse("--config-file", student)).MODEL.META_ARCHITECTURE == "GeneralizedRCNN"

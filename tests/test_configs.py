@@ -99,6 +99,7 @@ CIFAR = [name for name in STUDENTS if "Base-CIFAR.yaml" in ancestors(name)]
 # Recipes for one kind of model, or with what is published for one kind of data.
 SPECIAL = {
     "recipes/soft_target_boxes.yaml": DETECTORS,
+    "recipes/recommended.yaml": DETECTORS,
     "recipes/focal_global.yaml": DETECTORS,
     "recipes/decoupled_feature.yaml": DETECTORS,
     "recipes/instance_graph.yaml": [name for name in DETECTORS if name != RETINANET],

@@ -97,7 +97,9 @@ def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
         "--teacher-weights", metavar="FILE", help="the teacher's checkpoint, if its config names another"
     )
     group.add_argument(
-        "--kd-heads", metavar="HEAD,...", help="distillation heads, for example ReviewKDHead,SoftTargetHead"
+        "--kd-heads",
+        metavar="HEAD,...",
+        help="distillation heads, for example ReviewKDHead,SoftTargetHead; recommended is recipes/recommended.yaml",
     )
     add_plugin_argument(group)
 

@@ -38,6 +38,8 @@ from kd_det.taps import find_tap
 from kd_det.teacher_choices import used_teachers
 
 logger = logging.getLogger(__name__)
+# The value of --kd-heads that stands for the recipe of this name.
+RECOMMENDED = "recommended"
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -205,9 +207,11 @@ def make_config(args: argparse.Namespace) -> CfgNode:
 
 
 def config_files(args: argparse.Namespace) -> list[str]:
-    """Returns the names of all config files; Detectron2's own parser gives a single one as a string."""
+    """Returns the names of all config files, with the recipe that ``--kd-heads recommended`` stands for."""
+    # Detectron2's own parser gives a single file as a string.
     given = [args.config_file] if isinstance(args.config_file, str) else args.config_file
-    return [name for name in given if name]
+    recipe = [f"recipes/{RECOMMENDED}.yaml"] if args.kd_heads == RECOMMENDED else []
+    return [name for name in [*given, *recipe] if name]
 
 
 def describe_files(files: Sequence[str]) -> str:
@@ -216,8 +220,10 @@ def describe_files(files: Sequence[str]) -> str:
 
 
 def named_heads(args: argparse.Namespace) -> list[str] | None:
-    """Returns the heads that ``--kd-heads`` names; None if it is not given."""
-    return None if args.kd_heads is None else [name.strip() for name in args.kd_heads.split(",") if name.strip()]
+    """Returns the heads that ``--kd-heads`` names; None if it is not given, or stands for a recipe."""
+    if args.kd_heads in (None, RECOMMENDED):
+        return None
+    return [name.strip() for name in args.kd_heads.split(",") if name.strip()]
 
 
 def add_teacher(cfg: CfgNode, source: str) -> None:
