@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.events import EventStorage
 from helpers import (
     ROOT,
     build,
@@ -20,17 +21,20 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from kd_det import TAP_REGISTRY, InputError
+from kd_det.benchmarking import Row, Setup, case
 from kd_det.data import register_datasets
 from kd_det.engine import import_plugin
 from kd_det.engine.teacher_check import check_teacher
 from kd_det.taps import build_tap
 
+HEADS = ("PearsonHead", "SoftTargetHead")
 EXAMPLES = ROOT / "docs" / "examples"
 PLUGIN = EXAMPLES / "torchvision_detector.py"
 
 
 def create_small(*, num_classes, **_):
-    return FasterRCNN(resnet_fpn_backbone(backbone_name="resnet18", weights=None), num_classes=num_classes)
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    return FasterRCNN(backbone, num_classes=num_classes, min_size=64, max_size=96)
 
 
 @pytest.fixture
@@ -45,7 +49,7 @@ def cfg(monkeypatch):
 
 
 def test_a_torchvision_detector_teaches(cfg, tmp_path):
-    student = build(distilled_cfg(save_teacher(tmp_path, cfg), ["PearsonHead", "SoftTargetHead"]))
+    student = build(distilled_cfg(save_teacher(tmp_path, cfg), list(HEADS)))
     losses = step(student, tiny_inputs())
     assert student.teacher.flip_channels
     assert losses["loss_kd_pearson"] > 0
@@ -68,6 +72,36 @@ def test_its_logits_are_those_that_torchvision_computes(cfg):
         )
         expected = model.net.roi_heads.box_predictor(model.net.roi_heads.box_head(pooled))[0]
     torch.testing.assert_close(logits, expected[:, [1, 2, 3, 0]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_torchvision_detector_is_checked(cfg, coco_folder, tmp_path, caplog):
+    caplog.set_level("INFO", "kd_det.engine.teacher_check")
+    teacher = save_teacher(tmp_path, cfg) | {"KD.TEACHER.SANITY_CHECK": 2}
+    run = with_data(distilled_cfg(teacher, ["SoftTargetHead"]), coco_folder, tmp_path)
+    register_datasets(run)
+    check_teacher(run)
+    assert caplog.messages[0].startswith("Checking the teacher on 2 images of ")
+    assert caplog.messages[1].startswith("The teacher's box AP on these images: ")
+
+
+def measured(teacher, heads, plugin, monkeypatch):
+    """Returns the losses of a step that kd-det benchmark measures, with a tiny student."""
+    monkeypatch.setattr(case, "detector_config", lambda depth: tiny_cfg(options={"MODEL.ROI_HEADS.NUM_CLASSES": 6}))
+    setup = Setup(depths=(18, 34), batch=1, size=64, rounds=1, teacher=teacher, plugins=(str(plugin),))
+    row = Row("a", heads)
+    with EventStorage():
+        one = case.Case(row, setup, *case.build_all_networks(row, setup))
+        one.teacher_forward()
+        return one.distilled(one.batch)
+
+
+def test_benchmark_of_a_torchvision_detector(cfg, tmp_path, monkeypatch):
+    """It has random weights; the student predicts six classes, and so does it."""
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 6
+    config = write_yaml(tmp_path / "teacher.yaml", cfg)
+    losses = measured((config, "KD.PEARSON.IN_FEATURES", "['p2', 'p3']"), HEADS, PLUGIN, monkeypatch)
+    assert {"loss_kd_pearson", "loss_kd_soft_target_roi"} <= losses.keys()
 
 
 @pytest.mark.slow
@@ -124,8 +158,7 @@ def scripted_cfg(scripted):
     }
 
     def make(options=None, names=("car", "dog")):
-        heads = ["PearsonHead", "SoftTargetHead"]
-        return named(distilled_cfg(scripted[1], heads, cells | (options or {}), "retinanet"), names)
+        return named(distilled_cfg(scripted[1], list(HEADS), cells | (options or {}), "retinanet"), names)
 
     yield make
     META_ARCH_REGISTRY._obj_map.pop("TorchScriptTeacher")
@@ -180,6 +213,13 @@ def test_a_torchscript_module_is_checked_and_summarised(scripted_cfg, coco_folde
     _, network = model.networks(cfg)
     assert network.weights.endswith("detector.pt")
     assert "1  bar (the teacher's car)" in model.describe(cfg)[1]
+
+
+@pytest.mark.usefixtures("scripted_cfg")
+def test_benchmark_of_a_torchscript_module(scripted, monkeypatch):
+    """Its weights are in the file that has its code."""
+    named = (scripted[1]["KD.TEACHER.CONFIG_FILE"], "KD.PEARSON.IN_FEATURES", "['p3', 'p4']")
+    assert "loss_kd_pearson" in measured(named, HEADS[:1], EXAMPLES / "torchscript_teacher.py", monkeypatch)
 
 
 def test_files_that_are_not_torchscript(scripted_cfg, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.utils.events import EventStorage
 from helpers import (
     LEVELS,
     build,
@@ -21,6 +22,7 @@ from helpers import (
 )
 
 from kd_det import InputError, build_teacher, lazy_configs
+from kd_det.benchmarking import Row, Setup, case
 from kd_det.data import register_datasets
 from kd_det.engine import Trainer, summary
 from kd_det.engine.run_config import make_config
@@ -255,6 +257,17 @@ def test_the_sanity_check_and_the_summary_know_a_lazy_teacher(named, coco_folder
         "images x 2; p2: resampled from stride 2; p3: ",
     ):
         assert told in caplog.messages[-1]
+
+
+def test_benchmark_of_a_lazy_teacher(saved, monkeypatch):
+    """The command line has named it, so that it is allowed."""
+    monkeypatch.setattr(case, "detector_config", lambda depth: tiny_cfg(options={"MODEL.ROI_HEADS.NUM_CLASSES": 6}))
+    teacher = (saved["KD.TEACHER.CONFIG_FILE"], "KD.HINT.IN_FEATURES", "['p3']")
+    setup, row = Setup(depths=(18, 34), batch=1, size=64, rounds=1, teacher=teacher), Row("a", ("HintHead",))
+    with EventStorage():
+        one = case.Case(row, setup, *case.build_all_networks(row, setup))
+        assert "loss_kd_hint" in one.distilled(one.batch)
+    assert one.teacher.weights == "random"
 
 
 def test_an_image_of_the_test_has_the_size_of_the_config(named):

@@ -15,6 +15,7 @@ from helpers import (
     step,
     tiny_cfg,
     tiny_inputs,
+    train_net,
     with_data,
     write_yaml,
 )
@@ -285,6 +286,22 @@ def test_names_of_classes_are_compared_for_each(make_cfg, tmp_path, caplog):
 def test_idle_teachers_cause_a_warning(make_cfg, caplog):
     warn_of_idle_heads(make_cfg({"a": "a", "b": "b"}, options={ROI: ["b"]}))
     assert "KD.TEACHERS: no head learns from a; " in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+def test_a_run_is_summarised_and_resumed(make_cfg, coco_folder, tmp_path):
+    """With overrides on the command line, which the saved config keeps."""
+    options = {ROI: ["a", "b"], "KD.HINT.TEACHERS": ["b"]}
+    cfg = with_data(
+        make_cfg({"a": "a", "b": "b"}, ["SoftTargetHead", "HintHead"], options), coco_folder, tmp_path / "run"
+    )
+    train_net("--config-file", write_yaml(tmp_path / "config.yaml", cfg), "KD.TEACHERS.b.SCALE", 2.0)
+    train_net("--config-file", tmp_path / "run/config.yaml", "--resume", "SOLVER.MAX_ITER", 3)
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "Starting training from iteration 2" in log
+    assert log.count("teacher a ") >= 2
+    assert log.count("Teacher b:\nThe teacher is aligned with the student: images x 2; p2: resampled") == 2
 
 
 # ---- Mistakes ----
