@@ -11,6 +11,9 @@ from kd_det import add_kd_config
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, help="how often test_soak.py kills runs in all (8), and print what it did")
+    parser.addoption(
+        "--write-gpu-counts", action="store_true", help="write the table of tests/heads/test_gpu_counts.py"
+    )
     parser.addoption("--kill-seed", default="0", help="when and how (%(default)s)")
 
 
