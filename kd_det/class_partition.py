@@ -191,6 +191,7 @@ class ClassPartition:
             teacher |= self._share(teacher, self.teacher)
         if "mask_classes" in student:
             rows = student["mask_classes"] < others
+            student.pop("mask_counts", None)  # They would be those of all rows.
             for side in (student, teacher):
                 side |= {
                     name: side[name][rows] for name in ("mask_logits", "mask_classes", "mask_boxes") if name in side

@@ -41,7 +41,8 @@ network's input, and ``roi_classes`` (R,), K for background; likewise ``mask_box
 ``keypoint_boxes`` with ``keypoint_labels`` (V, P), the cell of the heatmap in which a keypoint lies, or -1 if it is not
 visible. The ``roi_`` signals of a student in training also come with ``roi_gt_boxes`` (R, 4), the objects that the
 boxes are matched with, which mean nothing for background, and with ``roi_scales`` (4,), the factors of the box deltas,
-on the CPU.
+on the CPU. Boxes of a family come image by image; ``roi_counts``, ``mask_counts`` and ``keypoint_counts`` (N,), on the
+CPU, are their numbers in each image.
 
 The ``dense_`` signals of a student in training come with ``dense_anchors`` (anchors, 4) as (x0, y0, x1, y1),
 ``dense_labels`` (N, anchors), K for background and -1 where the student's losses leave an anchor out,
@@ -53,7 +54,7 @@ input and are -1 for pixels that the student's losses ignore, such as padding.
 The signals of a student classifier come with its ``labels`` (N,).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -102,11 +103,13 @@ class Batch:
         inputs: The dicts of the data loader, one per image.
         image_sizes: (height, width) of each image before padding, in pixels.
         mask_padding: Whether feature losses leave out the cells that lie in the padding.
+        masks: What :meth:`valid_mask` has computed, by size, stride and device.
     """
 
     inputs: list[dict]
     image_sizes: list[tuple[int, int]]
     mask_padding: bool = False
+    masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_inputs(cls, inputs: list[dict], *, mask_padding: bool = False) -> "Batch":
@@ -124,11 +127,35 @@ class Batch:
         """
         if not self.mask_padding:
             return None
+        if torch.compiler.is_compiling():  # A size as a key would be compiled as a constant.
+            return self._compute_mask(feature, stride)
+        key = *feature.shape[-2:], stride, feature.device
+        if key not in self.masks:
+            self.masks[key] = self._compute_mask(feature, stride)
+        return self.masks[key]
+
+    def _compute_mask(self, feature: Tensor, stride: int) -> Tensor:
         height, width = feature.shape[-2:]
-        sizes = torch.tensor(self.image_sizes, device=feature.device)
-        rows = torch.arange(height, device=feature.device) * stride < sizes[:, :1]
-        columns = torch.arange(width, device=feature.device) * stride < sizes[:, 1:]
+        # A copy that does not block never makes the CPU wait for a GPU.
+        sizes = torch.tensor(self.image_sizes).to(feature.device, non_blocking=True)
+        rows = torch.arange(0, height * stride, stride, device=feature.device) < sizes[:, :1]
+        columns = torch.arange(0, width * stride, stride, device=feature.device) < sizes[:, 1:]
         return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def boxes_per_image(signals: Signals, prefix: str, images: int) -> list[int]:
+    """Returns the number of boxes in each image.
+
+    Args:
+        signals: Signals with ``<prefix>_boxes``. Without ``<prefix>_counts``, which a tap of a user's own may not
+            record, the CPU has to wait for the GPU.
+        prefix: "roi", "mask" or "keypoint".
+        images: Number of images.
+    """
+    counts = signals.get(f"{prefix}_counts")
+    if counts is None:
+        counts = torch.bincount(signals[f"{prefix}_boxes"][:, 0].long(), minlength=images)
+    return counts.cpu().tolist()
 
 
 def flipped(batched_inputs: list[dict]) -> list[dict]:

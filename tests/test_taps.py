@@ -32,7 +32,7 @@ DENSE |= {
 }
 # These come with the signals of a student.
 COMPANIONS = {"roi_boxes", "roi_classes", "roi_gt_boxes", "mask_boxes", "mask_classes", "sem_seg_labels"}
-COMPANIONS |= {"keypoint_boxes", "keypoint_labels"}
+COMPANIONS |= {"keypoint_boxes", "keypoint_labels", "roi_counts", "mask_counts", "keypoint_counts"}
 COMPANIONS |= {f"{kind}_{what}" for kind in ("rpn", "dense") for what in ("anchors", "labels", "counts")}
 COMPANIONS |= {"roi_scales", "rpn_scales", "dense_scales"}
 SIGNALS = {

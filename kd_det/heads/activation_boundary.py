@@ -1,17 +1,18 @@
 """Implements activation boundaries: in a stage before the run, the student learns where the teacher's neurons fire."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
-from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from kd_det.heads.build import select_specs
 from kd_det.heads.connectors import build_connector
 from kd_det.heads.norms import check_norm
-from kd_det.heads.preactivations import check_stage_options, connect, sum_over_cells, sum_over_stages
+from kd_det.heads.preactivations import check_stage_options, connect, sum_over_stages
+from kd_det.heads.scalars import log_scalar
 from kd_det.losses import activation_boundary_loss, activation_disagreement
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
@@ -93,16 +94,21 @@ class ActivationBoundaryHead(nn.Module):
         }
 
     def pretrain(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
-        losses, disagreements = [], []
+        losses, compared = [], []
         for name, stride in self.strides.items():
             connected = connect(self.connectors[name], student[name])
             mask = batch.valid_mask(connected, stride)
-            losses.append(sum_over_cells(activation_boundary_loss, connected, teacher[name], mask))
-            disagreements.append(activation_disagreement(connected, teacher[name], mask=mask))
-        if has_event_storage():
-            get_event_storage().put_scalar("kd/ab_disagreement", sum(disagreements) / len(disagreements))
+            losses.append(activation_boundary_loss(connected, teacher[name], mask=mask))
+            compared.append((connected, teacher[name], mask))
+        log_scalar("kd/ab_disagreement", lambda: mean_disagreement(compared))
         loss = sum_over_stages(losses, connected, mask, scale=self.scale)
         return {"loss_kd_activation_boundary": self.weight * loss}
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
         return {}
+
+
+def mean_disagreement(compared: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
+    """Averages the share of neurons that are active in only one network over pairs of maps with their masks."""
+    shares = [activation_disagreement(student, teacher, mask=mask) for student, teacher, mask in compared]
+    return torch.stack(shares).mean()

@@ -83,8 +83,6 @@ class BornAgainHead(nn.Module):
         """Computes the weight of each row, (N,); the weights sum to 1."""
         if self.source == "cls":
             return confidence_weights(t_logits)
-        dtype, device = cast_up(t_logits).dtype, t_logits.device
-        weights = torch.full(labels.shape, 1 / max(len(labels), 1), dtype=dtype, device=device)
-        foreground = labels < t_logits.shape[1] - 1
-        weights[foreground] *= foreground.sum() * confidence_weights(t_logits[foreground])
-        return weights
+        foreground, rows = labels < t_logits.shape[1] - 1, max(len(labels), 1)
+        confidence = cast_up(t_logits.detach()).softmax(dim=1).amax(dim=1) * foreground
+        return torch.where(foreground, confidence * (foreground.sum() / (rows * confidence.sum())), 1 / rows)

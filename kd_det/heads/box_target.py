@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.modeling.box_regression import Box2BoxTransform
 from torch import Tensor, nn
 
 from kd_det.errors import InputError, check_choice
 from kd_det.heads.anchors import is_positive, positive_count
 from kd_det.heads.build import check_class_counts
 from kd_det.losses import bounded_regression_loss, box_overlap_loss, decode_boxes
+from kd_det.losses.box_regression import encode_boxes
 from kd_det.losses.numerics import cast_up, select_class
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
@@ -113,8 +113,7 @@ class BoxTargetHead(nn.Module):
             return F.smooth_l1_loss(s_deltas, t_deltas.detach(), reduction="sum") / max(s_deltas.numel(), 1)
         boxes = student["roi_boxes"][rows, 1:]
         if self.kind == "bounded":
-            transform = Box2BoxTransform(tuple(student["roi_scales"].tolist()))
-            targets = transform.get_deltas(boxes, student["roi_gt_boxes"][rows])
+            targets = encode_boxes(student["roi_gt_boxes"][rows], boxes, weights=student["roi_scales"].tolist())
             return BOUNDED_WEIGHT * bounded_regression_loss(s_deltas, t_deltas, targets, margin=self.margin)
         s_probs, t_probs = (
             cast_up(side["roi_logits"])[rows].softmax(dim=1).gather(1, classes[:, None]) for side in (student, teacher)

@@ -39,12 +39,43 @@ def object_boxes(head: str, batch: Batch, like: Tensor) -> list[Tensor]:
     Raises:
         InputError: If an image comes without them; one without objects has an empty list.
     """
+    return to_device(boxes_on_cpu(head, batch, like), like)
+
+
+def boxes_of_levels(head: str, batch: Batch, like: Tensor, levels: int) -> list[list[Tensor]]:
+    """Returns for each level of a pyramid the boxes of each image's objects that suit it; see :func:`box_levels`.
+
+    Args:
+        head: Name of the head that needs them, for the message.
+        like: A feature map, on whose device the boxes will be, in its precision or float32.
+        levels: Number of levels, finest first.
+
+    Raises:
+        InputError: If an image comes without them; one without objects has empty lists.
+    """
+    # They are still on the CPU, where an index makes nobody wait.
+    images = boxes_on_cpu(head, batch, like)
+    own = [box_levels(boxes, levels) for boxes in images]
+    groups = [boxes[of == level] for level in range(levels) for boxes, of in zip(images, own, strict=True)]
+    moved = to_device(groups, like)
+    return [moved[i : i + len(images)] for i in range(0, len(moved), len(images))]
+
+
+def boxes_on_cpu(head: str, batch: Batch, like: Tensor) -> list[Tensor]:
+    """Returns the boxes of each image's objects as the data loader gave them, in the precision of :func:`object_boxes`.
+
+    Raises:
+        InputError: If an image comes without them.
+    """
     for x in batch.inputs:
         if "instances" not in x or not x["instances"].has("gt_boxes"):
             name = x.get("file_name", "an image")
             raise InputError(f"KD.HEADS: {head} needs the boxes of objects, but {name} comes without instances.")
-    boxes = [x["instances"].gt_boxes.tensor.to(cast_up(like).dtype) for x in batch.inputs]
-    # All of them go to the device in one copy.
+    return [x["instances"].gt_boxes.tensor.to(cast_up(like).dtype) for x in batch.inputs]
+
+
+def to_device(boxes: list[Tensor], like: Tensor) -> list[Tensor]:
+    """Moves lists of boxes to the device of a tensor, in one copy."""
     return list(torch.cat(boxes).to(like.device, non_blocking=True).split([len(x) for x in boxes]))
 
 
@@ -140,10 +171,11 @@ def decoupled_masks(boxes: Tensor, sizes: Sequence[Sequence[int]], strides: Sequ
     levels = box_levels(boxes, len(strides))
     masks = []
     for level, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
-        cells = (boxes[levels == level] / stride).trunc()
+        cells = (boxes / stride).trunc()
         first, last = cells[:, :2], cells[:, 2:]
         empty = (last <= first).any(dim=1, keepdim=True)
-        masks.append(_rectangles(first, torch.where(empty, first + 1, last), size).any(dim=0))
+        covered = _rectangles(first, torch.where(empty, first + 1, last), size)
+        masks.append((covered & (levels == level)[:, None, None]).any(dim=0))
     return masks
 
 

@@ -1,7 +1,7 @@
 """Provides what the heads on factors share: features, coders, padding set to zero, reconstruction, scales."""
 
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_pooled_sizes, check_signals
 from kd_det.heads.norms import build_norm
 from kd_det.losses.numerics import add_up, cast_up, masked_mean
-from kd_det.signals import Batch, Signals
+from kd_det.signals import Batch, Signals, boxes_per_image
 
 SCALES = ("map_invariant", "code")
 RECONSTRUCTIONS = ("l1", "l2")
@@ -113,10 +113,14 @@ def first_boxes(number: int, student: Signals, *others: Signals) -> list[Signals
     signals = [student, *others]
     if not number or BOXES not in student or "roi_boxes" not in student:
         return signals
-    images = student["roi_boxes"][:, 0].contiguous()
-    # The rows of an image are consecutive, so this counts the rows before each one in the same image.
-    before = torch.arange(len(images), device=images.device) - torch.searchsorted(images, images)
-    return [x | {BOXES: x[BOXES][before < number]} for x in signals]
+    counts = boxes_per_image(student, "roi", 0)
+    if max(counts, default=0) <= number:
+        return signals
+    # The rows of an image are consecutive.
+    ends = accumulate(counts)
+    rows = torch.cat([torch.arange(end - n, end - n + min(n, number)) for n, end in zip(counts, ends, strict=True)])
+    rows = rows.to(student["roi_boxes"].device, non_blocking=True)
+    return [x | {BOXES: x[BOXES].index_select(0, rows)} for x in signals]
 
 
 def valid_cells(batch: Batch, x: Tensor, stride: int | None) -> Tensor | None:
@@ -175,9 +179,9 @@ def rescale(loss: Tensor, factor: Tensor, mask: Tensor | None, *, kind: str, sca
     channels = 1 if kind == "at" else factor.shape[1]
     elements = channels * factor.shape[2] * factor.shape[3]
     if mask is None:
-        valid = torch.full_like(loss, elements)
-    else:
-        valid = (channels * mask.sum().to(loss) / max(len(mask), 1)).clamp(min=1)
+        root = elements**0.5 if scale == "map_invariant" else 1.0
+        return loss / root if kind == "od" else loss * root
+    valid = (channels * mask.sum().to(loss) / max(len(mask), 1)).clamp(min=1)
     if kind == "od":
         return loss / valid.sqrt() if scale == "map_invariant" else loss
     mean = loss * (elements / valid) ** (1 / p)

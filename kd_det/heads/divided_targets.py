@@ -63,7 +63,9 @@ class DividedTargets:
         self.top_weight = top_weight
         self.top_k = top_k
 
-    def __call__(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    def __call__(
+        self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, rows: Tensor, weights: Tensor | None
+    ) -> Tensor:
         """Computes the weighted sum of the terms, each a mean over rows.
 
         Args:
@@ -71,11 +73,11 @@ class DividedTargets:
             t_logits: Logits of the teacher, (N, K).
             labels: True classes (N,), of which "dkd" and "nkd" depend.
             rows: Not used; see :class:`kd_det.heads.targets.ClassTargets`.
-            weights: Factor of each row, (N,); "nkd" and "dist" do not use it.
+            weights: Factor of each row, (N,), None for 1; "nkd" and "dist" do not use it.
         """
         return self.compare(s_logits, t_logits, labels, weights)
 
-    def _dkd(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def _dkd(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         others = not_labelled(s_logits, labels)
         options: dict[str, Any] = {"temperature": self.temperature, "weights": weights}
         target = between_groups_loss(s_logits, t_logits, others.long(), count=2, **options)
@@ -83,13 +85,13 @@ class DividedTargets:
             self.target_weight * target + self.other_weight * within_group_loss(s_logits, t_logits, others, **options)
         )
 
-    def _nkd(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def _nkd(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         others = not_labelled(s_logits, labels)
         target = target_class_loss(s_logits, t_logits, labels)
         other = within_group_loss(s_logits, t_logits, others, temperature=self.temperature)
         return self.target_weight * target + self.scale * self.other_weight * other
 
-    def _gdkd(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def _gdkd(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         top = torch.zeros_like(t_logits, dtype=torch.bool)
         top.scatter_(1, t_logits.detach().topk(self.top_k, dim=1).indices, True)
         options: dict[str, Any] = {"temperature": self.temperature, "weights": weights}
@@ -99,7 +101,7 @@ class DividedTargets:
             + self.other_weight * within_group_loss(s_logits, t_logits, ~top, **options)
         )
 
-    def _dist(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def _dist(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         s_probs, t_probs = ((x / self.temperature).softmax(dim=1) for x in (s_logits, t_logits.detach()))
         return self.scale * self.temperature**2 * self._correlate(s_probs, t_probs)
 

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from kd_det.config_kinds import has_lists
 from kd_det.errors import InputError, check_choice
-from kd_det.heads.boxes import box_levels, check_detector, fine_grained_mask, finest_first, object_boxes, valid_region
+from kd_det.heads.boxes import (
+    boxes_of_levels,
+    check_detector,
+    fine_grained_mask,
+    finest_first,
+    object_boxes,
+    valid_region,
+)
 from kd_det.heads.build import check_feature_maps, select_specs
 from kd_det.heads.connectors import build_faint_conv
 from kd_det.losses import region_loss
@@ -90,15 +97,15 @@ class FineGrainedHead(nn.Module):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
         maps = [student[name] for name in self.signals]
-        boxes = object_boxes(type(self).__name__, batch, maps[0])
-        levels = [box_levels(x, len(maps)) for x in boxes]
+        if self.kind == "pyramid":
+            boxes = boxes_of_levels(type(self).__name__, batch, maps[0], len(maps))
+        else:
+            boxes = [object_boxes(type(self).__name__, batch, maps[0])] * len(maps)
+        with maps[0].device:  # Detectron2 makes anchors on the CPU unless another device is the default one.
+            levels = self.anchor_generator(maps)
         losses = []
-        for level, (name, anchors) in enumerate(zip(self.signals, self.anchor_generator(maps), strict=True)):
+        for name, anchors, compared in zip(self.signals, levels, boxes, strict=True):
             s = self.adapters[name](cast_for_layers(student[name]))
-            if self.kind == "pyramid":
-                compared = [x[of == level] for x, of in zip(boxes, levels, strict=True)]
-            else:
-                compared = boxes
             mask = torch.stack([fine_grained_mask(anchors.tensor, x, s.shape[2:]) for x in compared])[:, None]
             mask = valid_region(mask, batch.valid_mask(s, self.strides[name]))
             losses.append(region_loss(s, teacher[name], mask=mask, per_channel=self.kind == "pyramid"))

@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
@@ -26,8 +24,9 @@ from kd_det.heads.coders import (
     zero_padding,
 )
 from kd_det.heads.norms import check_norm
+from kd_det.heads.scalars import log_scalar
 from kd_det.losses import exploration_loss, inheritance_loss
-from kd_det.losses.numerics import add_up, cast_up, mean
+from kd_det.losses.numerics import add_up, cast_up, mean, unit_vectors
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -285,17 +284,21 @@ class InheritExploreHead(nn.Module):
             target = with_length_of(noise.relu() if bounded else noise, target)
         options = {} if self.kind == "od" else DISTANCES[self.distance]
         loss = (inheritance_loss if part == "inherit" else exploration_loss)(half, target, kind=self.kind, **options)
-        if bounded and has_event_storage():
-            length = mean(target.flatten(1).norm(dim=1)).clamp(min=1e-12)
-            get_event_storage().put_scalar(f"kd/ie_od_distance/{name}", -loss.detach() / length)
+        if bounded:
+            log_scalar(f"kd/ie_od_distance/{name}", lambda: -loss.detach() / mean_length(target))
         if options.get("cosine"):
             return loss
         return rescale(loss, half, mask, kind=self.kind, scale=self.scale, p=options.get("p", 1))
 
 
+def mean_length(x: Tensor) -> Tensor:
+    """Averages the L2 norms of the samples of x (N, ...); at least 1e-12."""
+    return mean(x.flatten(1).norm(dim=1)).clamp(min=1e-12)
+
+
 def with_length_of(x: Tensor, target: Tensor) -> Tensor:
     """Scales each sample of x (N, ...) to the L2 norm of the same sample of `target`; zeros stay zeros."""
-    return (F.normalize(x.flatten(1), eps=1e-12) * target.flatten(1).norm(dim=1, keepdim=True)).view_as(x)
+    return (unit_vectors(x.flatten(1)) * target.flatten(1).norm(dim=1, keepdim=True)).view_as(x)
 
 
 def coder(before: int, after: int, norm: str = "BN") -> nn.Sequential:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from kd_det.heads.align import Aligners
 from kd_det.heads.build import check_class_counts, check_pooled_sizes, check_signals
-from kd_det.losses import edge_loss, node_loss
+from kd_det.losses import edge_loss
+from kd_det.losses.instances import node_errors
 from kd_det.losses.numerics import cast_up
 from kd_det.registry import KD_HEAD_REGISTRY
-from kd_det.signals import Batch, Signals
+from kd_det.signals import Batch, Signals, boxes_per_image
 
 NODES = "roi_features"
 PARTS = ("foreground", "background", "edge")
@@ -99,16 +100,21 @@ class InstanceGraphHead(nn.Module):
         foreground = student["roi_classes"] < logits.shape[1] - 1
         # Cross-entropy with the background, which is the last class.
         mined = -F.log_softmax(logits, dim=1)[:, -1] >= MINED_ENTROPY
-        image = student["roi_boxes"][:, 0]
+        counts = boxes_per_image(student, "roi", len(batch.image_sizes))
+        nodes = (foreground | mined).split(counts)
+        # The CPU waits for a GPU here, and nowhere else.
+        numbers = torch.stack([x.sum() for x in nodes]).cpu().tolist()
+        rows = zip(node_errors(s, t).split(counts), foreground.split(counts), strict=True)
+        images = zip(rows, s.split(counts), t.split(counts), nodes, numbers, strict=True)
         parts = []
-        for i in range(len(batch.image_sizes)):
-            of_objects, others = (image == i) & foreground, (image == i) & ~foreground
-            nodes = of_objects | (others & mined)
-            ratio = BACKGROUND_RATIO * of_objects.sum().to(logits) / others.sum().clamp(min=1)
+        for (errors, of_objects), s_boxes, t_boxes, marked, number in images:
+            objects, others = of_objects.sum(), (~of_objects).sum().clamp(min=1)
+            ratio = BACKGROUND_RATIO * objects.to(logits) / others
+            row = marked.nonzero_static(size=number).flatten()
             parts += [
-                node_loss(s[of_objects], t[of_objects]),
-                ratio * node_loss(s[others], t[others]),
-                edge_loss(s[nodes], t[nodes]),
+                errors.masked_fill(~of_objects, 0).sum() / objects.clamp(min=1),
+                ratio * errors.masked_fill(of_objects, 0).sum() / others,
+                edge_loss(s_boxes[row], t_boxes[row]),
             ]
         means = PUBLISHED_IMAGES * torch.stack(parts).view(-1, len(PARTS)).mean(dim=0)
         losses = zip(self.weights.items(), means, strict=True)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_det.losses import channel_wise_loss, soft_target_loss
+from kd_det.losses.numerics import cast_up, mean_weights
 
 SEM_SEG = ("pixel", "channel")
 
@@ -17,9 +18,8 @@ def heatmap_loss(s_logits: Tensor, t_logits: Tensor, labels: Tensor, *, temperat
         labels: Cell of each keypoint, (V, P), -1 where it is not visible.
         temperature: T of the softmax.
     """
-    visible = labels >= 0
-    rows = (logits.flatten(2)[visible] for logits in (s_logits, t_logits))
-    return soft_target_loss(*rows, temperature=temperature)
+    rows = (logits.flatten(2) for logits in (s_logits, t_logits))
+    return soft_target_loss(*rows, temperature=temperature, weights=mean_weights(labels >= 0, cast_up(s_logits).dtype))
 
 
 def segmentation_loss(s_logits: Tensor, t_logits: Tensor, labels: Tensor, *, kind: str, temperature: float) -> Tensor:
@@ -37,5 +37,5 @@ def segmentation_loss(s_logits: Tensor, t_logits: Tensor, labels: Tensor, *, kin
     valid = F.interpolate((labels[:, None] >= 0).byte(), size=s_logits.shape[-2:], mode="nearest-exact").bool()
     if kind == "channel":
         return channel_wise_loss(s_logits, t_logits, temperature=temperature, mask=valid)
-    rows = (logits.permute(0, 2, 3, 1)[valid[:, 0]] for logits in (s_logits, t_logits))
-    return soft_target_loss(*rows, temperature=temperature)
+    rows = (logits.permute(0, 2, 3, 1) for logits in (s_logits, t_logits))
+    return soft_target_loss(*rows, temperature=temperature, weights=mean_weights(valid[:, 0], cast_up(s_logits).dtype))

@@ -1,7 +1,6 @@
 """Implements OFD: features before the ReLU learn to resemble the teacher's, except where both are inactive."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_signals, select_specs
 from kd_det.heads.connectors import build_connector
 from kd_det.heads.norms import check_norm
-from kd_det.heads.preactivations import check_stage_options, connect, sum_over_cells, sum_over_stages
+from kd_det.heads.preactivations import check_stage_options, connect, sum_over_stages
 from kd_det.losses import margin_from_batch_norm, overhaul_loss
 from kd_det.losses.numerics import cast_up
 from kd_det.registry import KD_HEAD_REGISTRY
@@ -98,6 +97,8 @@ class OverhaulHead(nn.Module):
                 self.register_buffer(f"{name}_negative", torch.zeros(2, channels))
         if margin == "estimate":
             self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+        # The same number on the CPU, which would wait for a GPU to read the buffer; None if it is to be read.
+        self.counted: int | None = 0
 
     @classmethod
     def from_config(cls, cfg, student_spec, teacher_spec) -> dict:
@@ -125,18 +126,30 @@ class OverhaulHead(nn.Module):
         }
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
-        estimates = self.margin == "estimate" and self.training and self.batches < self.margin_batches
+        estimates = self.margin == "estimate" and self.training and self._takes_batch()
         losses = []
         for name, stride in self.strides.items():
             connected = connect(self.connectors[name], student[name])
             mask = batch.valid_mask(connected, stride)
             if estimates:
                 self._count_negatives(name, teacher[name], mask)
-            loss = partial(overhaul_loss, margin=self._margin(name, teacher))
-            losses.append(sum_over_cells(loss, connected, teacher[name], mask))
-        if estimates:
-            self.batches += 1
+            losses.append(overhaul_loss(connected, teacher[name], margin=self._margin(name, teacher), mask=mask))
         return {"loss_kd_overhaul": sum_over_stages(losses, connected, mask, scale=self.scale)}
+
+    @torch.compiler.disable
+    def _takes_batch(self) -> bool:
+        """Reports whether margins are still estimated, and counts the batch if they are."""
+        if self.counted is None:
+            self.counted = int(self.batches)
+        if self.counted >= self.margin_batches:
+            return False
+        self.counted += 1
+        self.batches += 1
+        return True
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self.counted = None
 
     def _margin(self, name: str, teacher: Signals) -> Tensor:
         """Returns the margin of each of the teacher's channels, (C,); 0 where no negative value was seen yet."""

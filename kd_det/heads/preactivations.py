@@ -1,6 +1,6 @@
-"""Provides what the heads on values before a ReLU share: stages, float32 connectors, and sums over cells and stages."""
+"""Provides what the heads on values before a ReLU share: stages, connectors outside float16, and sums over stages."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_feature_maps, without_relu
-from kd_det.losses.numerics import add_up, cast_up
+from kd_det.losses.numerics import add_up, cast_for_layers, without_float16
 
 SCALES = ("map_invariant", "code")
 # Number of cells in the deepest map of a CIFAR network, for which the published code's factors were chosen.
@@ -51,26 +51,9 @@ def check_stage_options(
 
 
 def connect(connector: nn.Module, x: Tensor) -> Tensor:
-    """Runs a connector in float32 or wider: the gradient of a sum over elements may be too large for float16."""
-    with torch.autocast(x.device.type, enabled=False):
-        return connector(cast_up(x))
-
-
-def sum_over_cells(
-    function: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, mask: Tensor | None
-) -> Tensor:
-    """Applies a loss that sums over elements and divides by the number of images to the cells that count.
-
-    Args:
-        function: The loss, of maps (N, C, H, W) or of cells (M, C).
-        student: The student's map, (N, C, H, W).
-        teacher: The teacher's map, of the same shape.
-        mask: Booleans (N, 1, H, W), or None for all cells.
-    """
-    if mask is None:
-        return function(student, teacher)
-    student, teacher = (x.movedim(1, -1)[mask[:, 0]] for x in (student, teacher))
-    return function(student, teacher) * len(student) / max(len(mask), 1)
+    """Runs a connector, not in float16, for which the gradient of a sum over elements may be too large."""
+    with without_float16(x.device.type):
+        return connector(cast_for_layers(x))
 
 
 def sum_over_stages(losses: Sequence[Tensor], deepest: Tensor, mask: Tensor | None, *, scale: str) -> Tensor:

@@ -10,7 +10,7 @@ from kd_det.errors import InputError, check_choice
 from kd_det.heads.build import check_signals
 from kd_det.losses import angle_relation_loss, distance_relation_loss, similarity_loss
 from kd_det.registry import KD_HEAD_REGISTRY
-from kd_det.signals import Batch, Signals
+from kd_det.signals import Batch, Signals, boxes_per_image
 
 KINDS = ("rkd", "sp", "cosine")
 # Features of boxes: their rows are compared within each image.
@@ -99,9 +99,9 @@ class RelationHead(nn.Module):
         s, t = student[self.in_feature], teacher[self.in_feature]
         if self.in_feature not in OF_BOXES:
             return self._compare([(s, t)])
-        images = student["roi_boxes"][:, 0]
-        rows = [torch.nonzero(images == i).flatten()[: self.boxes] for i in range(len(batch.image_sizes))]
-        return self._compare([(s[x], t[x]) for x in rows])
+        counts = boxes_per_image(student, "roi", len(batch.image_sizes))
+        pairs = zip(s.split(counts), t.split(counts), strict=True)
+        return self._compare([(x[: self.boxes], y[: self.boxes]) for x, y in pairs])
 
     def _compare(self, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         if self.kind == "rkd":

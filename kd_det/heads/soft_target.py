@@ -15,7 +15,7 @@ from kd_det.heads.divided_targets import DividedTargets, check_dense, check_dive
 from kd_det.heads.map_targets import SEM_SEG, heatmap_loss, segmentation_loss
 from kd_det.heads.targets import ClassTargets, check_class_targets
 from kd_det.losses import binary_soft_target_loss, focal_soft_target_loss, standardize_logits
-from kd_det.losses.numerics import cast_up, select_class
+from kd_det.losses.numerics import cast_up, mean_weights, select_class
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import SOURCES, Batch, Signals
 
@@ -181,6 +181,7 @@ class SoftTargetHead(nn.Module):
         self.map_weight = 1.0 if squared_temperature else temperature**-2
         self.sem_seg = sem_seg
         self.rois = rois
+        self.weighs_rows = divergence not in ("nkd", "dist")
         self.background_weight = background_weight
         self.signals = tuple(SOURCES[source].logits for source in sources)
         self.reads_labels = adjust != "none" or divergence in ("dkd", "nkd")
@@ -233,22 +234,25 @@ class SoftTargetHead(nn.Module):
 
     def _images(self, student: Signals, teacher: Signals, name: str) -> Tensor:
         s_logits, t_logits, labels = student[name], teacher[name], student["labels"]
-        weights = torch.ones(len(s_logits), dtype=cast_up(s_logits).dtype, device=s_logits.device)
-        return self._compare(s_logits, t_logits, labels, rows=weights.bool(), weights=weights)
+        rows = torch.ones(len(s_logits), dtype=torch.bool, device=s_logits.device)
+        return self._compare(s_logits, t_logits, labels, rows=rows, weights=None)
 
     def _roi(self, student: Signals, teacher: Signals, name: str) -> Tensor:
         s_logits, t_logits, classes = student[name], teacher[name], student["roi_classes"]
-        background = s_logits.shape[1] - 1
-        if self.rois == "foreground":
-            rows = classes < background
-            s_logits, t_logits, classes = s_logits[rows], t_logits[rows], classes[rows]
-        foreground = classes < background
-        dtype, device = cast_up(s_logits).dtype, s_logits.device
-        weights = torch.full(foreground.shape, self.background_weight, dtype=dtype, device=device)
-        weights = weights.masked_fill(foreground, 1.0)
+        foreground, weights, dtype = classes < s_logits.shape[1] - 1, None, cast_up(s_logits).dtype
+        if self.rois == "foreground" and self.weighs_rows:
+            weights = mean_weights(foreground, dtype)
+        elif self.rois == "foreground":
+            rows = torch.nonzero(foreground).flatten()
+            s_logits, t_logits, classes, foreground = (x[rows] for x in (s_logits, t_logits, classes, foreground))
+        elif self.background_weight != 1:
+            weights = torch.full(classes.shape, self.background_weight, dtype=dtype, device=classes.device)
+            weights = weights.masked_fill(foreground, 1.0)
         return self._compare(s_logits, t_logits, classes, rows=foreground, weights=weights)
 
-    def _compare(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, *, rows: Tensor, weights: Tensor) -> Tensor:
+    def _compare(
+        self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, *, rows: Tensor, weights: Tensor | None
+    ) -> Tensor:
         if self.standardize:
             s_logits, t_logits = standardize_logits(s_logits), standardize_logits(t_logits)
         return self.compare_classes(s_logits, t_logits, labels, rows, weights)

@@ -13,7 +13,7 @@ from kd_det.heads.build import check_signals
 from kd_det.heads.connectors import build_connector
 from kd_det.heads.norms import build_norm, check_norm
 from kd_det.losses import feature_matching_loss, softmax_regression_loss
-from kd_det.losses.numerics import cast_up
+from kd_det.losses.numerics import cast_for_layers, cast_up, without_float16
 from kd_det.registry import KD_HEAD_REGISTRY
 from kd_det.signals import Batch, Signals
 
@@ -135,7 +135,7 @@ class SoftmaxRegressionHead(nn.Module):
 
     def connect(self, x: Tensor) -> Tensor:
         """Brings the student's feature (N, C) or (N, C, H, W) to the form of the teacher's, (N, D)."""
-        # In float16 the convolution of large features would overflow.
-        with torch.autocast(x.device.type, enabled=False):
-            x = self.connector(cast_up(x if x.dim() == 4 else x[:, :, None, None]))
-        return self.norm(x).relu().mean(dim=(2, 3))
+        x = x if x.dim() == 4 else x[:, :, None, None]
+        with without_float16(x.device.type):
+            x = self.connector(cast_for_layers(x))
+        return self.norm(cast_up(x)).relu().mean(dim=(2, 3))

@@ -3,10 +3,10 @@
 from collections.abc import Collection
 
 import torch
-from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
 from kd_det.errors import InputError, check_choice
+from kd_det.heads.scalars import log_scalar
 from kd_det.losses import adjust_label_smoothing, adjust_probability_shift, dynamic_temperature, soft_target_loss
 from kd_det.losses.numerics import cast_up
 from kd_det.signals import SOFTMAX_SOURCES
@@ -61,7 +61,9 @@ class ClassTargets:
         self.beta = beta
         self.gamma = gamma
 
-    def __call__(self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    def __call__(
+        self, s_logits: Tensor, t_logits: Tensor, labels: Tensor, rows: Tensor, weights: Tensor | None
+    ) -> Tensor:
         """Computes the divergence of the student from the teacher, by default times T^2, mean over rows.
 
         Args:
@@ -69,15 +71,19 @@ class ClassTargets:
             t_logits: Logits of the teacher, (N, K).
             labels: True classes (N,); only KA needs them.
             rows: Booleans (N,), true for the rows to which KA and DTD apply.
-            weights: Factor of each row, (N,).
+            weights: Factor of each row, (N,); None for 1.
         """
+        if self.dynamic_temperature == self.adjust == "none":
+            loss = soft_target_loss(s_logits, t_logits, temperature=self.temperature, weights=weights)
+            return loss if self.squared_temperature else loss * self.temperature**-2
         temperatures = self._temperatures(s_logits, t_logits, rows)
         squared = torch.full_like(rows, self.squared_temperature)
         if self.adjust != "none":
             t_logits, mistaken = self._correct(t_logits.detach().to(temperatures), labels, rows, temperatures)
             if self.adjust == "label_smoothing":
                 squared &= ~mistaken
-        weights = weights * torch.where(squared, 1.0, temperatures**-2)
+        factors = torch.where(squared, 1.0, temperatures**-2)
+        weights = factors if weights is None else weights * factors
         return soft_target_loss(s_logits, t_logits, temperature=temperatures, weights=weights)
 
     def _temperatures(self, s_logits: Tensor, t_logits: Tensor, rows: Tensor) -> Tensor:
@@ -89,19 +95,17 @@ class ClassTargets:
             return temperatures
         low, high = min(1.0, self.temperature / 2), 2.0 * self.temperature
         dynamic = dynamic_temperature(
-            s_logits[rows],
-            t_logits[rows],
+            s_logits,
+            t_logits,
             kind=self.dynamic_temperature,
             base=self.temperature,
             beta=self.beta,
             gamma=self.gamma,
             bounds=(low, high),
+            rows=rows,
         )
-        if has_event_storage():
-            clamped = ((dynamic <= low) | (dynamic >= high)).sum() / max(len(dynamic), 1)
-            get_event_storage().put_scalar("kd/dtd_clamped", clamped)
-        temperatures[rows] = dynamic.to(temperatures)
-        return temperatures
+        log_scalar("kd/dtd_clamped", lambda: share_of(rows, (dynamic <= low) | (dynamic >= high)))
+        return torch.where(rows, dynamic.to(temperatures), temperatures)
 
     def _correct(self, t_logits: Tensor, labels: Tensor, rows: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
         """Corrects the teacher's mistakes; returns its new logits and a mask of the rows with mistakes."""
@@ -112,6 +116,11 @@ class ClassTargets:
         else:
             probs = adjust_label_smoothing(probs, labels, correct_prob=self.correct_prob)
         return torch.where(mistaken[:, None], temperatures[:, None] * probs.log(), t_logits), mistaken
+
+
+def share_of(rows: Tensor, marked: Tensor) -> Tensor:
+    """Computes the share of the true rows that are marked; 0 without rows."""
+    return (rows & marked).sum() / rows.sum().clamp(min=1)
 
 
 def check_class_targets(node, sources: Collection[str]) -> dict:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import check_choice, check_maps, check_mask, check_same_shape, in_float32, mean
+from .numerics import (
+    check_choice,
+    check_maps,
+    check_mask,
+    check_same_shape,
+    in_float32,
+    mean,
+    mean_square,
+    sum_of_squares,
+    unit_vectors,
+)
+from .pooling import pool
 
 
 @in_float32
@@ -33,10 +43,11 @@ def attention_map(f: Tensor, *, power: float = 2, mask: Tensor | None = None) ->
     check_mask("attention_map", mask, f)
     if power < 1:
         raise ValueError(f"attention_map: power must be at least 1, got {power}")
-    energy = f.abs().pow(power).mean(dim=1, keepdim=True)
+    # The sum stands for the mean; eps is multiplied in its stead.
+    energy = sum_of_squares(f, 1) if power == 2 else f.abs().pow(power).sum(dim=1)
     if mask is not None:
-        energy = energy.masked_fill(~mask, 0)
-    return F.normalize(energy.flatten(1), dim=1, eps=1e-12)
+        energy = energy.masked_fill(~mask[:, 0], 0)
+    return unit_vectors(energy.flatten(1), eps=1e-12 * max(f.shape[1], 1))
 
 
 @in_float32
@@ -84,10 +95,9 @@ def attention_transfer_loss(
     difference = attention_map(s, power=power, mask=mask) - attention_map(t, power=power, mask=mask)
     if reduction == "norm":
         return mean(torch.linalg.vector_norm(difference, dim=1))
-    squared = difference.square()
     if reduction == "sum_hw":
-        return squared.sum() / max(squared.shape[0], 1)
-    return mean(squared) if mask is None else squared.sum() / mask.sum().clamp(min=1)
+        return sum_of_squares(difference) / max(len(difference), 1)
+    return mean_square(difference) if mask is None else sum_of_squares(difference) / mask.sum().clamp(min=1)
 
 
 @in_float32
@@ -114,4 +124,4 @@ def input_gradient_loss(s: Tensor, t: Tensor) -> Tensor:
 
 
 def _pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size)
+    return x if tuple(x.shape[2:]) == size else pool(x, size[:1], size[1:])

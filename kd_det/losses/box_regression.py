@@ -45,6 +45,36 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, *, weights: Sequence[float]) -
 
 
 @in_float32
+def encode_boxes(boxes: Tensor, anchors: Tensor, *, weights: Sequence[float]) -> Tensor:
+    """Computes the deltas by which anchors or proposals become boxes; inverts :func:`decode_boxes`.
+
+    Detectron2's ``Box2BoxTransform`` computes the same, but checks that all anchors have a width, for which a CPU has
+    to wait for the GPU.
+
+    Args:
+        boxes: (R, 4) boxes x0, y0, x1, y1 to reach.
+        anchors: (R, 4) boxes to move.
+        weights: four factors of the deltas.
+
+    Returns:
+        (R, 4) deltas.
+
+    Example:
+        >>> anchors, boxes = torch.tensor([[0.0, 0.0, 8.0, 4.0]]), torch.tensor([[4.0, 0.0, 12.0, 4.0]])
+        >>> encode_boxes(boxes, anchors, weights=(10, 10, 5, 5))
+        tensor([[5., 0., 0., 0.]])
+    """
+    check_same_shape("encode_boxes", boxes, anchors)
+    _check_boxes("encode_boxes", boxes)
+    size, target_size = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
+    centre, target_centre = anchors[:, :2] + 0.5 * size, boxes[:, :2] + 0.5 * target_size
+    wx, wy, ww, wh = weights
+    dx, dy = ((target_centre - centre) / size).unbind(dim=1)
+    dw, dh = (target_size / size).log().unbind(dim=1)
+    return torch.stack((wx * dx, wy * dy, ww * dw, wh * dh), dim=1)
+
+
+@in_float32
 def box_overlap_loss(s_boxes: Tensor, t_boxes: Tensor, *, weights: Tensor, normalizer: float | Tensor) -> Tensor:
     """Sums one minus the generalised IoU between the boxes of student and teacher.
 

@@ -12,8 +12,8 @@ from .numerics import (
     check_same_shape,
     in_float32,
     keep_logits,
-    masked_mean,
     mean,
+    mean_square,
     standardize,
 )
 
@@ -86,4 +86,4 @@ def pearson_loss(s: Tensor, t: Tensor, *, eps: float = 1e-6, mask: Tensor | None
     check_same_shape(name, s, t)
     check_mask(name, mask, s)
     s, t = (standardize(x, (0, 2, 3), eps=eps, mask=mask) for x in (s, t.detach()))
-    return 0.5 * masked_mean((s - t).square(), mask)
+    return 0.5 * mean_square(s - t, mask)

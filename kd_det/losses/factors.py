@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import attention_map
-from .numerics import check_choice, check_maps, check_same_shape, in_float32, mean
+from .numerics import check_choice, check_maps, check_same_shape, in_float32, mean, unit_vectors
 
 
 @in_float32
@@ -118,7 +117,7 @@ def _units(name: str, s: Tensor, t: Tensor, *, kind: str) -> tuple[Tensor, Tenso
     t = t.detach()
     if kind == "ft":
         check_same_shape(name, s, t)
-        return F.normalize(s.flatten(1), eps=1e-12), F.normalize(t.flatten(1), eps=1e-12)
+        return unit_vectors(s.flatten(1)), unit_vectors(t.flatten(1))
     check_maps(name, s, t)
     if s[:, 0].shape != t[:, 0].shape:
         shapes = f"{tuple(s.shape)} and {tuple(t.shape)}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .numerics import (
@@ -15,10 +15,10 @@ from .numerics import (
     check_same_shape,
     check_shape,
     in_float32,
-    masked_mean,
-    mean,
-    sum_per_sample,
+    mean_square,
+    square_per_sample,
 )
+from .pooling import cell_shares, kept, pool
 
 
 @in_float32
@@ -42,7 +42,7 @@ def hint_loss(s: Tensor, t: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """
     check_same_shape("hint_loss", s, t)
     check_mask("hint_loss", mask, s)
-    return masked_mean((s - t.detach()).square(), mask)
+    return mean_square(s - t.detach(), mask)
 
 
 @in_float32
@@ -73,10 +73,10 @@ def masked_generation_loss(
     check_maps(name, generated, t)
     check_same_shape(name, generated, t)
     check_mask(name, mask, generated)
-    squared = (generated - t.detach()).square()
+    difference = generated - t.detach()
     if reduction == "mean":
-        return masked_mean(squared, mask)
-    return sum_per_sample(squared if mask is None else squared.masked_fill(~mask, 0))
+        return mean_square(difference, mask)
+    return square_per_sample(difference if mask is None else difference.masked_fill(~mask, 0))
 
 
 @in_float32
@@ -111,27 +111,90 @@ def hierarchical_context_loss(
     if mask is not None:
         difference = difference.masked_fill(~mask, 0)
 
-    loss, weight, total = masked_mean(difference.square(), mask), 1.0, 1.0
-    grid = difference
-    for level in (level for level in levels if level < s.shape[2]):
-        # Where the last grid has cells of equal size that tile this grid's cells, pooling it gives the same means.
-        sides = zip(s.shape[2:], grid.shape[2:], strict=True)
-        if any(side % cells or cells % level for side, cells in sides):
-            grid = difference
-        grid = F.adaptive_avg_pool2d(grid, level)
-        pooled, valid = grid, None
-        if mask is not None:
-            share = F.adaptive_avg_pool2d(mask.to(grid), level)
-            valid = share > 0
-            pooled = grid / share.masked_fill(~valid, 1)
-        weight /= 2
-        total += weight
-        loss = loss + weight * masked_mean(pooled.square(), valid)
-    return loss / total
+    if not levels:
+        return mean_square(difference, mask)
+    samples, channels, height, width = s.shape
+    grids, kind = tuple(levels), (s.dtype, s.device)
+    if mask is None:
+        weights = grid_weights(samples * channels, height, width, grids, *kind)
+    else:
+        share, relative, cells = grid_parts(height, grids, *kind)
+        covered = pool(mask.to(difference), grids, grids)
+        valid = covered > 0
+        counts = cells @ valid.sum(dim=(0, 1)).flatten().to(covered) * channels
+        coarse = (cells.T @ (share * relative / counts.clamp(min=1))).view(valid.shape[2:])
+        coarse = (coarse / covered.square()).masked_fill(~valid, 0)
+        weights = share / (mask.sum() * channels).clamp(min=1), coarse
+    shares = cell_shares(height, grids, *kind), cell_shares(width, grids, *kind)
+    return cast(Tensor, _SquaresOverGrids.apply(difference, *weights, *shares))
+
+
+class _SquaresOverGrids(torch.autograd.Function):
+    """Adds the squares of a map, and those of its averages over the cells of grids, each with a weight.
+
+    The grids are pooled at once, with all pairs of their rows and columns; pairs of two grids have the weight 0. The
+    backward pass reads the map once and cannot be differentiated again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, cell_weights: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        pooled = rows.mT @ (x @ columns)
+        ctx.save_for_backward(x, weight, pooled * cell_weights, rows, columns)
+        return torch.addcmul((pooled.square() * cell_weights).sum(), weight, x.square().sum())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        x, weight, pooled, rows, columns = ctx.saved_tensors
+        twice = 2 * gradients[0]
+        coarse = rows @ (pooled * twice) @ columns.mT
+        return coarse.addcmul_(x, weight * twice), None, None, None, None
+
+
+@kept
+def grid_weights(
+    images: int, height: int, width: int, grids: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Computes by what the squares of maps, and of their averages over cells, are multiplied to add up to the loss.
+
+    Args:
+        images: Number of maps, samples times channels.
+        height: Height of a map.
+        width: Width of a map.
+        grids: Side lengths of the grids.
+        dtype: Type of the results.
+        device: Their device.
+
+    Returns:
+        A scalar for the maps, and a factor for each row of any grid with each column of any grid.
+    """
+    share, relative, cells = grid_parts(height, grids, dtype, device)
+    counts = torch.stack([torch.full((), max(images, 1) * grid**2, dtype=dtype, device=device) for grid in grids])
+    coarse = cells.T @ (share * relative / counts)
+    return share / max(images * height * width, 1), coarse.view(sum(grids), -1)
+
+
+@kept
+def grid_parts(
+    height: int, grids: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the weights of the hierarchical context loss, without a branch on the height of the map.
+
+    Returns:
+        The share of the map itself; the weights of the G grids relative to it, (G,); and for each grid ones for its
+        own rows with its own columns among those of all grids, (G, pairs).
+    """
+    sides = torch.stack([torch.full((), grid, device=device) for grid in grids])
+    used = sides < height
+    relative = 0.5 ** used.to(dtype).cumsum(dim=0) * used
+    own = torch.cat([torch.full((grid,), i, device=device) for i, grid in enumerate(grids)])
+    own = own == torch.arange(len(grids), device=device)[:, None]
+    return 1 / (1 + relative.sum()), relative, (own[:, :, None] & own[:, None]).flatten(1).to(dtype)
 
 
 @in_float32
-def activation_boundary_loss(s_pre: Tensor, t_pre: Tensor, *, margin: float = 1.0) -> Tensor:
+def activation_boundary_loss(
+    s_pre: Tensor, t_pre: Tensor, *, margin: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
     """Penalises student responses that are not beyond a margin on the teacher's side of zero.
 
     AB: Heo et al., 2018, https://arxiv.org/abs/1811.03233. A teacher response of exactly 0 counts as inactive. The
@@ -141,6 +204,7 @@ def activation_boundary_loss(s_pre: Tensor, t_pre: Tensor, *, margin: float = 1.
         s_pre: (N, ...) responses of the student before the ReLU.
         t_pre: responses of the teacher before the ReLU, of the same shape; no gradient flows into them.
         margin: distance from zero beyond which a response on the right side costs nothing.
+        mask: (N, 1, H, W) boolean for responses (N, C, H, W): only those of the true cells count.
 
     Returns:
         Scalar: the sum over all elements divided by N; 0 without samples.
@@ -150,8 +214,9 @@ def activation_boundary_loss(s_pre: Tensor, t_pre: Tensor, *, margin: float = 1.
         tensor(0.2500)
     """
     check_same_shape("activation_boundary_loss", s_pre, t_pre)
+    check_mask("activation_boundary_loss", mask, s_pre)
     shortfall = torch.where(t_pre.detach() > 0, margin - s_pre, margin + s_pre).relu()
-    return sum_per_sample(shortfall.square())
+    return square_per_sample(shortfall if mask is None else shortfall.masked_fill(~mask, 0))
 
 
 @torch.no_grad()
@@ -176,11 +241,12 @@ def activation_disagreement(s_pre: Tensor, t_pre: Tensor, *, mask: Tensor | None
     check_mask("activation_disagreement", mask, s_pre)
     differ = (s_pre > 0) != (t_pre > 0)
     count = differ.numel() if mask is None else mask.sum() * differ.shape[1]
-    return (differ if mask is None else differ & mask).sum().double() / max(count, 1)
+    total = (differ if mask is None else differ & mask).sum().double()
+    return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
 @in_float32
-def overhaul_loss(s: Tensor, t_pre: Tensor, *, margin: Tensor) -> Tensor:
+def overhaul_loss(s: Tensor, t_pre: Tensor, *, margin: Tensor, mask: Tensor | None = None) -> Tensor:
     """Sums squared differences, except where student and teacher are both inactive.
 
     OFD: Heo et al., 2019, https://arxiv.org/abs/1904.01866. The target is max(t, margin); where it is not positive, a
@@ -191,6 +257,7 @@ def overhaul_loss(s: Tensor, t_pre: Tensor, *, margin: Tensor) -> Tensor:
         s: (N, C, ...) features of the student after its connector.
         t_pre: features of the teacher before the ReLU, of the same shape; no gradient flows into them.
         margin: (C,) negative margins, see `margin_from_batch_norm`.
+        mask: (N, 1, H, W) boolean for features (N, C, H, W): only those of the true cells count.
 
     Returns:
         Scalar: the sum over all elements divided by N; 0 without samples.
@@ -201,10 +268,12 @@ def overhaul_loss(s: Tensor, t_pre: Tensor, *, margin: Tensor) -> Tensor:
     """
     check_same_shape("overhaul_loss", s, t_pre)
     check_shape("overhaul_loss", "margin", margin, tuple(s.shape[1:2]))
+    check_mask("overhaul_loss", mask, s)
     margin = margin.detach().reshape(1, -1, *[1] * (s.dim() - 2))
     target = torch.maximum(t_pre.detach(), margin)
     difference = s - target
-    return sum_per_sample(torch.where(target > 0, difference, difference.relu()).square())
+    difference = torch.where(target > 0, difference, difference.relu())
+    return square_per_sample(difference if mask is None else difference.masked_fill(~mask, 0))
 
 
 @in_float32
@@ -262,4 +331,4 @@ def feature_matching_loss(s: Tensor, t: Tensor) -> Tensor:
             raise ValueError(f"feature_matching_loss: expected a shape (N, C) or (N, C, H, W), got {tuple(x.shape)}")
     s, t = (x.mean(dim=(2, 3)) if x.dim() == 4 else x for x in (s, t.detach()))
     check_same_shape("feature_matching_loss", s, t)
-    return mean((s - t).square())
+    return mean_square(s - t)

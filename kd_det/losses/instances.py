@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
-from .numerics import check_same_shape, in_float32, mean
+from .numerics import check_same_shape, in_float32, mean_square, sum_of_squares
 from .relations import similarity_loss
 
 
@@ -29,7 +31,27 @@ def node_loss(s: Tensor, t: Tensor) -> Tensor:
         tensor(5.)
     """
     check_same_shape("node_loss", s, t)
-    return mean((s - t.detach()).square())
+    return mean_square(s - t.detach())
+
+
+@in_float32
+def node_errors(s: Tensor, t: Tensor) -> Tensor:
+    """Averages the squared difference between the features of each box; see :func:`node_loss`.
+
+    Args:
+        s: (M, ...) features of the student's boxes.
+        t: features of the teacher for the same boxes, of the same shape; no gradient flows into them.
+
+    Returns:
+        (M,) errors.
+
+    Example:
+        >>> import torch
+        >>> node_errors(torch.zeros(2, 2), torch.tensor([[1.0, 3.0], [0.0, 2.0]]))
+        tensor([5., 2.])
+    """
+    check_same_shape("node_errors", s, t)
+    return sum_of_squares(s - t.detach(), *range(1, s.dim())) / max(math.prod(s.shape[1:]), 1)
 
 
 def edge_loss(s: Tensor, t: Tensor) -> Tensor:

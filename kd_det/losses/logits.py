@@ -22,6 +22,7 @@ from .numerics import (
     divergence_terms,
     in_float32,
     mean,
+    mean_square,
     standardize,
     weighted,
 )
@@ -199,7 +200,7 @@ def softmax_regression_loss(
     check_choice(name, "kind", kind, ("mse", "ce"))
     check_same_shape(name, s_logits, t_logits)
     if kind == "mse":
-        return mean((s_logits - t_logits.detach()).square())
+        return mean_square(s_logits - t_logits.detach())
     return mean(_cross_entropy(s_logits / temperature, t_logits / temperature))
 
 
@@ -354,6 +355,7 @@ def dynamic_temperature(
     beta: float,
     gamma: float = 2.0,
     bounds: tuple[float, float] | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Gives each sample its own temperature, lower for confusing samples.
 
@@ -370,6 +372,8 @@ def dynamic_temperature(
         beta: strength of the change.
         gamma: exponent of "flsw"; "cwsm" does not use it.
         bounds: lowest and highest temperature; None for min(1, base / 2) and 2 * base.
+        rows: (N,) boolean, true for the samples over which the mean is taken; the others' temperatures have no meaning.
+            None for all.
 
     Returns:
         (N,) temperatures, without gradient.
@@ -391,7 +395,12 @@ def dynamic_temperature(
         weight = (1 - F.cosine_similarity(s_logits, t_logits, dim=1)).clamp(min=0).pow(gamma)
     else:
         weight = 1 / s_logits.softmax(dim=1).amax(dim=1)
-    return (base + beta * (weight.mean() - weight)).clamp(low, high)
+    if rows is None:
+        average = weight.mean()
+    else:
+        check_shape(name, "rows", rows, tuple(weight.shape))
+        average = weight.masked_fill(~rows, 0).sum() / rows.sum().clamp(min=1)
+    return (base + beta * (average - weight)).clamp(low, high)
 
 
 def _cross_entropy(s_logits: Tensor, t_logits: Tensor) -> Tensor:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .numerics import check_maps, check_mask, check_positive, check_same_shape, check_shape, in_float32, sum_per_sample
+from .numerics import (
+    check_maps,
+    check_mask,
+    check_positive,
+    check_same_shape,
+    check_shape,
+    in_float32,
+    square_per_sample,
+    sum_of_squares,
+    sum_per_sample,
+)
 
 
 @in_float32
@@ -122,7 +132,7 @@ def relation_loss(s_context: Tensor, t_context: Tensor) -> Tensor:
         tensor(3.)
     """
     check_same_shape("relation_loss", s_context, t_context)
-    return sum_per_sample((s_context - t_context).square())
+    return square_per_sample(s_context - t_context)
 
 
 @in_float32
@@ -154,4 +164,4 @@ def region_loss(s: Tensor, t: Tensor, *, mask: Tensor, per_channel: bool = True)
     check_same_shape(name, s, t)
     check_mask(name, mask, s)
     divisor = 2 * mask.sum() * (s.shape[1] if per_channel else 1)
-    return (s - t.detach()).square().masked_fill(~mask, 0).sum() / divisor.clamp(min=1)
+    return sum_of_squares((s - t.detach()).masked_fill(~mask, 0)) / divisor.clamp(min=1)

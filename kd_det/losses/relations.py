@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import check_choice, check_logits, check_same_shape, in_float32, mean, unit_rows
+from .numerics import check_choice, check_logits, check_same_shape, in_float32, mean, mean_square, unit_rows
 
 
 @in_float32
@@ -79,13 +79,13 @@ def similarity_loss(s: Tensor, t: Tensor, *, kind: str = "gram") -> Tensor:
     check_choice("similarity_loss", "kind", kind, ("gram", "cosine"))
     s, t = _rows("similarity_loss", s, t)
     if kind == "gram":
-        return mean((unit_rows(s @ s.T) - unit_rows(t @ t.T)).square())
+        return mean_square(unit_rows(s @ s.T) - unit_rows(t @ t.T))
     s, t = unit_rows(s), unit_rows(t)
     # The loss is symmetric in the pairs, so its gradient is the same through both factors of a cosine. Computing it
     # through one of them, and doubling it, saves one of the two matrix products of the backward pass.
     half = s @ s.detach().T
     cosines = 2 * half - half.detach()
-    return 0.5 * mean((cosines - t @ t.T).square())
+    return 0.5 * mean_square(cosines - t @ t.T)
 
 
 @in_float32

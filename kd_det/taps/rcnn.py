@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kd_det.errors import InputError
 from kd_det.registry import TAP_REGISTRY
-from kd_det.signals import Signals
+from kd_det.signals import Signals, boxes_per_image
 from kd_det.taps.backbone import BackboneTap, hook, wrap
 
 # Predictors of box deltas.
@@ -188,6 +188,7 @@ class GeneralizedRCNNTap(BackboneTap):
                 "losses",
                 lambda args, _: signals.update(
                     roi_boxes=join_boxes(args[1]),
+                    roi_counts=count_boxes(args[1]),
                     roi_classes=join_classes(args[1]),
                     roi_gt_boxes=join_targets(args[1]),
                     roi_scales=box_scales(self._predictor),
@@ -199,7 +200,11 @@ class GeneralizedRCNNTap(BackboneTap):
             hook(
                 stack,
                 head,
-                lambda args, _: signals.update(mask_boxes=join_boxes(args[1]), mask_classes=join_classes(args[1])),
+                lambda args, _: signals.update(
+                    mask_boxes=join_boxes(args[1]),
+                    mask_counts=count_boxes(args[1]),
+                    mask_classes=join_classes(args[1]),
+                ),
             )
         if "keypoint_logits" in names:
             head = self.model.roi_heads.keypoint_head
@@ -209,6 +214,7 @@ class GeneralizedRCNNTap(BackboneTap):
                 head,
                 lambda args, _: signals.update(
                     keypoint_boxes=join_boxes(args[1]),
+                    keypoint_counts=count_boxes(args[1]),
                     keypoint_labels=join_keypoints(args[1], signals["keypoint_logits"]),
                 ),
             )
@@ -239,12 +245,12 @@ class GeneralizedRCNNTap(BackboneTap):
         images = len(next(iter(features.values())))
         # Boxes come last: in a C4 model masks go through the same pooler, and roi_features must be those of the boxes.
         if "mask_logits" in names:
-            self._run_masks(features, split_boxes(student["mask_boxes"], images))
+            self._run_masks(features, split_boxes(student, "mask", images))
         if "keypoint_logits" in names:
-            self._run_keypoints(features, split_boxes(student["keypoint_boxes"], images))
+            self._run_keypoints(features, split_boxes(student, "keypoint", images))
         wanted = {name for name in names if name.startswith("roi_")}
         if wanted:
-            boxes = split_boxes(student["roi_boxes"], images)
+            boxes = split_boxes(student, "roi", images)
             self._run_boxes(features, boxes, pool_only=wanted == {"roi_features"})
 
     def _run_boxes(self, features: dict[str, Tensor], boxes: list[Boxes], *, pool_only: bool) -> None:
@@ -413,6 +419,12 @@ def join_keypoints(instances, logits: Tensor) -> Tensor:
     return torch.cat(cells)
 
 
-def split_boxes(boxes: Tensor, images: int) -> list[Boxes]:
-    """Splits boxes (R, 5) by image, the inverse of :func:`join_boxes`."""
-    return [Boxes(boxes[boxes[:, 0] == i, 1:]) for i in range(images)]
+def count_boxes(instances) -> Tensor:
+    """Returns the number of proposals of each image, (N,), on the CPU."""
+    return torch.tensor([len(x) for x in instances])
+
+
+def split_boxes(signals: Signals, prefix: str, images: int) -> list[Boxes]:
+    """Splits the boxes (R, 5) of signals, which are named by their prefix, by image; inverts :func:`join_boxes`."""
+    boxes = signals[f"{prefix}_boxes"][:, 1:]
+    return [Boxes(x) for x in boxes.split(boxes_per_image(signals, prefix, images))]

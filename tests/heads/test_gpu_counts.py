@@ -63,7 +63,7 @@ def count(name: str, options: dict, signals: list[dict], *, padding: bool) -> di
 
 @pytest.fixture(scope="module")
 def table(request):
-    """Maps head, variant and padding to the row of the table; what a test adds to it is written if that is asked for."""
+    """Maps head, variant and padding to the row of the table, which is written at the end if that is asked for."""
     writes = request.config.getoption("--write-gpu-counts")
     with TABLE.open(encoding="utf-8", newline="") as file:
         rows = {} if writes else {tuple(row[key] for key in KEYS): row for row in csv.DictReader(file)}
