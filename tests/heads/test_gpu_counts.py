@@ -21,6 +21,7 @@ from .signals import BOXES, make_input, make_signals
 
 TABLE = Path(__file__).with_name("gpu_counts.csv")
 KEYS, NUMBERS = ("head", "variant", "padding"), ("waits", "forward", "backward")
+PADDINGS = "compared", "masked"
 INPUTS = [make_input(64, 128, [3, 9, 50, 33], [70, 2, 75, 60]), make_input(40, 96, [0, 0, 20, 30])]
 ON_THE_CPU = {f"{kind}_{what}" for kind in ("roi", "rpn", "dense") for what in ("counts", "scales")}
 # Detectron2 writes scalars after every 20th iteration; this one is between two of them.
@@ -64,29 +65,34 @@ def count(name: str, options: dict, signals: list[dict], *, padding: bool) -> di
 @pytest.fixture(scope="module")
 def table(request):
     """Maps head, variant and padding to the row of the table, which is written at the end if that is asked for."""
-    writes = request.config.getoption("--write-gpu-counts")
     with TABLE.open(encoding="utf-8", newline="") as file:
-        rows = {} if writes else {tuple(row[key] for key in KEYS): row for row in csv.DictReader(file)}
+        rows = {tuple(row[key] for key in KEYS): row for row in csv.DictReader(file)}
     yield rows
-    if writes:
+    if request.config.getoption("--write-gpu-counts"):
+        known = [(name, variant, padding) for name, variant, _ in CASES for padding in PADDINGS]
         with TABLE.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, [*KEYS, *NUMBERS], lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows.values())
+            writer.writerows(rows[key] for key in known if key in rows)
 
 
 @pytest.mark.parametrize(("name", "variant", "options"), CASES, ids=[f"{name}-{variant}" for name, variant, _ in CASES])
 def test_counts(name, variant, options, signals, table, request):
     of_maps = any(STUDENT[signal].stride for signal in make_head(name, options).signals)
-    for padding in ("compared", "masked") if of_maps else ("compared",):
+    for padding in PADDINGS if of_maps else PADDINGS[:1]:
         key = name, variant, padding
         found = count(name, options, signals, padding=padding == "masked")
         if request.config.getoption("--write-gpu-counts"):
             table[key] = dict(zip(KEYS, key, strict=True)) | found
+        assert key in table, f"{TABLE.name} has no row {key}; --write-gpu-counts writes it"
         expected = {number: int(table[key][number]) for number in NUMBERS}
         assert found["waits"] == expected["waits"], key
         assert all(found[number] <= expected[number] for number in NUMBERS), (key, found, expected)
 
 
+def test_heads_wait_at_most_once(table):
+    assert {key: row["waits"] for key, row in table.items() if int(row["waits"]) > 1} == {}
+
+
 def test_the_table_has_rows_of_these_heads_only(table):
-    assert {key[:2] for key in table} == {(name, variant) for name, variant, _ in CASES}
+    assert {key[:2] for key in table} <= {(name, variant) for name, variant, _ in CASES}
