@@ -7,31 +7,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def kept(function: Callable[P, R]) -> Callable[P, R]:
+def kept(function: F) -> F:
     """Keeps what a function of sizes returns, so that it is computed once for each size.
 
     torch.compile computes it anew, since it would take the sizes for constants and compile for each of them.
     """
 
     @functools.lru_cache(maxsize=4096)
-    def remember(*args: P.args, **kwargs: P.kwargs) -> R:
+    def remember(*args: Any) -> Any:
         with torch.inference_mode(False):  # What is kept may be used in training.
-            return function(*args, **kwargs)
+            return function(*args)
 
     @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        return (function if torch.compiler.is_compiling() else remember)(*args, **kwargs)
+    def wrapper(*args: Any) -> Any:
+        return (function if torch.compiler.is_compiling() else remember)(*args)
 
-    return wrapper
+    return cast(F, wrapper)
 
 
 def pool(x: Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:
