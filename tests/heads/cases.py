@@ -21,6 +21,7 @@ VARIANTS = {
         "GN": {"MID_CHANNELS": 32, "NORM": "GN", "IN_FEATURES": ["p3"]},
         "LN": {"MID_CHANNELS": 8, "NORM": "LN", "IN_FEATURES": ["p4", "p5"]},
         "bottom_up": {"MID_CHANNELS": 8, "IN_FEATURES": ["res3", "res5"]},
+        "recompute": {"MID_CHANNELS": 8, "RECOMPUTE": True},
         "classifier": {"MID_CHANNELS": 8, "IN_FEATURES": ["res3", "res4", "pooled"], "TEACHER_PREACT": True},
     },
     "AttentionTransferHead": {
