@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch.nn.functional as F
 from detectron2.config import configurable
@@ -163,14 +163,17 @@ class ReviewKDHead(nn.Module):
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:
         losses, residual = [], None
         for name, teacher_name in zip(reversed(self.signals), reversed(self.teacher_signals), strict=True):
-            fusion, level = self.fusions[name], cast_for_layers(as_map(student[name]))
-            residual = self._run(fusion.fuse, level, residual)
+            level = cast_for_layers(as_map(student[name]))
+            residual = self._run(self._fusion(name).fuse, level, residual)
             losses.append(self._run(self._compare, name, residual, as_map(teacher[teacher_name]), batch))
         return {"loss_kd_review": add_up(losses)}
 
+    def _fusion(self, name: str) -> AttentionFusion:
+        return cast(AttentionFusion, self.fusions[name])
+
     def _compare(self, name: str, residual: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         """Compares what a level's residual expands to with the teacher's level."""
-        fused = self.fusions[name].expand(residual)
+        fused = self._fusion(name).expand(residual)
         mask = batch.valid_mask(fused, self.strides[name]) if self.strides[name] else None
         return hierarchical_context_loss(fused, teacher, mask=mask)
 
@@ -178,9 +181,12 @@ class ReviewKDHead(nn.Module):
         """Calls a function; with `recompute`, what it would keep is computed once more in the backward pass."""
         if not self.recompute:
             return function(*arguments)
-        options = {"use_reentrant": False, "preserve_rng_state": False}  # Nothing here is random.
         return checkpoint(
-            function, *arguments, context_fn=lambda: (nullcontext(), WithoutStatistics(self.fusions)), **options
+            function,
+            *arguments,
+            use_reentrant=False,
+            preserve_rng_state=False,  # Nothing here is random.
+            context_fn=lambda: (nullcontext(), WithoutStatistics(self.fusions)),
         )
 
 
