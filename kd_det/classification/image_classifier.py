@@ -95,7 +95,8 @@ class ImageClassifier(nn.Module):
 def stack(images: Sequence[Tensor]) -> Tensor:
     """Stacks images (C, H, W) to (N, C, H, W); nothing is copied if they lie in memory one after the other.
 
-    Views of one batch do, and so do those of a part of it.
+    Views of one batch do, and so do those of a part of it. Images with gradients are copied, since the gradient of each
+    has to reach its own tensor.
     """
     if torch.jit.is_tracing():  # A trace would keep the size of this image as a constant.
         return torch.stack(list(images))
@@ -105,6 +106,7 @@ def stack(images: Sequence[Tensor]) -> Tensor:
         x.shape == first.shape
         and x.dtype == first.dtype
         and x.is_contiguous()
+        and not x.requires_grad
         and x.data_ptr() == first.data_ptr() + i * size * first.element_size()
         for i, x in enumerate(images)
     )

@@ -299,11 +299,12 @@ def load_stage(model: StudentWrapper, path: str, *, check_only: bool = False) ->
     """
     student = model.students[0]
     trained = any(getattr(head, "pretrains_student", False) for head in model.named_heads.values()) and not check_only
-    parts = teacher_identities(model) | ({} if check_only else model.checkpointables)
-    checkpointer = KDCheckpointer(student if trained else copy.deepcopy(student), **parts)
     try:
         with loading_checkpoint("KD.PRETRAIN.WEIGHTS", path):
-            checkpointer.load(find_file(path, "KD.PRETRAIN.WEIGHTS"))
+            file = find_file(path, "KD.PRETRAIN.WEIGHTS")
+            parts = teacher_identities(model) | ({} if check_only else model.checkpointables)
+            checkpointer = KDCheckpointer(student if trained else copy.deepcopy(student), **parts)
+            checkpointer.load(file)
     except UnreadableError as error:
         if not check_only:
             raise

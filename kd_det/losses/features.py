@@ -101,7 +101,7 @@ def hierarchical_context_loss(
 
     Example:
         >>> hierarchical_context_loss(torch.ones(1, 1, 8, 8), torch.zeros(1, 1, 8, 8))
-        tensor(1.)
+        tensor(1.0000)
     """
     name = "hierarchical_context_loss"
     check_maps(name, s, t)

@@ -119,6 +119,12 @@ def test_other_images_are_stacked_by_a_copy():
         assert all(stacked.data_ptr() != x.data_ptr() for x in images)
 
 
+def test_each_image_gets_its_own_gradient():
+    batch = torch.zeros(3, 1, 2, 2, requires_grad=True)
+    (stack(list(batch)) * torch.tensor([1.0, 2.0, 3.0])[:, None, None, None]).sum().backward()
+    assert batch.grad[:, 0, 0, 0].tolist() == [1, 2, 3]
+
+
 def test_more_images_per_batch_than_there_are(cfg, register):
     register("a", [0, 1, 2])
     cfg.DATASETS.TRAIN = ("a",)
