@@ -210,6 +210,7 @@ def saved_before_the_end(folder):
     return 2 <= int(last(folder).removeprefix("model_").removesuffix(".pth")) < 499
 
 
+@pytest.mark.slow
 def test_signal_under_torchrun(task, tmp_path, plugin):
     """The launcher's status is 1, or that of an abort: its thread of heartbeats may run into its own end."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -224,6 +225,7 @@ def test_signal_under_torchrun(task, tmp_path, plugin):
 KILL_PARENT = TELL_PARENT.replace("signal.SIGTERM", "signal.SIGKILL")
 
 
+@pytest.mark.slow
 def test_ranks_end_if_their_launcher_is_killed(task, tmp_path, plugin):
     """They save, as when they are asked to end."""
     plugin.write_text(KILL_PARENT, encoding="utf-8")
@@ -246,6 +248,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("told", "status"), [(TELL_PARENT, INTERRUPTED), (KILL_PARENT, -signal.SIGKILL)], ids=["SIGTERM", "SIGKILL"]
 )

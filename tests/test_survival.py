@@ -81,6 +81,7 @@ def random_kills(seed):
     return kills
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [detection, classification])
 def test_killed_again_and_again_a_run_gives_the_weights_of_an_uninterrupted_one(teacher, coco_folder, tmp_path, make):
     task = make(teacher, coco_folder, tmp_path)
@@ -126,6 +127,7 @@ Trainer.run_step = run_step
 """
 
 
+@pytest.mark.slow
 def test_torchrun_ends_when_a_rank_is_lost(main_run, tmp_path):
     (tmp_path / "kill.py").write_text(KILL_RANK_1, encoding="utf-8")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

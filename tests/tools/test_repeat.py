@@ -165,6 +165,7 @@ def wait_for(*paths):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_the_trainings_and_the_same_command_goes_on(start_repeat, tmp_path):
     students = [tmp_path / "output" / name for name in ("a_seed1", "b_seed1")]
     process = start_repeat()
